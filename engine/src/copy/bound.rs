@@ -1,0 +1,126 @@
+//! A valid layout together with the memory it lies in, every bound checked once.
+
+use std::sync::Arc;
+
+use crate::layout::{MemoryName, MemoryRef, Part, ValidLayout};
+
+use super::error::BindError;
+use super::memory::ClientMemory;
+use super::process::ProcessMemory;
+use super::region::RegionMapping;
+
+/// A part in a region: where block 0's piece lies in the daemon's address space.
+///
+/// Invariant: for every block below the layout's `num_blocks`, `base + block * block_stride .. +
+/// bytes` lies inside a mapping that the owning [`BoundLayout`] keeps alive.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RegionPart {
+    pub(super) base: *mut u8,
+    pub(super) block_stride: usize,
+    pub(super) bytes: usize,
+    pub(super) page_offset: usize,
+}
+
+/// A part in the owner's address space. `part` is its number in the layout.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ProcessPart {
+    pub(super) base: u64,
+    pub(super) block_stride: u64,
+    pub(super) bytes: u64,
+    pub(super) page_offset: u64,
+    pub(super) part: usize,
+}
+
+/// A [`ValidLayout`] bound to the memory of one session. Holding it keeps the mappings alive.
+#[derive(Debug)]
+pub struct BoundLayout {
+    layout: Arc<ValidLayout>,
+    region_parts: Vec<RegionPart>,
+    process_parts: Vec<ProcessPart>,
+    process: Option<Arc<ProcessMemory>>,
+    _regions: Vec<Arc<RegionMapping>>,
+}
+
+// SAFETY: the raw pointers in `region_parts` point into mappings that `_regions` keeps alive, and
+// are used only for raw copies that make no claim about who else touches the bytes.
+unsafe impl Send for BoundLayout {}
+// SAFETY: as above; nothing in the value changes after `bind`.
+unsafe impl Sync for BoundLayout {}
+
+impl BoundLayout {
+    /// Binds every part of `layout` to the memory that `resolve` gives for it. `resolve` is asked
+    /// once per part and must give the same memory for the same reference each time.
+    pub fn bind(
+        layout: Arc<ValidLayout>,
+        resolve: impl Fn(MemoryRef) -> Option<ClientMemory>,
+    ) -> Result<Arc<Self>, BindError> {
+        let mut bound = Self {
+            layout: Arc::clone(&layout),
+            region_parts: Vec::new(),
+            process_parts: Vec::new(),
+            process: None,
+            _regions: Vec::new(),
+        };
+        for (index, part) in layout.parts().iter().enumerate() {
+            let memory = part.memory;
+            match (memory, resolve(memory)) {
+                (_, None) => return Err(BindError::Missing { part: index, memory: MemoryName(memory) }),
+                (MemoryRef::Region(_), Some(ClientMemory::Region(region))) => {
+                    bound.add_region_part(index, part, region)?;
+                }
+                (MemoryRef::Process, Some(ClientMemory::Process(process))) => {
+                    bound.process_parts.push(ProcessPart {
+                        base: part.base,
+                        block_stride: part.block_stride,
+                        bytes: part.bytes,
+                        page_offset: part.page_offset,
+                        part: index,
+                    });
+                    bound.process = Some(process);
+                }
+                _ => return Err(BindError::WrongKind { part: index, memory: MemoryName(memory) }),
+            }
+        }
+        Ok(Arc::new(bound))
+    }
+
+    /// The layout.
+    pub fn layout(&self) -> &Arc<ValidLayout> {
+        &self.layout
+    }
+
+    pub(super) fn region_parts(&self) -> &[RegionPart] {
+        &self.region_parts
+    }
+
+    /// The parts in process memory and their owner; `None` when all parts lie in regions.
+    pub(super) fn process_parts(&self) -> Option<(&ProcessMemory, &[ProcessPart])> {
+        self.process.as_deref().map(|process| (process, &self.process_parts[..]))
+    }
+
+    fn add_region_part(
+        &mut self,
+        index: usize,
+        part: &Part,
+        region: Arc<RegionMapping>,
+    ) -> Result<(), BindError> {
+        let last_block = u64::from(self.layout.num_blocks()) - 1;
+        let end = part.base + last_block * part.block_stride + part.bytes;
+        if end > region.bytes() {
+            let (memory, region_bytes) = (MemoryName(part.memory), region.bytes());
+            return Err(BindError::OutOfRange { part: index, memory, end, region_bytes });
+        }
+        // SAFETY: `part.base < end <= region.bytes()`, so the pointer stays inside the mapping.
+        let base = unsafe { region.base().as_ptr().add(part.base as usize) };
+        self.region_parts.push(RegionPart {
+            base,
+            block_stride: part.block_stride as usize,
+            bytes: part.bytes as usize,
+            page_offset: part.page_offset as usize,
+        });
+        if !self._regions.iter().any(|known| Arc::ptr_eq(known, &region)) {
+            self._regions.push(region);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,91 @@
+//! What can go wrong with memory and with copies.
+#![forbid(unsafe_code)]
+
+use std::io;
+
+use crate::layout::MemoryName;
+
+use super::task::Direction;
+
+/// A client's memory that the daemon cannot or will not use.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages name every field")]
+pub enum MemoryError {
+    #[error("region of zero bytes; give the size of the memfd")]
+    EmptyRegion,
+    #[error("region of {asked_bytes} bytes, but its memfd has {file_bytes}; ftruncate it first")]
+    RegionTooSmall { asked_bytes: u64, file_bytes: u64 },
+    #[error(
+        "region is not sealed against shrinking (seals {seals:#x}): its owner could crash the \
+         daemon; create it with memfd_create(MFD_ALLOW_SEALING) and add F_SEAL_SHRINK"
+    )]
+    NotSealed { seals: i32 },
+    #[error(
+        "region lies on file system type {magic:#x}, not tmpfs: only a plain memfd can be shared \
+         (a hole in huge-page memory would raise SIGBUS in the daemon)"
+    )]
+    NotTmpfs { magic: i64 },
+    #[error("{call} on a client's region failed: {source}; send a memfd that can be mapped")]
+    Region { call: &'static str, source: io::Error },
+    #[error(
+        "may not open the memory of process {pid}: {source}; run the daemon as the same user with \
+         ptrace allowed (the client calls prctl(PR_SET_PTRACER), or kernel.yama.ptrace_scope=0), \
+         or give it CAP_SYS_PTRACE, or register a shared region"
+    )]
+    NotPermitted { pid: i32, source: io::Error },
+    #[error("process {pid} is gone; register again from a live process")]
+    OwnerGone { pid: i32 },
+    #[error("{call} for process {pid} failed: {source}; is /proc mounted for the daemon?")]
+    Process { pid: i32, call: &'static str, source: io::Error },
+}
+
+/// A layout that does not fit the memory it was given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages name every field")]
+pub enum BindError {
+    #[error("part {part} lies in {memory}, which was not given; register it first")]
+    Missing { part: usize, memory: MemoryName },
+    #[error("part {part} lies in {memory} but memory of another kind was given")]
+    WrongKind { part: usize, memory: MemoryName },
+    #[error(
+        "part {part} ends at byte {end} of {memory}, which has {region_bytes} bytes; \
+         validate the layout against this region"
+    )]
+    OutOfRange { part: usize, memory: MemoryName, end: u64, region_bytes: u64 },
+}
+
+/// Why a task did not copy all its pages.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages name every field")]
+pub enum CopyError {
+    #[error("cancelled by its owner")]
+    Cancelled,
+    #[error("page {page} at pool offset {offset} ends beyond the pool of {pool_bytes} bytes")]
+    PoolRange { page: usize, offset: u64, pool_bytes: u64 },
+    #[error("block id {block} is out of range: the group was registered with {num_blocks} blocks")]
+    BlockRange { block: u32, num_blocks: u32 },
+    #[error("process {pid} is gone or runs another program; its blocks are out of reach")]
+    OwnerGone { pid: i32 },
+    #[error(
+        "{direction:?} may not touch the memory of process {pid}: the same user with ptrace allowed \
+         is needed (the client calls prctl(PR_SET_PTRACER), or kernel.yama.ptrace_scope=0), \
+         or CAP_SYS_PTRACE, or a shared region"
+    )]
+    NotPermitted { pid: i32, direction: Direction },
+    #[error(
+        "{direction:?}: block {block} part {part} (registered segment {segment}): {address:#x} of \
+         process {pid} is not mapped that way; register layouts before use and keep them mapped"
+    )]
+    BadAddress {
+        pid: i32,
+        direction: Direction,
+        block: u32,
+        part: usize,
+        segment: usize,
+        address: u64,
+    },
+    #[error("{direction:?} with process {pid} failed: {}", io::Error::from_raw_os_error(*errno))]
+    System { pid: i32, direction: Direction, errno: i32 },
+    #[error("the copy thread panicked: {message}; this is a fault of the daemon, please report it")]
+    Panicked { message: String },
+}

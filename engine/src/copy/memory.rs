@@ -1,0 +1,64 @@
+//! The two ends of a copy: the pool and the engine's memory.
+
+use std::any::Any;
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::process::ProcessMemory;
+use super::region::RegionMapping;
+
+/// Memory of an engine that the daemon can copy from and to.
+#[derive(Debug, Clone)]
+pub enum ClientMemory {
+    /// A memfd that the daemon has mapped as well.
+    Region(Arc<RegionMapping>),
+    /// The engine's own address space, reached by system calls.
+    Process(Arc<ProcessMemory>),
+}
+
+/// The pool's bytes as the copy threads see them.
+#[derive(Clone)]
+pub struct PoolMemory {
+    base: NonNull<u8>,
+    bytes: u64,
+    _keep_alive: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the pointer is to memory shared between processes, touched only through raw copies; who
+// may touch which page when is the lane's business and not this handle's.
+unsafe impl Send for PoolMemory {}
+// SAFETY: as above; the handle itself never changes.
+unsafe impl Sync for PoolMemory {}
+
+impl PoolMemory {
+    /// Names `bytes` bytes at `base` as the pool.
+    ///
+    /// # Safety
+    ///
+    /// `base .. base + bytes` is mapped readable and writable, cannot be truncated, and stays so as
+    /// long as `keep_alive` lives. No Rust reference points into it.
+    pub unsafe fn new(
+        base: NonNull<u8>,
+        bytes: u64,
+        keep_alive: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
+        Self { base, bytes, _keep_alive: keep_alive }
+    }
+
+    /// The pool's size in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The address of byte 0.
+    pub fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+}
+
+impl fmt::Debug for PoolMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PoolMemory").field("base", &self.base).field("bytes", &self.bytes).finish()
+    }
+}

@@ -1,0 +1,34 @@
+//! Copying pages between the pool and the engines' memory.
+//!
+//! The lane makes [`CopyTask`]s, [`CopyWorkers`] runs them on threads of their own through a
+//! [`CopyBackend`], and each task comes back exactly once as a [`CopyDone`]. A `CopyDone` is the
+//! promise that nothing touches the task's pages or blocks any more, whatever the result says: only
+//! then may the lane reuse the memory.
+//!
+//! `unsafe` lives in `region` (mapping), `memory` (the pool's pointer), `bytes` (copy loops),
+//! `process` (system calls), `bound` and `host` (pointer arithmetic); the rest forbids it.
+
+mod backend;
+mod bound;
+mod bytes;
+mod error;
+mod host;
+mod memory;
+mod process;
+mod region;
+mod task;
+mod workers;
+
+#[cfg(test)]
+mod tests;
+
+pub use backend::CopyBackend;
+pub use bound::BoundLayout;
+pub use bytes::ByteCopier;
+pub use error::{BindError, CopyError, MemoryError};
+pub use host::HostBackend;
+pub use memory::{ClientMemory, PoolMemory};
+pub use process::ProcessMemory;
+pub use region::RegionMapping;
+pub use task::{CopyDone, CopyTask, Direction, PageCopy};
+pub use workers::{CopyOptions, CopyWorkers};

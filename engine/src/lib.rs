@@ -1,0 +1,14 @@
+//! The PegaFlow node daemon as a library; `pegaflowd` is a thin `main` over it.
+
+pub mod cache;
+pub mod catalog;
+pub mod config;
+pub mod control;
+pub mod copy;
+pub mod daemon;
+pub mod lane;
+pub mod layout;
+pub mod metrics;
+pub mod policy;
+pub mod pool;
+pub mod registry;

@@ -1,0 +1,285 @@
+//! Messages of the session socket.
+//!
+//! The socket is `SOCK_SEQPACKET`: one message is one packet, a JSON object with a `type`, and file
+//! descriptors travel beside it. Nothing here is on a hot path; JSON keeps the two sides compatible when
+//! one of them knows more fields than the other.
+//!
+//! ```text
+//! client                                daemon
+//! Hello        + [C2D memfd]      →
+//!                                 ←     Welcome + [D2C memfd, eventfd to ring the daemon,
+//!                                                  read end of the client's bell, index file]
+//!                                       or Refused, then end of file
+//! AddRegion    + [KV memfd]       →
+//!                                 ←     Done or Failed
+//! Register                        →
+//!                                 ←     Registered or Failed
+//!                                 ←     Ready, once every rank of the instance has registered
+//! …                                     Closing{reason}, then end of file
+//! ```
+//!
+//! Each request of the client carries a `seq`, and its answer repeats it. The end of the socket is the
+//! end of the session, for either side.
+
+#![forbid(unsafe_code)]
+
+use serde::{Deserialize, Serialize};
+
+use crate::namespace::NamespaceSpec;
+use crate::status::Status;
+
+/// Oldest protocol version this side speaks.
+pub const PROTOCOL_MIN: u32 = 1;
+/// Newest protocol version this side speaks.
+pub const PROTOCOL_MAX: u32 = 1;
+/// Longest message in bytes.
+pub const MAX_MESSAGE_BYTES: usize = 160 * 1024;
+/// Most descriptors beside one message.
+pub const MAX_MESSAGE_FDS: usize = 4;
+/// Longest instance or client name in bytes.
+pub const MAX_NAME_BYTES: usize = 128;
+/// Most ranks of an instance: consumers of a lease are a 128-bit set.
+pub const MAX_WORLD_SIZE: u32 = 128;
+/// Most cache groups of an instance.
+pub const MAX_GROUPS: usize = 64;
+/// Most segments in one group of one rank.
+pub const MAX_SEGMENTS: usize = 1024;
+
+/// From client to daemon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ClientMessage {
+    /// First message, with the C2D memfd.
+    Hello(Hello),
+    /// Shares a KV memory region; one memfd travels along.
+    AddRegion {
+        /// Request number.
+        seq: u64,
+        /// Chosen by the client, unique in the session.
+        region: u32,
+        /// Size in bytes.
+        bytes: u64,
+    },
+    /// Takes a region back; refused while a registration uses it.
+    RemoveRegion {
+        /// Request number.
+        seq: u64,
+        /// The region.
+        region: u32,
+    },
+    /// Registers a rank's KV memory, or a scheduler.
+    Register {
+        /// Request number.
+        seq: u64,
+        /// What to register.
+        registration: Box<RegisterSpec>,
+    },
+    /// Ends a registration: running copies drain first.
+    Unregister {
+        /// Request number.
+        seq: u64,
+        /// The registration.
+        registration: u32,
+    },
+}
+
+/// Opening of a session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Oldest version the client speaks.
+    pub protocol_min: u32,
+    /// Newest version the client speaks.
+    pub protocol_max: u32,
+    /// Version of the client library, for logs.
+    pub client_version: String,
+    /// Name of the process in tables, such as `vllm-worker-0`.
+    pub client_name: String,
+    /// Bytes of the C2D memfd that travels along.
+    pub c2d_bytes: u64,
+    /// Completion slots the client wants; a power of two.
+    pub completion_slots: u32,
+}
+
+/// One rank (or the scheduler) of an instance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegisterSpec {
+    /// Name of the engine replica; its processes find each other by it.
+    pub instance: String,
+    /// What makes the blocks' bytes comparable.
+    pub namespace: NamespaceSpec,
+    /// Worker ranks of the instance.
+    pub world_size: u32,
+    /// This worker's rank, or `None` for a scheduler, which has no KV memory.
+    pub rank: Option<u32>,
+    /// Save only, or also query and load.
+    pub mode: Mode,
+    /// KV memory, one entry per cache group; empty for a scheduler.
+    pub groups: Vec<GroupLayout>,
+}
+
+/// What an instance does with the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Saves, queries and loads.
+    ReadWrite,
+    /// Only saves: a prefill engine.
+    SaveOnly,
+}
+
+/// Where the blocks of one group lie in the worker's memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupLayout {
+    /// Cache group, 0 for full attention.
+    pub group: u16,
+    /// Block ids are `0..num_blocks`.
+    pub num_blocks: u32,
+    /// Parts of a block in packing (layer) order.
+    pub segments: Vec<SegmentLayout>,
+}
+
+/// One strided array: block `b` has `bytes` bytes at `base + b * block_stride`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SegmentLayout {
+    /// What `base` counts from.
+    pub memory: MemoryRef,
+    /// Byte offset in the region, or virtual address in the client's process.
+    pub base: u64,
+    /// Bytes from one block to the next.
+    pub block_stride: u64,
+    /// Bytes of one block.
+    pub bytes: u64,
+}
+
+/// Kinds of KV memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryRef {
+    /// A memfd that the client shared with [`ClientMessage::AddRegion`].
+    Region(u32),
+    /// Plain memory of the client's process, reached with `process_vm_readv` and `process_vm_writev`.
+    Process,
+}
+
+/// From daemon to client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum DaemonMessage {
+    /// Answer to [`Hello`], with four descriptors: D2C memfd, the eventfd that rings the daemon, the read
+    /// end of the pipe that the daemon rings the client with, and the index file (read-only).
+    Welcome(Welcome),
+    /// The session does not come about; the socket ends after it.
+    Refused {
+        /// Kind of refusal.
+        status: Status,
+        /// What, with which value, and the way out.
+        message: String,
+    },
+    /// A request without result succeeded.
+    Done {
+        /// The request's number.
+        seq: u64,
+    },
+    /// A request failed; nothing of it took effect.
+    Failed {
+        /// The request's number.
+        seq: u64,
+        /// Kind of failure.
+        status: Status,
+        /// What, with which value, and the way out.
+        message: String,
+    },
+    /// A registration was accepted.
+    Registered {
+        /// The request's number.
+        seq: u64,
+        /// Its id in this session's descriptors.
+        registration: u32,
+    },
+    /// Every rank of the registration's instance is there.
+    Ready {
+        /// The registration.
+        registration: u32,
+        /// Key of the instance's blocks in the index.
+        namespace: u32,
+    },
+    /// A rank of the instance left: queries miss until it is back.
+    NotReady {
+        /// The registration.
+        registration: u32,
+    },
+    /// The session ends; the socket's end follows.
+    Closing {
+        /// Kind of reason.
+        status: Status,
+        /// The reason in words.
+        message: String,
+    },
+}
+
+/// A session came about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// Version both sides speak from here on.
+    pub protocol: u32,
+    /// Version of the daemon, for logs.
+    pub daemon_version: String,
+    /// The daemon's boot id in hex.
+    pub boot_id: String,
+    /// Name of the node.
+    pub node: String,
+    /// Session id, for logs and tables.
+    pub session: u64,
+    /// The daemon's process id: a client with `ptrace_scope` 1 names it in `PR_SET_PTRACER`.
+    pub daemon_pid: u32,
+    /// Bytes of the D2C memfd.
+    pub d2c_bytes: u64,
+    /// Bytes of the index file.
+    pub index_bytes: u64,
+    /// Default time to live of a lease in milliseconds.
+    pub lease_ttl_ms: u64,
+}
+
+/// The version that both sides speak, if any: the newest common one.
+pub fn negotiate(client_min: u32, client_max: u32) -> Option<u32> {
+    let newest = client_max.min(PROTOCOL_MAX);
+    (newest >= client_min && newest >= PROTOCOL_MIN && client_min <= client_max).then_some(newest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn negotiation_takes_the_newest_common_version() {
+        assert_eq!(negotiate(1, 1), Some(1));
+        assert_eq!(negotiate(1, 9), Some(PROTOCOL_MAX));
+        assert_eq!(negotiate(PROTOCOL_MAX + 1, PROTOCOL_MAX + 3), None);
+        assert_eq!(negotiate(0, 0), None);
+        assert_eq!(negotiate(2, 1), None);
+    }
+
+    #[test]
+    fn messages_are_golden() {
+        let message = ClientMessage::AddRegion { seq: 1, region: 2, bytes: 3 };
+        let text = r#"{"type":"add_region","seq":1,"region":2,"bytes":3}"#;
+        assert_eq!(serde_json::to_string(&message).unwrap(), text);
+        let segment = SegmentLayout {
+            memory: MemoryRef::Region(4),
+            base: 0,
+            block_stride: 64,
+            bytes: 64,
+        };
+        assert_eq!(
+            serde_json::to_string(&segment).unwrap(),
+            r#"{"memory":{"region":4},"base":0,"block_stride":64,"bytes":64}"#
+        );
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored_and_unknown_types_refused() {
+        let newer = r#"{"type":"unregister","seq":1,"registration":2,"why":"new field"}"#;
+        assert!(serde_json::from_str::<ClientMessage>(newer).is_ok());
+        assert!(serde_json::from_str::<ClientMessage>(r#"{"type":"dance"}"#).is_err());
+    }
+}

@@ -1,0 +1,409 @@
+//! Descriptors: what a ring slot carries beside its sequence number.
+//!
+//! A [`Submission`] goes from client to daemon, a [`Completion`] back. Both are 56 bytes of
+//! fixed-width fields without padding, so that they travel as seven 64-bit words. Every request
+//! has exactly one completion; a list too long for one arena chunk is sent as several submissions
+//! with the same `request_id`, all but the last flagged [`flags::MORE`], and the completion answers
+//! the last.
+
+#![forbid(unsafe_code)]
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::status::Status;
+
+/// A descriptor as seven machine words, the unit rings move.
+pub type Body = [u64; 7];
+
+/// Operations a client can submit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Op {
+    /// Does nothing and completes: round-trip measurements and liveness probes.
+    Nop = 1,
+    /// Pins the cached blocks of a hash list and answers with a lease.
+    Query = 2,
+    /// Copies a lease's pages into the engine's KV memory.
+    Load = 3,
+    /// Copies blocks out of the engine's KV memory into the pool.
+    Save = 4,
+    /// Gives a lease back without loading.
+    Release = 5,
+    /// Extends a lease's time to live.
+    Renew = 6,
+    /// Cancels an unfinished request of the same session.
+    Cancel = 7,
+}
+
+impl Op {
+    /// The operation with this number.
+    pub fn from_code(code: u8) -> Option<Op> {
+        Some(match code {
+            1 => Op::Nop,
+            2 => Op::Query,
+            3 => Op::Load,
+            4 => Op::Save,
+            5 => Op::Release,
+            6 => Op::Renew,
+            7 => Op::Cancel,
+            _ => return None,
+        })
+    }
+
+    /// Name in logs and metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Op::Nop => "nop",
+            Op::Query => "query",
+            Op::Load => "load",
+            Op::Save => "save",
+            Op::Release => "release",
+            Op::Renew => "renew",
+            Op::Cancel => "cancel",
+        }
+    }
+}
+
+/// Bits of [`Submission::flags`].
+pub mod flags {
+    /// More chunks of the same request follow.
+    pub const MORE: u8 = 1;
+    /// Block ids are given as runs `(start: u32, length: u32)` instead of single ids.
+    pub const BLOCK_RUNS: u8 = 2;
+    /// Every bit that has a meaning; a submission with another bit set is a protocol error.
+    pub const KNOWN: u8 = MORE | BLOCK_RUNS;
+}
+
+/// One request, or one chunk of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Submission {
+    /// An [`Op`].
+    pub op: u8,
+    /// Bits of [`flags`].
+    pub flags: u8,
+    /// Cache group.
+    pub group: u16,
+    /// Registration the request speaks for; 0 where the operation needs none.
+    pub registration: u32,
+    /// Chosen by the client, not 0, unique among the session's unfinished requests.
+    pub request_id: u64,
+    /// Start of this chunk's payload, in bytes from the start of the client's arena.
+    pub payload_offset: u32,
+    /// Length of this chunk's payload in bytes.
+    pub payload_bytes: u32,
+    /// Hashes (query, save) or blocks (load) in this chunk.
+    pub count: u32,
+    /// Hashes or blocks in the whole request; the same in each of its chunks.
+    pub total: u32,
+    /// Query: the engine's request key. Load, release, renew: the lease. Cancel: the request id.
+    pub arg0: u64,
+    /// Query of a group other than 0: offset of the result in the daemon's result arena.
+    /// Load: position in the lease of the first block. Renew: new time to live in ms.
+    pub arg1: u64,
+    /// Query: time to live of the lease in ms, 0 for the daemon's default. Otherwise 0.
+    pub arg2: u64,
+}
+
+/// The answer to one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Completion {
+    /// The request's [`Op`].
+    pub op: u8,
+    /// A [`Status`].
+    pub status: u8,
+    /// Query: a [`MissReason`] for the first position that is not a hit.
+    pub reason: u16,
+    /// Query: blocks that are hits. Load: blocks loaded. Save: blocks newly stored.
+    pub count: u32,
+    /// The request's id.
+    pub request_id: u64,
+    /// Query: the lease, or 0 when there was no hit.
+    pub lease: u64,
+    /// Bytes copied.
+    pub bytes: u64,
+    /// Save: blocks already held or already on their way in: nothing was copied for them.
+    pub skipped: u32,
+    /// Save: blocks not stored for want of room or because a copy failed.
+    pub dropped: u32,
+    /// The value an error is about (a block id, a lease, a limit); query: the lease's ttl in ms.
+    pub arg0: u64,
+    /// Nanoseconds between the daemon seeing the request and posting this.
+    pub daemon_ns: u64,
+}
+
+const _: () = {
+    assert!(size_of::<Submission>() == 56 && align_of::<Submission>() == 8);
+    assert!(size_of::<Completion>() == 56 && align_of::<Completion>() == 8);
+    assert!(std::mem::offset_of!(Submission, request_id) == 8);
+    assert!(std::mem::offset_of!(Submission, arg0) == 32);
+    assert!(std::mem::offset_of!(Completion, lease) == 16);
+    assert!(std::mem::offset_of!(Completion, daemon_ns) == 48);
+};
+
+impl Submission {
+    /// As ring words.
+    #[inline]
+    pub fn to_body(self) -> Body {
+        bytemuck::cast(self)
+    }
+
+    /// From ring words; any words make a `Submission`, validation is [`Self::check`].
+    #[inline]
+    pub fn from_body(body: Body) -> Submission {
+        bytemuck::cast(body)
+    }
+
+    /// Checks the fields that need no state: operation, flags, id, payload bounds.
+    ///
+    /// # Errors
+    /// Names the first field that cannot come from a correct client.
+    #[inline]
+    pub fn check(&self, arena_bytes: u32) -> Result<Op, DescriptorFault> {
+        let op = Op::from_code(self.op).ok_or(DescriptorFault::Op(self.op))?;
+        if self.flags & !flags::KNOWN != 0 {
+            return Err(DescriptorFault::Flags(self.flags));
+        }
+        if self.request_id == 0 {
+            return Err(DescriptorFault::RequestId);
+        }
+        if self.count > self.total {
+            return Err(DescriptorFault::Count { count: self.count, total: self.total });
+        }
+        let end = u64::from(self.payload_offset) + u64::from(self.payload_bytes);
+        if end > u64::from(arena_bytes) || self.payload_offset % 8 != 0 {
+            return Err(DescriptorFault::Payload {
+                offset: self.payload_offset,
+                bytes: self.payload_bytes,
+                arena_bytes,
+            });
+        }
+        let listed = matches!(op, Op::Query | Op::Load | Op::Save);
+        if !listed && (self.payload_bytes != 0 || self.flags != 0 || self.total != 0) {
+            return Err(DescriptorFault::UnexpectedPayload(self.op));
+        }
+        Ok(op)
+    }
+}
+
+impl Completion {
+    /// As ring words.
+    #[inline]
+    pub fn to_body(self) -> Body {
+        bytemuck::cast(self)
+    }
+
+    /// From ring words.
+    #[inline]
+    pub fn from_body(body: Body) -> Completion {
+        bytemuck::cast(body)
+    }
+
+    /// A completion without result fields.
+    #[inline]
+    pub fn new(op: Op, request_id: u64, status: Status) -> Completion {
+        Completion {
+            op: op as u8,
+            status: status as u8,
+            request_id,
+            ..Completion::zeroed()
+        }
+    }
+
+    /// The status; a number from a newer daemon reads as [`Status::Internal`].
+    pub fn status(&self) -> Status {
+        Status::from_code(self.status).unwrap_or(Status::Internal)
+    }
+}
+
+/// A submission that no correct client sends: the session is closed with this as the reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DescriptorFault {
+    /// Unknown operation number.
+    #[error("unknown operation {0}")]
+    Op(u8),
+    /// Unknown flag bits.
+    #[error("unknown flag bits in {0:#04x}")]
+    Flags(u8),
+    /// Request id 0.
+    #[error("request id 0 is reserved")]
+    RequestId,
+    /// A chunk claims more items than its request.
+    #[error("chunk of {count} items in a request of {total}")]
+    Count {
+        /// Items in the chunk.
+        count: u32,
+        /// Items in the request.
+        total: u32,
+    },
+    /// The payload does not lie in the arena.
+    #[error("payload of {bytes} bytes at {offset} does not lie in the arena of {arena_bytes}")]
+    Payload {
+        /// Offset in the arena.
+        offset: u32,
+        /// Length.
+        bytes: u32,
+        /// Arena size.
+        arena_bytes: u32,
+    },
+    /// A payload, flag or list length on an operation that takes none.
+    #[error("operation {0} takes no payload")]
+    UnexpectedPayload(u8),
+    /// The payload's length does not fit its count.
+    #[error("payload of {bytes} bytes does not hold {count} items")]
+    PayloadSize {
+        /// Length.
+        bytes: u32,
+        /// Items announced.
+        count: u32,
+    },
+    /// Chunks of one request contradict each other.
+    #[error("chunk of request {request_id} contradicts its first chunk")]
+    Chunk {
+        /// The request.
+        request_id: u64,
+    },
+    /// More unfinished requests than the completion ring has room for.
+    #[error("more than {limit} unfinished requests")]
+    Credit {
+        /// Completion slots.
+        limit: u32,
+    },
+    /// The id of a request that is still unfinished was used again.
+    #[error("request id {request_id} is still in use")]
+    RequestInUse {
+        /// The request.
+        request_id: u64,
+    },
+    /// The result lies outside the result arena.
+    #[error("result at {offset} for {count} positions does not lie in the result arena")]
+    Result {
+        /// Offset asked for.
+        offset: u64,
+        /// Positions.
+        count: u32,
+    },
+}
+
+/// Why a queried position is not a hit. The numbers are part of the ABI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum MissReason {
+    /// All positions are hits.
+    None = 0,
+    /// The block is not held: never saved, or evicted.
+    Absent = 1,
+    /// Some ranks' shards are in, others are not yet.
+    Incomplete = 2,
+    /// Its last copy is still running.
+    InFlight = 3,
+    /// A position after the first miss of a prefix query; not looked up.
+    AfterMiss = 4,
+    /// The lease table or pin limit was full.
+    NoLease = 5,
+    /// The daemon was away.
+    Disconnected = 6,
+}
+
+impl MissReason {
+    /// Every reason, in numeric order.
+    pub const ALL: [MissReason; 7] = [
+        MissReason::None,
+        MissReason::Absent,
+        MissReason::Incomplete,
+        MissReason::InFlight,
+        MissReason::AfterMiss,
+        MissReason::NoLease,
+        MissReason::Disconnected,
+    ];
+
+    /// Label in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            MissReason::None => "none",
+            MissReason::Absent => "absent",
+            MissReason::Incomplete => "incomplete",
+            MissReason::InFlight => "in_flight",
+            MissReason::AfterMiss => "after_miss",
+            MissReason::NoLease => "no_lease",
+            MissReason::Disconnected => "disconnected",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nop() -> Submission {
+        Submission { op: Op::Nop as u8, request_id: 7, ..Submission::zeroed() }
+    }
+
+    #[test]
+    fn submission_bytes_are_golden() {
+        let submission = Submission {
+            op: 4,
+            flags: 1,
+            group: 0x0203,
+            registration: 0x0405_0607,
+            request_id: 0x1122_3344_5566_7788,
+            payload_offset: 0x4000,
+            payload_bytes: 0x20,
+            count: 1,
+            total: 2,
+            arg0: 3,
+            arg1: 4,
+            arg2: 5,
+        };
+        let bytes: [u8; 56] = bytemuck::cast(submission);
+        assert_eq!(bytes[..8], [4, 1, 3, 2, 7, 6, 5, 4]);
+        assert_eq!(bytes[8..16], 0x1122_3344_5566_7788u64.to_le_bytes());
+        assert_eq!(bytes[16..24], [0, 0x40, 0, 0, 0x20, 0, 0, 0]);
+        assert_eq!(bytes[24..32], [1, 0, 0, 0, 2, 0, 0, 0]);
+        assert_eq!(Submission::from_body(submission.to_body()), submission);
+    }
+
+    #[test]
+    fn completion_round_trips_and_reads_unknown_status_as_internal() {
+        let mut completion = Completion::new(Op::Load, 9, Status::LeaseExpired);
+        completion.count = 3;
+        assert_eq!(Completion::from_body(completion.to_body()), completion);
+        assert_eq!(completion.status(), Status::LeaseExpired);
+        completion.status = 250;
+        assert_eq!(completion.status(), Status::Internal);
+    }
+
+    #[test]
+    fn every_bad_field_is_refused_by_name() {
+        assert_eq!(nop().check(4096), Ok(Op::Nop));
+        assert_eq!(Submission { op: 99, ..nop() }.check(4096), Err(DescriptorFault::Op(99)));
+        assert_eq!(Submission { flags: 8, ..nop() }.check(4096), Err(DescriptorFault::Flags(8)));
+        assert_eq!(
+            Submission { request_id: 0, ..nop() }.check(4096),
+            Err(DescriptorFault::RequestId)
+        );
+        assert_eq!(
+            Submission { payload_bytes: 8, ..nop() }.check(4096),
+            Err(DescriptorFault::UnexpectedPayload(1))
+        );
+        let save = Submission { op: Op::Save as u8, ..nop() };
+        assert!(Submission { payload_offset: u32::MAX - 7, payload_bytes: 64, ..save }
+            .check(u32::MAX)
+            .is_err());
+        assert!(Submission { count: 2, total: 1, ..save }.check(4096).is_err());
+        assert!(Submission { payload_offset: 4, ..save }.check(4096).is_err());
+    }
+
+    #[test]
+    fn operations_round_trip() {
+        for code in 0..=255u8 {
+            if let Some(op) = Op::from_code(code) {
+                assert_eq!(op as u8, code);
+            }
+        }
+        for (number, reason) in MissReason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, number);
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! The index over mapped memory, and the prefetch hint: the only unsafe code of the index.
+
+#[cfg(not(loom))]
+pub use mapped::{RawMemory, RawReadMemory};
+
+/// Asks the CPU to bring the line of `target` closer; touches nothing, changes nothing.
+#[inline(always)]
+pub fn prefetch_read<T>(target: &T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: the address is that of a live reference, and a prefetch is a hint that never
+        // faults; SSE is part of every x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(core::ptr::from_ref(target).cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = target;
+}
+
+#[cfg(not(loom))]
+mod mapped {
+    use core::ptr::NonNull;
+
+    use super::super::layout::WORD_BYTES;
+    use super::super::memory::{IndexMemory, WritableIndexMemory};
+    use crate::sync::AtomicU64;
+
+    /// The daemon's writable mapping of an index file. `O` keeps the mapping alive.
+    #[derive(Debug)]
+    pub struct RawMemory<O> {
+        inner: RawReadMemory<O>,
+    }
+
+    /// A client's read-only mapping of an index file. `O` keeps the mapping alive.
+    ///
+    /// Only relaxed loads of 8 bytes reach the words (ordering comes from fences), which the
+    /// language guarantees to work on memory that is mapped without write permission.
+    #[derive(Debug)]
+    pub struct RawReadMemory<O> {
+        base: NonNull<AtomicU64>,
+        count: usize,
+        _owner: O,
+    }
+
+    // SAFETY: the pointer stands for `&[AtomicU64]`, which is Send and Sync; it is valid as long
+    // as the owner lives, and the owner goes along, so the owner's own bounds decide the rest.
+    unsafe impl<O: Send> Send for RawReadMemory<O> {}
+    // SAFETY: as above; shared access to the words is atomic.
+    unsafe impl<O: Sync> Sync for RawReadMemory<O> {}
+
+    impl<O> RawReadMemory<O> {
+        /// Lays words over `bytes` bytes at `base`; a rest below 8 bytes is left out.
+        ///
+        /// # Panics
+        /// If `base` is not aligned to 8 bytes (a mapping is aligned to its page size).
+        ///
+        /// # Safety
+        /// `base..base + bytes` must stay mapped and readable as long as `owner` lives, wherever
+        /// `owner` is moved; the file behind it must not shrink. Everybody in this process who
+        /// accesses these bytes meanwhile must do so atomically.
+        pub unsafe fn new(base: NonNull<u8>, bytes: usize, owner: O) -> Self {
+            let base = base.cast::<AtomicU64>();
+            assert!(base.is_aligned(), "index mapping at {base:p} is not aligned to 8 bytes");
+            Self { base, count: bytes / WORD_BYTES, _owner: owner }
+        }
+    }
+
+    impl<O> RawMemory<O> {
+        /// Lays words over `bytes` bytes at `base`; a rest below 8 bytes is left out.
+        ///
+        /// # Panics
+        /// If `base` is not aligned to 8 bytes.
+        ///
+        /// # Safety
+        /// As [`RawReadMemory::new`], and the bytes must be writable.
+        pub unsafe fn new(base: NonNull<u8>, bytes: usize, owner: O) -> Self {
+            // SAFETY: the caller's promise includes this one.
+            Self { inner: unsafe { RawReadMemory::new(base, bytes, owner) } }
+        }
+    }
+
+    impl<O> IndexMemory for RawReadMemory<O> {
+        #[inline]
+        fn words(&self) -> &[AtomicU64] {
+            // SAFETY: `new`'s caller promised that the bytes stay mapped while the owner, a field
+            // of self, lives, and that all access is atomic; alignment was checked there.
+            unsafe { core::slice::from_raw_parts(self.base.as_ptr(), self.count) }
+        }
+    }
+
+    impl<O> IndexMemory for RawMemory<O> {
+        #[inline]
+        fn words(&self) -> &[AtomicU64] {
+            self.inner.words()
+        }
+    }
+
+    impl<O> WritableIndexMemory for RawMemory<O> {}
+}

@@ -1,0 +1,135 @@
+//! Rows of the node file's tables: sessions, leases, namespaces.
+//!
+//! Text fields are UTF-8, cut to the field and padded with zeros.
+
+#![forbid(unsafe_code)]
+
+use bytemuck::{Pod, Zeroable};
+
+/// Sessions the table shows; also the most a daemon serves.
+pub const SESSION_ROWS: usize = 256;
+/// Leases the table shows; a daemon may hold more, which only the gauge counts.
+pub const LEASE_ROWS: usize = 1024;
+/// Namespaces the table shows; also the most a daemon keeps.
+pub const NAMESPACE_ROWS: usize = 256;
+
+/// A connected session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct SessionRow {
+    /// Session id; 0 marks a free row.
+    pub session: u64,
+    /// Process id of the client.
+    pub pid: u32,
+    /// User id of the client.
+    pub uid: u32,
+    /// Unix time of the connection in milliseconds.
+    pub connected_unix_ms: u64,
+    /// Slots of the submission ring.
+    pub submission_slots: u32,
+    /// Slots of the completion ring.
+    pub completion_slots: u32,
+    /// Submissions read.
+    pub submissions: u64,
+    /// Completions posted.
+    pub completions: u64,
+    /// Requests taken and not completed.
+    pub unfinished: u32,
+    /// Registrations.
+    pub registrations: u32,
+    /// Rank of the first registration, `u32::MAX` for a scheduler or none.
+    pub rank: u32,
+    /// World size of the first registration, 0 for none.
+    pub world_size: u32,
+    /// Name the client gave itself.
+    pub client_name: [u8; 64],
+    /// Instance of the first registration.
+    pub instance: [u8; 64],
+}
+
+/// A live lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct LeaseRow {
+    /// Lease id; 0 marks a free row.
+    pub lease: u64,
+    /// Session that holds it.
+    pub session: u64,
+    /// The engine's request key.
+    pub request_key: u64,
+    /// Unix time at which it expires, in milliseconds.
+    pub expires_unix_ms: u64,
+    /// Blocks it pins.
+    pub blocks: u32,
+    /// Workers that have loaded.
+    pub consumed_by: u32,
+    /// Workers that may load.
+    pub world_size: u32,
+    /// Copies still running.
+    pub copies: u32,
+    /// Cache group.
+    pub group: u32,
+    /// Namespace row.
+    pub namespace: u32,
+}
+
+/// A namespace with blocks or registrations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct NamespaceRow {
+    /// 1 when the row is in use.
+    pub used: u32,
+    /// User whose isolation domain it belongs to.
+    pub uid: u32,
+    /// World size of its instances.
+    pub world_size: u32,
+    /// Tokens per block.
+    pub block_tokens: u32,
+    /// Sealed blocks held.
+    pub blocks: u64,
+    /// Bytes of their pages.
+    pub bytes: u64,
+    /// Blocks queried.
+    pub queried: u64,
+    /// Blocks hit.
+    pub hits: u64,
+    /// Digest.
+    pub digest: [u8; 32],
+    /// Summary of the spec.
+    pub summary: [u8; 160],
+}
+
+const _: () = {
+    assert!(size_of::<SessionRow>() == 200);
+    assert!(size_of::<LeaseRow>() == 56);
+    assert!(size_of::<NamespaceRow>() == 240);
+};
+
+/// Puts text into a fixed field, cut at a character boundary.
+pub fn text_field<const N: usize>(text: &str) -> [u8; N] {
+    let mut field = [0; N];
+    let mut end = text.len().min(N);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    field[..end].copy_from_slice(&text.as_bytes()[..end]);
+    field
+}
+
+/// Reads a fixed field.
+pub fn field_text(field: &[u8]) -> String {
+    let end = field.iter().position(|byte| *byte == 0).unwrap_or(field.len());
+    String::from_utf8_lossy(&field[..end]).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_cut_at_a_character() {
+        assert_eq!(field_text(&text_field::<4>("abcé")), "abc");
+        assert_eq!(field_text(&text_field::<8>("abcé")), "abcé");
+        assert_eq!(field_text(&text_field::<2>("")), "");
+    }
+}

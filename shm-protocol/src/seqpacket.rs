@@ -1,0 +1,150 @@
+//! One packet of the session socket: a JSON text and the descriptors beside it.
+
+#![forbid(unsafe_code)]
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::control::{MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS};
+
+/// A packet could not be sent or received.
+#[derive(Debug, thiserror::Error)]
+pub enum PacketError {
+    /// The socket's system call failed; `EAGAIN` on a non-blocking socket means "not now".
+    #[error("session socket: {0}")]
+    Io(#[from] Errno),
+    /// The peer closed the socket.
+    #[error("the peer closed the session socket")]
+    Closed,
+    /// A message does not fit a packet.
+    #[error("message of {bytes} bytes, at most {MAX_MESSAGE_BYTES} fit: register fewer segments")]
+    TooLong {
+        /// Length of the message.
+        bytes: usize,
+    },
+    /// The packet or its descriptors were cut off by the receiver's limits.
+    #[error("the peer sent a packet beyond {MAX_MESSAGE_BYTES} bytes or {MAX_MESSAGE_FDS} descriptors")]
+    Truncated,
+    /// The packet is not a message of this protocol.
+    #[error("the peer sent a packet that is no message: {0}")]
+    Malformed(#[from] serde_json::Error),
+}
+
+impl PacketError {
+    /// True when a non-blocking socket had nothing to give or no room to take.
+    pub fn would_block(&self) -> bool {
+        matches!(self, PacketError::Io(Errno::AGAIN))
+    }
+}
+
+/// Sends one message with descriptors.
+///
+/// # Errors
+/// See [`PacketError`]; a closed peer reads as [`PacketError::Closed`].
+pub fn send<M: Serialize>(
+    socket: BorrowedFd<'_>,
+    message: &M,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), PacketError> {
+    let text = serde_json::to_vec(message)?;
+    if text.len() > MAX_MESSAGE_BYTES {
+        return Err(PacketError::TooLong { bytes: text.len() });
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MESSAGE_FDS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(PacketError::Truncated);
+    }
+    loop {
+        match sendmsg(socket, &[IoSlice::new(&text)], &mut ancillary, SendFlags::NOSIGNAL) {
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(Errno::PIPE | Errno::CONNRESET) => return Err(PacketError::Closed),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Receives one message and its descriptors (close-on-exec).
+///
+/// # Errors
+/// See [`PacketError`]. Descriptors of a packet that is refused are closed.
+pub fn receive<M: DeserializeOwned>(
+    socket: BorrowedFd<'_>,
+) -> Result<(M, Vec<OwnedFd>), PacketError> {
+    let mut text = vec![0u8; MAX_MESSAGE_BYTES];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MESSAGE_FDS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        let mut slices = [IoSliceMut::new(&mut text)];
+        match recvmsg(socket, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Ok(received) => break received,
+            Err(Errno::INTR) => {}
+            Err(Errno::CONNRESET) => return Err(PacketError::Closed),
+            Err(error) => return Err(error.into()),
+        }
+    };
+    let mut fds = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            fds.extend(received);
+        }
+    }
+    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+        return Err(PacketError::Truncated);
+    }
+    if received.bytes == 0 {
+        return Err(PacketError::Closed);
+    }
+    Ok((serde_json::from_slice(&text[..received.bytes])?, fds))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+    use crate::control::ClientMessage;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+    }
+
+    #[test]
+    fn a_message_arrives_with_its_descriptors() {
+        let (left, right) = pair();
+        let message = ClientMessage::Unregister { seq: 1, registration: 2 };
+        send(left.as_fd(), &message, &[left.as_fd(), right.as_fd()]).unwrap();
+        let (back, fds): (ClientMessage, _) = receive(right.as_fd()).unwrap();
+        assert_eq!(back, message);
+        assert_eq!(fds.len(), 2);
+    }
+
+    #[test]
+    fn garbage_is_refused_and_a_closed_peer_is_seen() {
+        let (left, right) = pair();
+        rustix::io::write(&left, b"{]").unwrap();
+        let garbage = receive::<ClientMessage>(right.as_fd());
+        assert!(matches!(garbage, Err(PacketError::Malformed(_))));
+        drop(left);
+        assert!(matches!(receive::<ClientMessage>(right.as_fd()), Err(PacketError::Closed)));
+    }
+
+    #[test]
+    fn a_message_beyond_the_limit_is_refused_before_it_is_sent() {
+        let (left, _right) = pair();
+        let long = "x".repeat(MAX_MESSAGE_BYTES);
+        assert!(matches!(send(left.as_fd(), &long, &[]), Err(PacketError::TooLong { .. })));
+    }
+}
