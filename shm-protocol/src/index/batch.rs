@@ -31,7 +31,10 @@ pub(super) fn find_batch(
 ) -> [u32; BATCH] {
     let mut homes = [Home { line: 0, tag: 0 }; BATCH];
     for (home, hash) in homes.iter_mut().zip(hashes) {
-        *home = hasher.home(&KeyWords { scope, hash: hash_to_words(hash) });
+        *home = hasher.home(&KeyWords {
+            scope,
+            hash: hash_to_words(hash),
+        });
         if let Some(line) = table.line(home.line) {
             prefetch_read(line);
         }
@@ -52,7 +55,10 @@ pub(super) fn find_batch(
         if *id == MISS {
             continue;
         }
-        let key = KeyWords { scope, hash: hash_to_words(hash) };
+        let key = KeyWords {
+            scope,
+            hash: hash_to_words(hash),
+        };
         if !table.entry(*id).is_some_and(|entry| accept(entry, &key)) {
             // Another key with the same tag comes first, or a change is under way.
             *id = table.find(*home, &key, accept).unwrap_or(MISS);

@@ -43,7 +43,11 @@ impl BlockKey {
     /// Key of block `hash` in `namespace` and `group`.
     #[inline]
     pub fn new(namespace: u32, group: u16, hash: &BlockHash) -> Self {
-        Self { hash: hash_to_words(hash), namespace, group }
+        Self {
+            hash: hash_to_words(hash),
+            namespace,
+            group,
+        }
     }
 
     /// The 32 bytes of the hash.
@@ -57,7 +61,10 @@ impl BlockKey {
 
     #[inline]
     pub(super) fn words(&self) -> KeyWords {
-        KeyWords { scope: pack_scope(self.namespace, self.group), hash: self.hash }
+        KeyWords {
+            scope: pack_scope(self.namespace, self.group),
+            hash: self.hash,
+        }
     }
 
     pub(super) fn from_words(words: &KeyWords) -> Self {
@@ -109,7 +116,10 @@ pub(super) struct KeyHasher {
 
 impl KeyHasher {
     pub(super) fn new(seed: u64, bucket_count: u32) -> Self {
-        Self { seed, bucket_count: u64::from(bucket_count) }
+        Self {
+            seed,
+            bucket_count: u64::from(bucket_count),
+        }
     }
 
     /// Home of a key. The seed keeps engine-chosen hashes (sequential ones, say) from crowding.
@@ -125,6 +135,9 @@ impl KeyHasher {
         let mixed = XxHash3_64::oneshot_with_seed(self.seed, &packed);
         // Fast range reduction uses the upper bits, the tag the lower ones: independent.
         let line = ((u128::from(mixed) * u128::from(self.bucket_count)) >> 64) as u32;
-        Home { line, tag: (mixed as u32).max(1) }
+        Home {
+            line,
+            tag: (mixed as u32).max(1),
+        }
     }
 }

@@ -177,7 +177,10 @@ impl IndexLayout {
     /// Layout with a chosen number of bucket lines; few lines make long probes.
     pub fn with_buckets(max_entries: u32, bucket_count: u32) -> Result<Self, LayoutError> {
         if max_entries == 0 || max_entries > MAX_ENTRIES {
-            return Err(LayoutError::EntryCapacity { requested: max_entries, max: MAX_ENTRIES });
+            return Err(LayoutError::EntryCapacity {
+                requested: max_entries,
+                max: MAX_ENTRIES,
+            });
         }
         if bucket_count == 0 {
             return Err(LayoutError::NoBuckets);
@@ -275,19 +278,47 @@ impl IndexLayout {
             return Err(OpenError::Features(header.feature_bits));
         }
         let field = |ok: bool, field, value: u64| {
-            if ok { Ok(()) } else { Err(OpenError::Field { field, value }) }
+            if ok {
+                Ok(())
+            } else {
+                Err(OpenError::Field { field, value })
+            }
         };
         let line = LINE_BYTES as u64;
-        field(header.line_bytes as usize == LINE_BYTES, "line_bytes", header.line_bytes.into())?;
-        field(header.entry_bytes as usize == ENTRY_BYTES, "entry_bytes", header.entry_bytes.into())?;
+        field(
+            header.line_bytes as usize == LINE_BYTES,
+            "line_bytes",
+            header.line_bytes.into(),
+        )?;
+        field(
+            header.entry_bytes as usize == ENTRY_BYTES,
+            "entry_bytes",
+            header.entry_bytes.into(),
+        )?;
         let slots = header.slots_per_line;
-        field(slots as usize == SLOTS_PER_LINE, "slots_per_line", slots.into())?;
+        field(
+            slots as usize == SLOTS_PER_LINE,
+            "slots_per_line",
+            slots.into(),
+        )?;
         let probe = header.max_probe_lines;
-        field((1..=MAX_PROBE_LINES).contains(&probe), "max_probe_lines", probe.into())?;
+        field(
+            (1..=MAX_PROBE_LINES).contains(&probe),
+            "max_probe_lines",
+            probe.into(),
+        )?;
         let buckets = header.bucket_count;
-        field((1..=u64::from(u32::MAX)).contains(&buckets), "bucket_count", buckets)?;
+        field(
+            (1..=u64::from(u32::MAX)).contains(&buckets),
+            "bucket_count",
+            buckets,
+        )?;
         let capacity = header.entry_capacity;
-        field((1..=u64::from(MAX_ENTRIES)).contains(&capacity), "entry_capacity", capacity)?;
+        field(
+            (1..=u64::from(MAX_ENTRIES)).contains(&capacity),
+            "entry_capacity",
+            capacity,
+        )?;
 
         // The counts are below 2^32, so products with 64 fit; the sums are checked.
         let start = header.buckets_offset;
@@ -295,13 +326,21 @@ impl IndexLayout {
         field(start_ok, "buckets_offset", start)?;
         let entries = header.entries_offset;
         let lines_end = start.checked_add(buckets * line);
-        let entries_ok = lines_end.is_some_and(|end| end <= entries) && entries.is_multiple_of(line);
+        let entries_ok =
+            lines_end.is_some_and(|end| end <= entries) && entries.is_multiple_of(line);
         field(entries_ok, "entries_offset", entries)?;
         let total = header.total_bytes;
         let entries_end = entries.checked_add(capacity * ENTRY_BYTES as u64);
-        field(entries_end.is_some_and(|end| end <= total), "total_bytes", total)?;
+        field(
+            entries_end.is_some_and(|end| end <= total),
+            "total_bytes",
+            total,
+        )?;
         if total > mapped {
-            return Err(OpenError::TooShort { actual: mapped, needed: total });
+            return Err(OpenError::TooShort {
+                actual: mapped,
+                needed: total,
+            });
         }
         Ok(Self {
             bucket_count: buckets as u32,

@@ -26,17 +26,25 @@ impl HeapMemory {
     /// Zeroed memory for an index of this layout.
     pub fn for_layout(layout: &IndexLayout) -> Self {
         let count = layout.total_bytes() as usize / WORD_BYTES;
-        Self { words: (0..count).map(|_| AtomicU64::new(0)).collect() }
+        Self {
+            words: (0..count).map(|_| AtomicU64::new(0)).collect(),
+        }
     }
 
     /// Memory with given words, whatever they are; a test feeds a reader garbage with it.
     pub fn from_words(words: &[u64]) -> Self {
-        Self { words: words.iter().map(|&word| AtomicU64::new(word)).collect() }
+        Self {
+            words: words.iter().map(|&word| AtomicU64::new(word)).collect(),
+        }
     }
 
     /// A copy of the first `count` words.
     pub fn snapshot(&self, count: usize) -> Vec<u64> {
-        self.words.iter().take(count).map(|word| word.load(Ordering::Relaxed)).collect()
+        self.words
+            .iter()
+            .take(count)
+            .map(|word| word.load(Ordering::Relaxed))
+            .collect()
     }
 }
 

@@ -50,15 +50,15 @@ pub use layout::{
     LayoutError, MAGIC, MAX_ENTRIES, MAX_PROBE_LINES, OpenError, SLOTS_PER_LINE,
 };
 pub use memory::{HeapMemory, IndexMemory, WritableIndexMemory};
+pub use raw::prefetch_read;
 #[cfg(not(loom))]
 pub use raw::{RawMemory, RawReadMemory};
-pub use raw::prefetch_read;
 pub use reader::IndexReader;
 pub use writer::{CreateError, EntryError, IndexWriter, InsertError};
 
 /// The entry's protocol by itself, for the loom models of torn reads.
 #[cfg(loom)]
 pub mod model {
-    pub use super::entry::{EntryWords, KeyWords, publish, seal, unseal, vacate};
     pub use super::entry::is_sealed_match;
+    pub use super::entry::{EntryWords, KeyWords, publish, seal, unseal, vacate};
 }

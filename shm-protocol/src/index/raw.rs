@@ -60,8 +60,15 @@ mod mapped {
         /// accesses these bytes meanwhile must do so atomically.
         pub unsafe fn new(base: NonNull<u8>, bytes: usize, owner: O) -> Self {
             let base = base.cast::<AtomicU64>();
-            assert!(base.is_aligned(), "index mapping at {base:p} is not aligned to 8 bytes");
-            Self { base, count: bytes / WORD_BYTES, _owner: owner }
+            assert!(
+                base.is_aligned(),
+                "index mapping at {base:p} is not aligned to 8 bytes"
+            );
+            Self {
+                base,
+                count: bytes / WORD_BYTES,
+                _owner: owner,
+            }
         }
     }
 
@@ -75,7 +82,9 @@ mod mapped {
         /// As [`RawReadMemory::new`], and the bytes must be writable.
         pub unsafe fn new(base: NonNull<u8>, bytes: usize, owner: O) -> Self {
             // SAFETY: the caller's promise includes this one.
-            Self { inner: unsafe { RawReadMemory::new(base, bytes, owner) } }
+            Self {
+                inner: unsafe { RawReadMemory::new(base, bytes, owner) },
+            }
         }
     }
 

@@ -31,7 +31,10 @@ impl<M: IndexMemory> IndexReader<M> {
         let words = memory.words();
         let mapped = (words.len() * WORD_BYTES) as u64;
         if mapped < HEADER_BYTES as u64 {
-            return Err(OpenError::TooShort { actual: mapped, needed: HEADER_BYTES as u64 });
+            return Err(OpenError::TooShort {
+                actual: mapped,
+                needed: HEADER_BYTES as u64,
+            });
         }
         let magic = words[0].load(Ordering::Relaxed);
         // SYNC: index-create (acquire). Whoever sees the magic sees the rest of the header.
@@ -44,7 +47,12 @@ impl<M: IndexMemory> IndexReader<M> {
         let header: IndexHeader = bytemuck::cast(copy);
         let layout = IndexLayout::from_header(&header, mapped)?;
         let hasher = KeyHasher::new(header.seed, layout.bucket_count());
-        Ok(Self { memory, layout, hasher, boot_id: header.boot_id })
+        Ok(Self {
+            memory,
+            layout,
+            hasher,
+            boot_id: header.boot_id,
+        })
     }
 
     /// The daemon start that this index belongs to; another one's answers are void.
@@ -70,7 +78,9 @@ impl<M: IndexMemory> IndexReader<M> {
     /// Whether the block is sealed.
     pub fn contains(&self, key: &BlockKey) -> bool {
         let words = key.words();
-        self.table().find(self.hasher.home(&words), &words, entry::is_sealed_match).is_some()
+        self.table()
+            .find(self.hasher.home(&words), &words, entry::is_sealed_match)
+            .is_some()
     }
 
     /// How many of `hashes`, from the first on, are sealed without a gap.

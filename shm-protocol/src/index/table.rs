@@ -49,7 +49,9 @@ impl<'a> Table<'a> {
     #[inline]
     pub(super) fn new(words: &'a [AtomicU64], layout: &IndexLayout, entry_count: u32) -> Self {
         let lines = words.get(layout.line_words()).unwrap_or_default();
-        let entries = words.get(layout.entry_words(entry_count)).unwrap_or_default();
+        let entries = words
+            .get(layout.entry_words(entry_count))
+            .unwrap_or_default();
         Self {
             lines: lines.as_chunks().0,
             entries: entries.as_chunks().0,
@@ -69,7 +71,11 @@ impl<'a> Table<'a> {
 
     #[inline]
     fn line_after(&self, index: u32) -> u32 {
-        if index as usize + 1 >= self.lines.len() { 0 } else { index + 1 }
+        if index as usize + 1 >= self.lines.len() {
+            0
+        } else {
+            index + 1
+        }
     }
 
     /// First id in probe order whose slot carries the tag: a hint, not yet compared.
@@ -125,7 +131,12 @@ impl<'a> Table<'a> {
             let line = self.line(index)?;
             let is_empty = |slot: &AtomicU64| slot.load(Ordering::Relaxed) == 0;
             if let Some(slot) = line[..SLOTS_PER_LINE].iter().position(is_empty) {
-                return Some(Place { home, line: index, slot, passed });
+                return Some(Place {
+                    home,
+                    line: index,
+                    slot,
+                    passed,
+                });
             }
             index = self.line_after(index);
         }
@@ -140,7 +151,12 @@ impl<'a> Table<'a> {
             let line = self.line(index)?;
             let is_wanted = |slot: &AtomicU64| slot.load(Ordering::Relaxed) == wanted;
             if let Some(slot) = line[..SLOTS_PER_LINE].iter().position(is_wanted) {
-                return Some(Place { home, line: index, slot, passed });
+                return Some(Place {
+                    home,
+                    line: index,
+                    slot,
+                    passed,
+                });
             }
             index = self.line_after(index);
         }

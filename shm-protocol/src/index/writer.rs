@@ -100,9 +100,13 @@ impl<M: WritableIndexMemory> IndexWriter<M> {
         if actual < needed {
             return Err(CreateError::TooShort { actual, needed });
         }
-        let mut fixed = words[..HEADER_BYTES / WORD_BYTES].iter().chain(&words[layout.line_words()]);
+        let mut fixed = words[..HEADER_BYTES / WORD_BYTES]
+            .iter()
+            .chain(&words[layout.line_words()]);
         if let Some(at) = fixed.position(|word| word.load(Ordering::Relaxed) != 0) {
-            return Err(CreateError::NotZeroed { offset: (at * WORD_BYTES) as u64 });
+            return Err(CreateError::NotZeroed {
+                offset: (at * WORD_BYTES) as u64,
+            });
         }
         let header: [u64; HEADER_WORDS] = bytemuck::cast(layout.header(boot_id, seed));
         for (word, value) in words.iter().zip(header).skip(1) {
@@ -164,7 +168,10 @@ impl<M: WritableIndexMemory> IndexWriter<M> {
         const PER_PAGE: u32 = PAGE_BYTES as u32 / ENTRY_BYTES as u32;
         let capacity = self.layout.entry_capacity();
         let target = self.reserved.saturating_add(step_entries.max(1));
-        let target = target.checked_next_multiple_of(PER_PAGE).unwrap_or(capacity).min(capacity);
+        let target = target
+            .checked_next_multiple_of(PER_PAGE)
+            .unwrap_or(capacity)
+            .min(capacity);
         if target > self.reserved {
             allocate(self.layout.entry_byte_range(self.reserved..target))?;
             self.reserved = target;
@@ -188,7 +195,9 @@ impl<M: WritableIndexMemory> IndexWriter<M> {
             None => return Err(self.out_of_entries()),
         };
         let lines = self.layout.max_probe_lines();
-        let place = table.vacancy(home).ok_or(InsertError::ProbeLimit { lines })?;
+        let place = table
+            .vacancy(home)
+            .ok_or(InsertError::ProbeLimit { lines })?;
         let entry = table.entry(id).ok_or_else(|| self.out_of_entries())?;
         entry::publish(entry, &words);
         table.fill(&place, id);
@@ -203,7 +212,9 @@ impl<M: WritableIndexMemory> IndexWriter<M> {
     fn out_of_entries(&self) -> InsertError {
         let capacity = self.layout.entry_capacity();
         if self.reserved < capacity {
-            InsertError::NeedReserve { reserved: self.reserved }
+            InsertError::NeedReserve {
+                reserved: self.reserved,
+            }
         } else {
             InsertError::Full { capacity }
         }
@@ -249,7 +260,9 @@ impl<M: WritableIndexMemory> IndexWriter<M> {
     /// The key's entry, sealed or not.
     pub fn find(&self, key: &BlockKey) -> Option<EntryId> {
         let words = key.words();
-        self.table().find(self.hasher.home(&words), &words, entry::is_key_match).map(EntryId)
+        self.table()
+            .find(self.hasher.home(&words), &words, entry::is_key_match)
+            .map(EntryId)
     }
 
     /// Whether the entry is in use and sealed.
@@ -303,7 +316,11 @@ impl<M: WritableIndexMemory> IndexWriter<M> {
             return Err(EntryError(id));
         }
         let entry = self.table().entry(id.0).ok_or(EntryError(id))?;
-        if entry::is_in_use(entry) { Ok(entry) } else { Err(EntryError(id)) }
+        if entry::is_in_use(entry) {
+            Ok(entry)
+        } else {
+            Err(EntryError(id))
+        }
     }
 
     fn count(&mut self, used: i32, sealed: i32) {
