@@ -64,7 +64,12 @@ impl BoundLayout {
         for (index, part) in layout.parts().iter().enumerate() {
             let memory = part.memory;
             match (memory, resolve(memory)) {
-                (_, None) => return Err(BindError::Missing { part: index, memory: MemoryName(memory) }),
+                (_, None) => {
+                    return Err(BindError::Missing {
+                        part: index,
+                        memory: MemoryName(memory),
+                    });
+                }
                 (MemoryRef::Region(_), Some(ClientMemory::Region(region))) => {
                     bound.add_region_part(index, part, region)?;
                 }
@@ -78,7 +83,12 @@ impl BoundLayout {
                     });
                     bound.process = Some(process);
                 }
-                _ => return Err(BindError::WrongKind { part: index, memory: MemoryName(memory) }),
+                _ => {
+                    return Err(BindError::WrongKind {
+                        part: index,
+                        memory: MemoryName(memory),
+                    });
+                }
             }
         }
         Ok(Arc::new(bound))
@@ -95,7 +105,9 @@ impl BoundLayout {
 
     /// The parts in process memory and their owner; `None` when all parts lie in regions.
     pub(super) fn process_parts(&self) -> Option<(&ProcessMemory, &[ProcessPart])> {
-        self.process.as_deref().map(|process| (process, &self.process_parts[..]))
+        self.process
+            .as_deref()
+            .map(|process| (process, &self.process_parts[..]))
     }
 
     fn add_region_part(
@@ -108,7 +120,12 @@ impl BoundLayout {
         let end = part.base + last_block * part.block_stride + part.bytes;
         if end > region.bytes() {
             let (memory, region_bytes) = (MemoryName(part.memory), region.bytes());
-            return Err(BindError::OutOfRange { part: index, memory, end, region_bytes });
+            return Err(BindError::OutOfRange {
+                part: index,
+                memory,
+                end,
+                region_bytes,
+            });
         }
         // SAFETY: `part.base < end <= region.bytes()`, so the pointer stays inside the mapping.
         let base = unsafe { region.base().as_ptr().add(part.base as usize) };
@@ -118,7 +135,11 @@ impl BoundLayout {
             bytes: part.bytes as usize,
             page_offset: part.page_offset as usize,
         });
-        if !self._regions.iter().any(|known| Arc::ptr_eq(known, &region)) {
+        if !self
+            ._regions
+            .iter()
+            .any(|known| Arc::ptr_eq(known, &region))
+        {
             self._regions.push(region);
         }
         Ok(())

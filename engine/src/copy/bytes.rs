@@ -3,11 +3,8 @@
 use std::hint::black_box;
 
 /// The C library's `memcpy`, called through a pointer.
-type Memcpy = unsafe extern "C" fn(
-    *mut libc::c_void,
-    *const libc::c_void,
-    libc::size_t,
-) -> *mut libc::c_void;
+type Memcpy =
+    unsafe extern "C" fn(*mut libc::c_void, *const libc::c_void, libc::size_t) -> *mut libc::c_void;
 
 /// Copies between mappings whose bytes other processes may change at any moment.
 #[derive(Debug, Clone, Copy)]
@@ -18,7 +15,9 @@ pub struct ByteCopier {
 impl ByteCopier {
     /// Picks the fastest copy for this machine.
     pub fn new() -> Self {
-        Self { memcpy: black_box(libc::memcpy as Memcpy) }
+        Self {
+            memcpy: black_box(libc::memcpy as Memcpy),
+        }
     }
 
     /// Copies `bytes` bytes.

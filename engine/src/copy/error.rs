@@ -26,7 +26,10 @@ pub enum MemoryError {
     )]
     NotTmpfs { magic: i64 },
     #[error("{call} on a client's region failed: {source}; send a memfd that can be mapped")]
-    Region { call: &'static str, source: io::Error },
+    Region {
+        call: &'static str,
+        source: io::Error,
+    },
     #[error(
         "may not open the memory of process {pid}: {source}; run the daemon as the same user with \
          ptrace allowed (the client calls prctl(PR_SET_PTRACER), or kernel.yama.ptrace_scope=0), \
@@ -36,7 +39,11 @@ pub enum MemoryError {
     #[error("process {pid} is gone; register again from a live process")]
     OwnerGone { pid: i32 },
     #[error("{call} for process {pid} failed: {source}; is /proc mounted for the daemon?")]
-    Process { pid: i32, call: &'static str, source: io::Error },
+    Process {
+        pid: i32,
+        call: &'static str,
+        source: io::Error,
+    },
 }
 
 /// A layout that does not fit the memory it was given.
@@ -51,7 +58,12 @@ pub enum BindError {
         "part {part} ends at byte {end} of {memory}, which has {region_bytes} bytes; \
          validate the layout against this region"
     )]
-    OutOfRange { part: usize, memory: MemoryName, end: u64, region_bytes: u64 },
+    OutOfRange {
+        part: usize,
+        memory: MemoryName,
+        end: u64,
+        region_bytes: u64,
+    },
 }
 
 /// Why a task did not copy all its pages.
@@ -61,7 +73,11 @@ pub enum CopyError {
     #[error("cancelled by its owner")]
     Cancelled,
     #[error("page {page} at pool offset {offset} ends beyond the pool of {pool_bytes} bytes")]
-    PoolRange { page: usize, offset: u64, pool_bytes: u64 },
+    PoolRange {
+        page: usize,
+        offset: u64,
+        pool_bytes: u64,
+    },
     #[error("block id {block} is out of range: the group was registered with {num_blocks} blocks")]
     BlockRange { block: u32, num_blocks: u32 },
     #[error("process {pid} is gone or runs another program; its blocks are out of reach")]
@@ -85,7 +101,11 @@ pub enum CopyError {
         address: u64,
     },
     #[error("{direction:?} with process {pid} failed: {}", io::Error::from_raw_os_error(*errno))]
-    System { pid: i32, direction: Direction, errno: i32 },
+    System {
+        pid: i32,
+        direction: Direction,
+        errno: i32,
+    },
     #[error("the copy thread panicked: {message}; this is a fault of the daemon, please report it")]
     Panicked { message: String },
 }

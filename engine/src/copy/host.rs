@@ -26,7 +26,11 @@ pub struct HostBackend {
 impl HostBackend {
     /// A backend for copies from and to `pool`.
     pub fn new(pool: PoolMemory) -> Self {
-        Self { pool, copier: ByteCopier::new(), batch: Batch::new() }
+        Self {
+            pool,
+            copier: ByteCopier::new(),
+            batch: Batch::new(),
+        }
     }
 }
 
@@ -44,11 +48,20 @@ impl CopyBackend for HostBackend {
         if !parts.is_empty() {
             // With parts of both kinds a page is done only after the second pass.
             let mut region_done = 0;
-            let counted = if process.is_none() { &mut *pages_done } else { &mut region_done };
+            let counted = if process.is_none() {
+                &mut *pages_done
+            } else {
+                &mut region_done
+            };
             copy_regions(&self.pool, self.copier, task, parts, counted)?;
         }
         if let Some((memory, parts)) = process {
-            let mut pass = ProcessPass { pool: &self.pool, task, memory, parts };
+            let mut pass = ProcessPass {
+                pool: &self.pool,
+                task,
+                memory,
+                parts,
+            };
             pass.run(&mut self.batch, pages_done)?;
         }
         Ok(u64::from(*pages_done) * layout.page_bytes())
@@ -59,12 +72,23 @@ impl CopyBackend for HostBackend {
 fn check_pages(pool: &PoolMemory, task: &CopyTask) -> Result<(), CopyError> {
     let (pool_bytes, layout) = (pool.bytes(), task.target.layout());
     let num_blocks = layout.num_blocks();
-    for (page, &PageCopy { pool_offset: offset, block }) in task.pages.iter().enumerate() {
+    for (
+        page,
+        &PageCopy {
+            pool_offset: offset,
+            block,
+        },
+    ) in task.pages.iter().enumerate()
+    {
         if block >= num_blocks {
             return Err(CopyError::BlockRange { block, num_blocks });
         }
         if offset > pool_bytes || pool_bytes - offset < layout.page_bytes() {
-            return Err(CopyError::PoolRange { page, offset, pool_bytes });
+            return Err(CopyError::PoolRange {
+                page,
+                offset,
+                pool_bytes,
+            });
         }
     }
     Ok(())
@@ -100,4 +124,156 @@ fn copy_regions(
         *pages_done += 1;
     }
     Ok(())
+}
+
+/// Ranges of one system call, kept between calls so that nothing is allocated.
+#[derive(Debug)]
+struct Batch {
+    local: Vec<libc::iovec>,
+    remote: Vec<libc::iovec>,
+    bytes: u64,
+}
+
+impl Batch {
+    fn new() -> Self {
+        let room = || Vec::with_capacity(MAX_RANGES);
+        Self {
+            local: room(),
+            remote: room(),
+            bytes: 0,
+        }
+    }
+
+    fn clear(&mut self) {
+        self.local.clear();
+        self.remote.clear();
+        self.bytes = 0;
+    }
+
+    /// How many bytes may still be added; 0 when a side has no free range.
+    fn room(&self) -> u64 {
+        let full = self.local.len() == MAX_RANGES || self.remote.len() == MAX_RANGES;
+        if full { 0 } else { MAX_CALL_BYTES - self.bytes }
+    }
+
+    /// Adds one piece; on either side it lengthens the last range if it continues it.
+    fn add(&mut self, local: *mut u8, remote: u64, bytes: u64) {
+        debug_assert!(bytes <= self.room(), "the caller asks for room first");
+        push_range(&mut self.local, local.cast(), bytes);
+        // An address of the other process: never dereferenced here, so without provenance.
+        push_range(
+            &mut self.remote,
+            std::ptr::without_provenance_mut(remote as usize),
+            bytes,
+        );
+        self.bytes += bytes;
+    }
+}
+
+fn push_range(ranges: &mut Vec<libc::iovec>, base: *mut libc::c_void, bytes: u64) {
+    let bytes = bytes as usize;
+    match ranges.last_mut() {
+        Some(last) if last.iov_base.addr() + last.iov_len == base.addr() => last.iov_len += bytes,
+        _ => ranges.push(libc::iovec {
+            iov_base: base,
+            iov_len: bytes,
+        }),
+    }
+}
+
+/// The next byte to move: byte `offset` of part `part` of page `page`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Cursor {
+    page: usize,
+    part: usize,
+    offset: u64,
+}
+
+/// One task's copies between the pool and a process. The pages were checked.
+struct ProcessPass<'a> {
+    pool: &'a PoolMemory,
+    task: &'a CopyTask,
+    memory: &'a ProcessMemory,
+    parts: &'a [ProcessPart],
+}
+
+impl ProcessPass<'_> {
+    fn run(&mut self, batch: &mut Batch, pages_done: &mut u32) -> Result<(), CopyError> {
+        let mut cursor = Cursor::default();
+        while cursor.page < self.task.pages.len() {
+            if self.task.cancelled.load(Ordering::Relaxed) {
+                return Err(CopyError::Cancelled);
+            }
+            self.fill(batch, cursor);
+            // SAFETY: `fill` adds only ranges of checked pages, inside the pool's mapping, which
+            // `self.pool` keeps alive.
+            let moved = unsafe {
+                self.memory
+                    .transfer(self.task.direction, &batch.local, &batch.remote)?
+            };
+            if moved == 0 {
+                return Err(self.bad_address(cursor));
+            }
+            // Fewer than asked: the kernel stopped at a page it could not reach, or for a signal. The
+            // next call starts there and, if nothing can be moved, says so.
+            cursor = self.advance(cursor, moved.min(batch.bytes));
+            *pages_done = cursor.page as u32;
+        }
+        Ok(())
+    }
+
+    /// Fills `batch` with the pieces from `cursor` on, as many as one call may have.
+    fn fill(&self, batch: &mut Batch, mut cursor: Cursor) {
+        batch.clear();
+        while let Some(page) = self.task.pages.get(cursor.page) {
+            let room = batch.room();
+            if room == 0 {
+                break;
+            }
+            let part = &self.parts[cursor.part];
+            let bytes = (part.bytes - cursor.offset).min(room);
+            let in_pool = page.pool_offset + part.page_offset + cursor.offset;
+            // SAFETY: `check_pages` found the whole page inside the pool.
+            let local = unsafe { self.pool.base().as_ptr().add(in_pool as usize) };
+            let remote = part.base + u64::from(page.block) * part.block_stride + cursor.offset;
+            batch.add(local, remote, bytes);
+            cursor = self.advance(cursor, bytes);
+        }
+    }
+
+    /// `cursor` after `bytes` more bytes.
+    fn advance(&self, mut cursor: Cursor, mut bytes: u64) -> Cursor {
+        while bytes > 0 {
+            let left = self.parts[cursor.part].bytes - cursor.offset;
+            if bytes < left {
+                cursor.offset += bytes;
+                break;
+            }
+            bytes -= left;
+            cursor.offset = 0;
+            cursor.part += 1;
+            if cursor.part == self.parts.len() {
+                cursor.part = 0;
+                cursor.page += 1;
+            }
+        }
+        cursor
+    }
+
+    fn bad_address(&self, cursor: Cursor) -> CopyError {
+        let part = &self.parts[cursor.part];
+        let block = self.task.pages[cursor.page].block;
+        CopyError::BadAddress {
+            pid: self.memory.pid(),
+            direction: self.task.direction,
+            block,
+            part: part.part,
+            segment: self
+                .task
+                .target
+                .layout()
+                .segment_at(part.page_offset + cursor.offset),
+            address: part.base + u64::from(block) * part.block_stride + cursor.offset,
+        }
+    }
 }

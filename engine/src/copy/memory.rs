@@ -43,7 +43,11 @@ impl PoolMemory {
         bytes: u64,
         keep_alive: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        Self { base, bytes, _keep_alive: keep_alive }
+        Self {
+            base,
+            bytes,
+            _keep_alive: keep_alive,
+        }
     }
 
     /// The pool's size in bytes.
@@ -59,6 +63,9 @@ impl PoolMemory {
 
 impl fmt::Debug for PoolMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PoolMemory").field("base", &self.base).field("bytes", &self.bytes).finish()
+        f.debug_struct("PoolMemory")
+            .field("base", &self.base)
+            .field("bytes", &self.bytes)
+            .finish()
     }
 }

@@ -37,9 +37,17 @@ impl ProcessMemory {
         }
         let address_space = opened.map_err(|source| match source.raw_os_error() {
             Some(libc::EACCES | libc::EPERM) => MemoryError::NotPermitted { pid, source },
-            _ => MemoryError::Process { pid, call: "open(/proc/<pid>/mem)", source },
+            _ => MemoryError::Process {
+                pid,
+                call: "open(/proc/<pid>/mem)",
+                source,
+            },
         })?;
-        let memory = Self { pid, pidfd, address_space };
+        let memory = Self {
+            pid,
+            pidfd,
+            address_space,
+        };
         if !memory.is_alive() {
             return Err(MemoryError::OwnerGone { pid });
         }
@@ -60,9 +68,8 @@ impl ProcessMemory {
         let mut byte = 0u8;
         // Address 0 is never mapped: a living address space answers EIO without touching a page.
         // SAFETY: the kernel writes at most one byte, into `byte`.
-        let read = unsafe {
-            libc::pread(self.address_space.as_raw_fd(), (&raw mut byte).cast(), 1, 0)
-        };
+        let read =
+            unsafe { libc::pread(self.address_space.as_raw_fd(), (&raw mut byte).cast(), 1, 0) };
         read != 0
     }
 
@@ -95,7 +102,14 @@ impl ProcessMemory {
         // SAFETY: the vectors live through the call; the local ranges are the caller's promise, and
         // the remote ones are checked by the kernel.
         let moved = unsafe {
-            call(pid, local.as_ptr(), local_count, remote.as_ptr(), remote_count, 0)
+            call(
+                pid,
+                local.as_ptr(),
+                local_count,
+                remote.as_ptr(),
+                remote_count,
+                0,
+            )
         };
         let errno = io::Error::last_os_error().raw_os_error().unwrap_or(0);
         if !self.is_alive() {
@@ -106,7 +120,11 @@ impl ProcessMemory {
             (Err(_), libc::EFAULT) => Ok(0),
             (Err(_), libc::EPERM | libc::EACCES) => Err(CopyError::NotPermitted { pid, direction }),
             (Err(_), libc::ESRCH) => Err(CopyError::OwnerGone { pid }),
-            (Err(_), errno) => Err(CopyError::System { pid, direction, errno }),
+            (Err(_), errno) => Err(CopyError::System {
+                pid,
+                direction,
+                errno,
+            }),
         }
     }
 }
@@ -114,6 +132,9 @@ impl ProcessMemory {
 /// A pidfd becomes readable when its process ends.
 fn process_lives(pidfd: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     matches!(poll(&mut fds, Some(&now)), Ok(0))
 }

@@ -49,14 +49,18 @@ impl RegionMapping {
         if base == libc::MAP_FAILED {
             return Err(region_error("mmap"));
         }
-        let base = NonNull::new(base.cast()).expect("mmap never returns null without MAP_FIXED");
+        let base: NonNull<u8> =
+            NonNull::new(base.cast()).expect("mmap never returns null without MAP_FIXED");
         // The region is the client's memory: a core dump or a fork of the daemon has no use for it.
         // SAFETY: the range was mapped just now. Failure leaves a correct mapping, so it is ignored.
         unsafe {
             libc::madvise(base.as_ptr().cast(), length, libc::MADV_DONTDUMP);
             libc::madvise(base.as_ptr().cast(), length, libc::MADV_DONTFORK);
         }
-        Ok(Arc::new(Self { base, bytes: length }))
+        Ok(Arc::new(Self {
+            base,
+            bytes: length,
+        }))
     }
 
     /// The mapping's size in bytes.
@@ -80,11 +84,19 @@ impl Drop for RegionMapping {
 }
 
 fn region_error(call: &'static str) -> MemoryError {
-    MemoryError::Region { call, source: io::Error::last_os_error() }
+    MemoryError::Region {
+        call,
+        source: io::Error::last_os_error(),
+    }
 }
 
 fn check_file(fd: BorrowedFd<'_>, bytes: u64) -> Result<(), MemoryError> {
-    let io_error = |call| move |e: rustix::io::Errno| MemoryError::Region { call, source: e.into() };
+    let io_error = |call| {
+        move |e: rustix::io::Errno| MemoryError::Region {
+            call,
+            source: e.into(),
+        }
+    };
     let magic = rustix::fs::fstatfs(fd).map_err(io_error("fstatfs"))?.f_type;
     if magic != libc::TMPFS_MAGIC {
         return Err(MemoryError::NotTmpfs { magic });
@@ -101,7 +113,10 @@ fn check_file(fd: BorrowedFd<'_>, bytes: u64) -> Result<(), MemoryError> {
     let file_bytes = rustix::fs::fstat(fd).map_err(io_error("fstat"))?.st_size;
     let file_bytes = u64::try_from(file_bytes).unwrap_or(0);
     if file_bytes < bytes {
-        return Err(MemoryError::RegionTooSmall { asked_bytes: bytes, file_bytes });
+        return Err(MemoryError::RegionTooSmall {
+            asked_bytes: bytes,
+            file_bytes,
+        });
     }
     Ok(())
 }

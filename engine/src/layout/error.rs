@@ -38,37 +38,72 @@ pub enum LayoutError {
         "group {group} segment {segment}: stride too small: block_stride {block_stride} < bytes \
          {bytes}, so neighbouring blocks would share bytes; both are in bytes, not elements"
     )]
-    StrideTooSmall { group: u16, segment: usize, block_stride: u64, bytes: u64 },
+    StrideTooSmall {
+        group: u16,
+        segment: usize,
+        block_stride: u64,
+        bytes: u64,
+    },
     #[error(
         "group {group} segment {segment}: base {base:#x} + {num_blocks} blocks × stride \
          {block_stride} does not fit 64 bits; check that the stride is in bytes"
     )]
-    Overflow { group: u16, segment: usize, base: u64, num_blocks: u32, block_stride: u64 },
+    Overflow {
+        group: u16,
+        segment: usize,
+        base: u64,
+        num_blocks: u32,
+        block_stride: u64,
+    },
     #[error(
         "group {group} segment {segment}: region {region} is not registered; \
          register the region before the layout"
     )]
-    UnknownRegion { group: u16, segment: usize, region: u32 },
+    UnknownRegion {
+        group: u16,
+        segment: usize,
+        region: u32,
+    },
     #[error(
         "group {group} segment {segment}: ends at byte {end} of region {region}, which has \
          {region_bytes} bytes; check base, stride and num_blocks"
     )]
-    RegionRange { group: u16, segment: usize, region: u32, end: u64, region_bytes: u64 },
+    RegionRange {
+        group: u16,
+        segment: usize,
+        region: u32,
+        end: u64,
+        region_bytes: u64,
+    },
     #[error(
         "group {group} segment {segment}: address {address:#x} is null or below \
          {PROCESS_ADDRESS_START:#x}; give the virtual address of block 0"
     )]
-    NullAddress { group: u16, segment: usize, address: u64 },
+    NullAddress {
+        group: u16,
+        segment: usize,
+        address: u64,
+    },
     #[error(
         "group {group} segment {segment}: ends at address {end:#x}, beyond user space \
          ({PROCESS_ADDRESS_END:#x}); device memory is no process memory"
     )]
-    AddressRange { group: u16, segment: usize, end: u64 },
+    AddressRange {
+        group: u16,
+        segment: usize,
+        end: u64,
+    },
     #[error(
         "group {group} segments {first} and {second}: both use byte {address:#x} of {memory}; \
          every byte may belong to one segment of the group only"
     )]
-    Overlap { group: u16, first: usize, second: usize, memory: MemoryName, address: u64 },
+    Overlap {
+        group: u16,
+        first: usize,
+        second: usize,
+        memory: MemoryName,
+        address: u64,
+    },
     #[error(
         "group {group} segments {first} and {second}: their spans in {memory} cross but their \
          strides differ ({first_stride} and {second_stride}); interleaved segments need one stride"

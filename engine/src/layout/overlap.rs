@@ -43,10 +43,20 @@ pub(super) fn check_overlaps(
         .enumerate()
         .map(|(index, s)| {
             let end = s.base + (u64::from(num_blocks) - 1) * s.block_stride + s.bytes;
-            Span { index, start: s.base, end }
+            Span {
+                index,
+                start: s.base,
+                end,
+            }
         })
         .collect();
-    spans.sort_unstable_by_key(|span| (memory_order(segments[span.index].memory), span.start, span.index));
+    spans.sort_unstable_by_key(|span| {
+        (
+            memory_order(segments[span.index].memory),
+            span.start,
+            span.index,
+        )
+    });
 
     let mut first = 0;
     while first < spans.len() {
@@ -110,19 +120,39 @@ fn check_cluster(
         let column = (span.start - origin) % stride;
         let row_end = row + u64::from(num_blocks);
         let column_end = column + segments[index].bytes;
-        let whole = Rectangle { index, row, row_end, column, column_end: column_end.min(stride) };
+        let whole = Rectangle {
+            index,
+            row,
+            row_end,
+            column,
+            column_end: column_end.min(stride),
+        };
         rectangles.push(whole);
         if column_end > stride {
             let (row, row_end) = (row + 1, row_end + 1);
             let column_end = column_end - stride;
-            rectangles.push(Rectangle { index, row, row_end, column: 0, column_end });
+            rectangles.push(Rectangle {
+                index,
+                row,
+                row_end,
+                column: 0,
+                column_end,
+            });
         }
     }
-    let Some((a, b)) = sweep(&rectangles) else { return Ok(()) };
+    let Some((a, b)) = sweep(&rectangles) else {
+        return Ok(());
+    };
     let address = origin + a.row.max(b.row) * stride + a.column.max(b.column);
     let (first, second) = (a.index.min(b.index), a.index.max(b.index));
     let memory = MemoryName(segments[first].memory);
-    Err(LayoutError::Overlap { group, first, second, memory, address })
+    Err(LayoutError::Overlap {
+        group,
+        first,
+        second,
+        memory,
+        address,
+    })
 }
 
 /// Any two rectangles with a cell in common.
@@ -141,7 +171,10 @@ fn sweep(rectangles: &[Rectangle]) -> Option<(Rectangle, Rectangle)> {
             open.remove(&r.column);
             continue;
         }
-        let left = open.range(..r.column_end).next_back().map(|(_, other)| *other);
+        let left = open
+            .range(..r.column_end)
+            .next_back()
+            .map(|(_, other)| *other);
         if let Some(other) = left.filter(|other| other.column_end > r.column) {
             return Some((other, r));
         }

@@ -45,12 +45,19 @@ impl ValidLayout {
         layout: &GroupLayout,
         region_bytes: impl Fn(u32) -> Option<u64>,
     ) -> Result<Self, LayoutError> {
-        let GroupLayout { group, num_blocks, ref segments } = *layout;
+        let GroupLayout {
+            group,
+            num_blocks,
+            ref segments,
+        } = *layout;
         if segments.is_empty() {
             return Err(LayoutError::NoSegments { group });
         }
         if segments.len() > MAX_SEGMENTS {
-            return Err(LayoutError::TooManySegments { group, count: segments.len() });
+            return Err(LayoutError::TooManySegments {
+                group,
+                count: segments.len(),
+            });
         }
         if num_blocks == 0 {
             return Err(LayoutError::ZeroBlocks { group });
@@ -59,7 +66,9 @@ impl ValidLayout {
             check_segment(group, num_blocks, index, segment, &region_bytes)?;
         }
         // The sum cannot wrap: MAX_SEGMENTS sizes below 2^47 or one region's length each.
-        let page_bytes = segments.iter().fold(0u64, |sum, s| sum.saturating_add(s.bytes));
+        let page_bytes = segments
+            .iter()
+            .fold(0u64, |sum, s| sum.saturating_add(s.bytes));
         if page_bytes > MAX_PAGE_BYTES {
             return Err(LayoutError::PageTooLarge { group, page_bytes });
         }
@@ -107,19 +116,27 @@ impl ValidLayout {
     /// The registered segment that holds byte `page_offset` of the page; `page_offset` must be
     /// smaller than `page_bytes`.
     pub fn segment_at(&self, page_offset: u64) -> usize {
-        assert!(page_offset < self.page_bytes, "offset {page_offset} is outside the page");
+        assert!(
+            page_offset < self.page_bytes,
+            "offset {page_offset} is outside the page"
+        );
         let mut end = 0;
         let holds = |bytes: &u64| {
             end += bytes;
             page_offset < end
         };
-        self.segment_bytes.iter().position(holds).unwrap_or(self.segment_bytes.len() - 1)
+        self.segment_bytes
+            .iter()
+            .position(holds)
+            .unwrap_or(self.segment_bytes.len() - 1)
     }
 }
 
 /// The end of `segment`'s last block, or `None` when it does not fit 64 bits.
 fn span_end(segment: &SegmentLayout, num_blocks: u32) -> Option<u64> {
-    let last = segment.block_stride.checked_mul(u64::from(num_blocks) - 1)?;
+    let last = segment
+        .block_stride
+        .checked_mul(u64::from(num_blocks) - 1)?;
     segment.base.checked_add(last)?.checked_add(segment.bytes)
 }
 
@@ -130,20 +147,43 @@ fn check_segment(
     segment: &SegmentLayout,
     region_bytes: &impl Fn(u32) -> Option<u64>,
 ) -> Result<(), LayoutError> {
-    let SegmentLayout { memory, base, block_stride, bytes } = *segment;
+    let SegmentLayout {
+        memory,
+        base,
+        block_stride,
+        bytes,
+    } = *segment;
     if bytes == 0 {
-        return Err(LayoutError::ZeroBytes { group, segment: index });
+        return Err(LayoutError::ZeroBytes {
+            group,
+            segment: index,
+        });
     }
     if block_stride < bytes {
-        return Err(LayoutError::StrideTooSmall { group, segment: index, block_stride, bytes });
+        return Err(LayoutError::StrideTooSmall {
+            group,
+            segment: index,
+            block_stride,
+            bytes,
+        });
     }
     let Some(end) = span_end(segment, num_blocks) else {
-        return Err(LayoutError::Overflow { group, segment: index, base, num_blocks, block_stride });
+        return Err(LayoutError::Overflow {
+            group,
+            segment: index,
+            base,
+            num_blocks,
+            block_stride,
+        });
     };
     match memory {
         MemoryRef::Region(id) => {
             let Some(region_bytes) = region_bytes(id) else {
-                return Err(LayoutError::UnknownRegion { group, segment: index, region: id });
+                return Err(LayoutError::UnknownRegion {
+                    group,
+                    segment: index,
+                    region: id,
+                });
             };
             if end > region_bytes {
                 return Err(LayoutError::RegionRange {
@@ -157,10 +197,18 @@ fn check_segment(
         }
         MemoryRef::Process => {
             if base < PROCESS_ADDRESS_START {
-                return Err(LayoutError::NullAddress { group, segment: index, address: base });
+                return Err(LayoutError::NullAddress {
+                    group,
+                    segment: index,
+                    address: base,
+                });
             }
             if end > PROCESS_ADDRESS_END {
-                return Err(LayoutError::AddressRange { group, segment: index, end });
+                return Err(LayoutError::AddressRange {
+                    group,
+                    segment: index,
+                    end,
+                });
             }
         }
     }

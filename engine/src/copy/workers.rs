@@ -1,0 +1,298 @@
+//! Copy threads: take tasks, run them, hand the results back.
+#![forbid(unsafe_code)]
+
+use std::any::Any;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crossbeam_queue::ArrayQueue;
+
+use super::backend::CopyBackend;
+use super::error::CopyError;
+use super::host::HostBackend;
+use super::memory::PoolMemory;
+use super::task::{CopyDone, CopyTask};
+
+/// Sizes of the copy threads' queues.
+#[derive(Debug, Clone, Copy)]
+pub struct CopyOptions {
+    /// Copy threads, at least one.
+    pub threads: usize,
+    /// Most tasks between [`CopyWorkers::submit`] and [`CopyWorkers::pop_done`], waiting, running
+    /// or done; at least one.
+    pub max_tasks: usize,
+    /// How long a thread without work spins before it sleeps.
+    pub spin: Duration,
+}
+
+impl Default for CopyOptions {
+    fn default() -> Self {
+        Self {
+            threads: 2,
+            max_tasks: 1024,
+            spin: Duration::from_micros(20),
+        }
+    }
+}
+
+/// The copy threads and their two queues.
+///
+/// Every task that `submit` takes comes back exactly once from `pop_done`. Both are for one caller,
+/// the lane; nothing breaks when several threads call them.
+pub struct CopyWorkers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    tasks: ArrayQueue<CopyTask>,
+    done: ArrayQueue<CopyDone>,
+    /// Tasks between `submit` and `pop_done`. Never above the capacity of either queue, so that
+    /// neither queue can refuse a push.
+    unfinished: AtomicUsize,
+    max_tasks: usize,
+    stopping: AtomicBool,
+    /// Threads that sleep or are about to. Changed only under `sleep`.
+    sleepers: AtomicU32,
+    sleep: Mutex<()>,
+    wake: Condvar,
+    spin: Duration,
+    notify: Box<dyn Fn() + Send + Sync>,
+}
+
+impl CopyWorkers {
+    /// Starts copy threads for host memory. See [`CopyWorkers::start_with`].
+    pub fn start(
+        options: CopyOptions,
+        pool: PoolMemory,
+        notify: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        Self::start_with(options, move || HostBackend::new(pool.clone()), notify)
+    }
+
+    /// Starts `options.threads` threads named `copy-N`, each with a backend of its own from
+    /// `new_backend` (called again after a panic, whose backend is dropped).
+    ///
+    /// `notify` runs on a copy thread after each [`CopyDone`] became visible to `pop_done` and after
+    /// a full fence. It must not block: load the lane's "parked" flag, and ring its eventfd when set.
+    /// The lane's side is: set the flag, full fence, `pop_done` once more, park.
+    pub fn start_with<B: CopyBackend>(
+        options: CopyOptions,
+        new_backend: impl Fn() -> B + Send + Sync + 'static,
+        notify: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        assert!(
+            options.threads > 0 && options.max_tasks > 0,
+            "at least one thread and one task"
+        );
+        let shared = Arc::new(Shared {
+            tasks: ArrayQueue::new(options.max_tasks),
+            done: ArrayQueue::new(options.max_tasks),
+            unfinished: AtomicUsize::new(0),
+            max_tasks: options.max_tasks,
+            stopping: AtomicBool::new(false),
+            sleepers: AtomicU32::new(0),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
+            spin: options.spin,
+            notify: Box::new(notify),
+        });
+        let new_backend = Arc::new(new_backend);
+        let mut workers = Self {
+            shared: Arc::clone(&shared),
+            threads: Vec::new(),
+        };
+        for number in 0..options.threads {
+            let (shared, new_backend) = (Arc::clone(&shared), Arc::clone(&new_backend));
+            let thread = Builder::new()
+                .name(format!("copy-{number}"))
+                .spawn(move || shared.run_thread(&*new_backend))?;
+            workers.threads.push(thread);
+        }
+        Ok(workers)
+    }
+
+    /// Queues `task`, or gives it back when `max_tasks` are unfinished or the threads were stopped.
+    pub fn submit(&self, task: CopyTask) -> Result<(), CopyTask> {
+        let shared = &*self.shared;
+        if shared.stopping.load(Ordering::Relaxed) {
+            return Err(task);
+        }
+        // SYNC: copy-room. See `pop_done`.
+        let claimed = shared
+            .unfinished
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |n| {
+                (n < shared.max_tasks).then_some(n + 1)
+            });
+        if claimed.is_err() {
+            return Err(task);
+        }
+        if let Err(task) = shared.tasks.push(task) {
+            shared.unfinished.fetch_sub(1, Ordering::Relaxed);
+            return Err(task);
+        }
+        shared.wake_one();
+        Ok(())
+    }
+
+    /// The next finished task, if any.
+    pub fn pop_done(&self) -> Option<CopyDone> {
+        let done = self.shared.done.pop()?;
+        // SYNC: copy-room. Pairs with `submit`: its push finds the place that this pop made.
+        self.shared.unfinished.fetch_sub(1, Ordering::Release);
+        Some(done)
+    }
+
+    /// Tasks between `submit` and `pop_done`.
+    pub fn unfinished(&self) -> usize {
+        self.shared.unfinished.load(Ordering::Relaxed)
+    }
+
+    /// Refuses new tasks, waits until all queued ones have run, and ends the threads. The results
+    /// still wait in `pop_done`. To be quick, set the tasks' `cancelled` first.
+    pub fn stop(&mut self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        drop(self.shared.lock_sleep());
+        self.shared.wake.notify_all();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a copy thread ended by a panic");
+            }
+        }
+    }
+}
+
+impl Drop for CopyWorkers {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Shared {
+    fn run_thread<B: CopyBackend>(&self, new_backend: &impl Fn() -> B) {
+        let mut backend: Option<B> = None;
+        while let Some(task) = self.next_task() {
+            let done = run_task(&mut backend, new_backend, task);
+            let pushed = self.done.push(done);
+            assert!(
+                pushed.is_ok(),
+                "there are never more results than unfinished tasks"
+            );
+            // SYNC: copy-done. Pairs with the lane's fence between setting its parked flag and its
+            // last `pop_done`: either it sees the result, or `notify` sees the flag.
+            fence(Ordering::SeqCst);
+            (self.notify)();
+        }
+    }
+
+    /// The next task, after waiting for it; `None` when the threads stop and the queue is empty.
+    fn next_task(&self) -> Option<CopyTask> {
+        loop {
+            if let Some(task) = self.spin_for_task() {
+                return Some(task);
+            }
+            let mut guard = self.lock_sleep();
+            self.sleepers.fetch_add(1, Ordering::Relaxed);
+            // SYNC: copy-task. Pairs with the fence in `wake_one`: either this thread sees the task,
+            // or the submitter sees the sleeper and then needs the lock that `wait` lets go.
+            fence(Ordering::SeqCst);
+            let stopping = self.stopping.load(Ordering::SeqCst);
+            if self.tasks.is_empty() && !stopping {
+                guard = self
+                    .wake
+                    .wait(guard)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            self.sleepers.fetch_sub(1, Ordering::Relaxed);
+            drop(guard);
+            if stopping && self.tasks.is_empty() {
+                return None;
+            }
+        }
+    }
+
+    /// Looks for a task until `spin` is over.
+    fn spin_for_task(&self) -> Option<CopyTask> {
+        /// Looks between two readings of the clock.
+        const LOOKS: u32 = 32;
+        if let Some(task) = self.tasks.pop() {
+            return Some(task);
+        }
+        let start = Instant::now();
+        while start.elapsed() < self.spin && !self.stopping.load(Ordering::Relaxed) {
+            for _ in 0..LOOKS {
+                std::hint::spin_loop();
+                if !self.tasks.is_empty()
+                    && let Some(task) = self.tasks.pop()
+                {
+                    return Some(task);
+                }
+            }
+        }
+        None
+    }
+
+    /// Wakes one sleeping thread, if there is one. Costs a fence and a load when there is none.
+    fn wake_one(&self) {
+        // SYNC: copy-task. See `next_task`.
+        fence(Ordering::SeqCst);
+        if self.sleepers.load(Ordering::Relaxed) > 0 {
+            drop(self.lock_sleep());
+            self.wake.notify_one();
+        }
+    }
+
+    fn lock_sleep(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.sleep.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs one task to its end, a panic included.
+fn run_task<B: CopyBackend>(
+    backend: &mut Option<B>,
+    new_backend: &impl Fn() -> B,
+    task: CopyTask,
+) -> CopyDone {
+    let mut pages_done = 0;
+    let ran = catch_unwind(AssertUnwindSafe(|| {
+        if task.cancelled.load(Ordering::Relaxed) {
+            return Err(CopyError::Cancelled);
+        }
+        backend
+            .get_or_insert_with(new_backend)
+            .copy(&task, &mut pages_done)
+    }));
+    let result = ran.unwrap_or_else(|payload| {
+        // Its scratch state may be half changed: the next task gets a new one.
+        *backend = None;
+        Err(CopyError::Panicked {
+            message: panic_message(&*payload),
+        })
+    });
+    // Before the result is visible, so that the lane's handles are the last ones.
+    let CopyTask {
+        direction,
+        target,
+        pages,
+        tag,
+        cancelled,
+    } = task;
+    drop((target, cancelled));
+    CopyDone {
+        tag,
+        direction,
+        result,
+        pages_done,
+        pages,
+    }
+}
+
+fn panic_message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("no message").to_owned()
+}
