@@ -19,7 +19,10 @@ impl HeapRing {
     /// If `capacity` is not valid by [`is_valid_capacity`].
     #[must_use]
     pub fn new(capacity: u32) -> Self {
-        assert!(is_valid_capacity(capacity), "ring capacity {capacity} is not a power of two in range");
+        assert!(
+            is_valid_capacity(capacity),
+            "ring capacity {capacity} is not a power of two in range"
+        );
         Self {
             slots: (0..capacity).map(|_| Slot::empty()).collect(),
             consumed: AtomicU64::new(0),

@@ -46,7 +46,7 @@ pub use spsc::{Consumer, Producer};
 
 use crate::sync::{Arc, AtomicU64};
 
-/// Fewest slots a ring may have: with one slot, an empty slot of the second lap would look published.
+/// Fewest slots a ring may have; with one slot no side could ever work ahead of the other.
 pub const MIN_CAPACITY: u32 = 2;
 
 /// Most slots a ring may have (64 MiB of slots).
@@ -120,8 +120,14 @@ impl Geometry {
     /// If the memory's capacity is not valid. That is the caller's own configuration, never peer data.
     fn of(memory: &impl RingMemory) -> Self {
         let capacity = memory.capacity();
-        assert!(is_valid_capacity(capacity), "ring capacity {capacity} is not a power of two in range");
-        Self { capacity: u64::from(capacity), mask: u64::from(capacity) - 1 }
+        assert!(
+            is_valid_capacity(capacity),
+            "ring capacity {capacity} is not a power of two in range"
+        );
+        Self {
+            capacity: u64::from(capacity),
+            mask: u64::from(capacity) - 1,
+        }
     }
 
     #[inline]
@@ -132,7 +138,11 @@ impl Geometry {
     /// The sequence value of a slot that waits for `position`.
     #[inline]
     const fn empty_seq(self, position: u64) -> u64 {
-        if position < self.capacity { 0 } else { position + 1 - self.capacity }
+        if position < self.capacity {
+            0
+        } else {
+            position + 1 - self.capacity
+        }
     }
 
     /// The consumer tells its progress each time this many positions were read since it last did.
@@ -147,7 +157,11 @@ impl Geometry {
         if found == expected {
             return Ok(());
         }
-        Err(RingFault::Sequence { position, expected, found })
+        Err(RingFault::Sequence {
+            position,
+            expected,
+            found,
+        })
     }
 
     /// True when `position` is unpublished although a later one is published: a producer claimed it and

@@ -43,7 +43,9 @@ pub struct SharedProducer<M> {
 
 impl<M> Clone for SharedProducer<M> {
     fn clone(&self) -> Self {
-        Self { state: self.state.clone() }
+        Self {
+            state: self.state.clone(),
+        }
     }
 }
 
@@ -55,9 +57,15 @@ impl<M: RingMemory> SharedProducer<M> {
     #[must_use]
     pub fn new(memory: M) -> Self {
         let geometry = Geometry::of(&memory);
-        let state =
-            ProducerState { memory, geometry, position: Line::zero(), consumed: Line::zero() };
-        Self { state: Arc::new(state) }
+        let state = ProducerState {
+            memory,
+            geometry,
+            position: Line::zero(),
+            consumed: Line::zero(),
+        };
+        Self {
+            state: Arc::new(state),
+        }
     }
 
     /// Publishes one message.
@@ -78,7 +86,10 @@ impl<M: RingMemory> SharedProducer<M> {
     pub fn try_push_n(&self, bodies: &[Body]) -> Result<(), PushError> {
         let capacity = self.capacity();
         if bodies.len() > capacity as usize {
-            return Err(PushError::TooMany { count: bodies.len(), capacity });
+            return Err(PushError::TooMany {
+                count: bodies.len(),
+                capacity,
+            });
         }
         if bodies.is_empty() {
             return Ok(());
@@ -104,7 +115,9 @@ impl<M: RingMemory> SharedProducer<M> {
 impl<M: RingMemory> ProducerState<M> {
     #[inline]
     fn publish(&self, position: u64, body: &Body) {
-        self.memory.slot(self.geometry.index(position)).publish(position, body);
+        self.memory
+            .slot(self.geometry.index(position))
+            .publish(position, body);
     }
 
     /// Claims `count` (1 to capacity) contiguous positions and returns the first.
@@ -115,8 +128,8 @@ impl<M: RingMemory> ProducerState<M> {
             // Acquire: whoever put this value there had acquired it from the consumer, so the consumer's
             // reads of the slots it frees come before this thread's writes.
             let mut consumed = self.consumed.0.load(Ordering::Acquire); // SYNC: ring-consumed-cache
-            // A cache that is ahead of a stale `position` yields a huge difference of no meaning; the
-            // compare-and-swap then fails and brings the fresh one.
+            // `consumed` may even be ahead of a stale `position`; then the compare-and-swap below fails and
+            // brings the fresh one.
             if position + count > consumed + self.geometry.capacity {
                 consumed = self.reload_consumed(consumed)?;
                 if position + count > consumed + self.geometry.capacity {
@@ -155,10 +168,18 @@ impl<M: RingMemory> ProducerState<M> {
         // therefore happened before and are visible here.
         let position = self.position.0.load(Ordering::Relaxed);
         if found > position {
-            return Err(RingFault::ConsumedAhead { position, expected: position, found });
+            return Err(RingFault::ConsumedAhead {
+                position,
+                expected: position,
+                found,
+            });
         }
         if found < known {
-            return Err(RingFault::ConsumedBackwards { position, expected: known, found });
+            return Err(RingFault::ConsumedBackwards {
+                position,
+                expected: known,
+                found,
+            });
         }
         self.consumed.0.fetch_max(found, Ordering::Release); // SYNC: ring-consumed-cache
         Ok(found)
@@ -184,7 +205,9 @@ pub struct SharedConsumer<M> {
 
 impl<M> Clone for SharedConsumer<M> {
     fn clone(&self) -> Self {
-        Self { state: self.state.clone() }
+        Self {
+            state: self.state.clone(),
+        }
     }
 }
 
@@ -198,8 +221,16 @@ impl<M: RingMemory> SharedConsumer<M> {
         let geometry = Geometry::of(&memory);
         let report_every = geometry.report_every();
         let (position, reported) = (Line::zero(), Line::zero());
-        let state = ConsumerState { memory, geometry, report_every, position, reported };
-        Self { state: Arc::new(state) }
+        let state = ConsumerState {
+            memory,
+            geometry,
+            report_every,
+            position,
+            reported,
+        };
+        Self {
+            state: Arc::new(state),
+        }
     }
 
     /// Takes the next message, if one is published. Each message goes to exactly one thread.
@@ -274,7 +305,9 @@ impl<M: RingMemory> ConsumerState<M> {
             return;
         }
         // A maximum, since threads arrive here out of order and the word must never go back.
-        self.memory.consumed().fetch_max(position, Ordering::Release); // SYNC: ring-consumed
+        self.memory
+            .consumed()
+            .fetch_max(position, Ordering::Release); // SYNC: ring-consumed
         self.reported.0.fetch_max(position, Ordering::Relaxed);
     }
 }

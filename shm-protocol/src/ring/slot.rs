@@ -39,7 +39,10 @@ impl Slot {
     /// A slot that was never published.
     #[must_use]
     pub fn empty() -> Self {
-        Self { seq: AtomicU64::new(0), body: core::array::from_fn(|_| AtomicU64::new(0)) }
+        Self {
+            seq: AtomicU64::new(0),
+            body: core::array::from_fn(|_| AtomicU64::new(0)),
+        }
     }
 
     /// Copies `body` in and publishes it as `position`. Only the owner of `position` may call this.

@@ -24,7 +24,12 @@ impl<M: RingMemory> Producer<M> {
     #[must_use]
     pub fn new(memory: M) -> Self {
         let geometry = Geometry::of(&memory);
-        Self { memory, geometry, position: 0, consumed: 0 }
+        Self {
+            memory,
+            geometry,
+            position: 0,
+            consumed: 0,
+        }
     }
 
     /// Publishes one message.
@@ -70,7 +75,10 @@ impl<M: RingMemory> Producer<M> {
         let count = bodies.len() as u64;
         if count > self.geometry.capacity {
             let capacity = self.geometry.capacity as u32;
-            return Err(PushError::TooMany { count: bodies.len(), capacity });
+            return Err(PushError::TooMany {
+                count: bodies.len(),
+                capacity,
+            });
         }
         if self.known_room() < count {
             self.make_room(count)?;
@@ -104,7 +112,9 @@ impl<M: RingMemory> Producer<M> {
 
     #[inline]
     fn publish_next(&mut self, body: &Body) {
-        self.memory.slot(self.geometry.index(self.position)).publish(self.position, body);
+        self.memory
+            .slot(self.geometry.index(self.position))
+            .publish(self.position, body);
         self.position += 1;
     }
 
@@ -116,7 +126,11 @@ impl<M: RingMemory> Producer<M> {
     #[cold]
     fn make_room(&mut self, count: u64) -> Result<(), PushError> {
         self.reload_consumed()?;
-        if self.known_room() < count { Err(PushError::Full) } else { Ok(()) }
+        if self.known_room() < count {
+            Err(PushError::Full)
+        } else {
+            Ok(())
+        }
     }
 
     #[cold]
@@ -125,11 +139,19 @@ impl<M: RingMemory> Producer<M> {
         fence(Ordering::Acquire); // SYNC: ring-consumed
         let position = self.position;
         if found > position {
-            return Err(RingFault::ConsumedAhead { position, expected: position, found });
+            return Err(RingFault::ConsumedAhead {
+                position,
+                expected: position,
+                found,
+            });
         }
         if found < self.consumed {
             let expected = self.consumed;
-            return Err(RingFault::ConsumedBackwards { position, expected, found });
+            return Err(RingFault::ConsumedBackwards {
+                position,
+                expected,
+                found,
+            });
         }
         self.consumed = found;
         Ok(())
@@ -156,7 +178,13 @@ impl<M: RingMemory> Consumer<M> {
     #[must_use]
     pub fn new(memory: M) -> Self {
         let geometry = Geometry::of(&memory);
-        Self { memory, geometry, position: 0, reported: 0, report_every: geometry.report_every() }
+        Self {
+            memory,
+            geometry,
+            position: 0,
+            reported: 0,
+            report_every: geometry.report_every(),
+        }
     }
 
     /// Takes the next message, if one is published.
@@ -191,7 +219,9 @@ impl<M: RingMemory> Consumer<M> {
     /// Tells the producer about every message read so far.
     #[inline]
     pub fn report(&mut self) {
-        self.memory.consumed().store(self.position, Ordering::Release); // SYNC: ring-consumed
+        self.memory
+            .consumed()
+            .store(self.position, Ordering::Release); // SYNC: ring-consumed
         self.reported = self.position;
     }
 
