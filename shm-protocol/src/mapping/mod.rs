@@ -72,6 +72,30 @@ impl Mapping {
         })
     }
 
+    /// Zeroed memory of this process only, with the accessors of a shared mapping: for tests and tools.
+    ///
+    /// # Errors
+    /// Zero bytes, or no address space.
+    pub fn anonymous(bytes: usize) -> Result<Self, MappingError> {
+        let purpose = "anonymous memory";
+        if bytes == 0 {
+            return Err(MappingError::Empty { purpose });
+        }
+        let map = MmapOptions::new()
+            .len(bytes)
+            .map_anon()
+            .map_err(|source| MappingError::Io {
+                purpose,
+                operation: "mmap",
+                source,
+            })?;
+        Ok(Self {
+            map: map.into(),
+            writable: true,
+            purpose,
+        })
+    }
+
     /// Length in bytes.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -142,7 +166,7 @@ impl Mapping {
     pub fn copy_out(&self, offset: usize, out: &mut [u8]) -> Result<(), MappingError> {
         let source = self.ptr_at(offset, out.len())?;
         // SAFETY: `source` has `out.len()` mapped bytes, and `out` is private memory that cannot overlap.
-        unsafe { copy_from_shared(out.as_mut_ptr(), source.as_ptr(), out.len()) };
+        unsafe { copy_from_shared(out.as_mut_ptr(), source, out.len()) };
         Ok(())
     }
 
@@ -156,17 +180,17 @@ impl Mapping {
         let target = self.ptr_at(offset, bytes.len())?;
         // SAFETY: `target` has `bytes.len()` mapped writable bytes, and `bytes` is private memory that cannot
         // overlap.
-        unsafe { copy_to_shared(target.as_ptr(), bytes.as_ptr(), bytes.len()) };
+        unsafe { copy_to_shared(target, bytes.as_ptr(), bytes.len()) };
         Ok(())
     }
 
-    /// Address of `length` bytes at byte `offset`, for copy engines and system calls. Never make a Rust
-    /// reference of it.
+    /// Address of `length` bytes at byte `offset`, for copy engines and system calls. Never null; never make a
+    /// plain Rust reference of it.
     ///
     /// # Errors
     /// The range lies outside the mapping.
     #[inline]
-    pub fn ptr_at(&self, offset: usize, length: usize) -> Result<NonNull<u8>, MappingError> {
+    pub fn ptr_at(&self, offset: usize, length: usize) -> Result<*mut u8, MappingError> {
         let mapped = self.len();
         match offset.checked_add(length) {
             Some(end) if end <= mapped => {}
@@ -180,9 +204,8 @@ impl Mapping {
                 });
             }
         }
-        // SAFETY: `offset` is at most the mapping's length, so the result stays in (or one past) the mapping,
-        // and a mapping's base is not null.
-        Ok(unsafe { NonNull::new_unchecked(self.map.as_mut_ptr().add(offset)) })
+        // SAFETY: `offset` is at most the mapping's length, so the result stays in (or one past) the mapping.
+        Ok(unsafe { self.map.as_mut_ptr().add(offset) })
     }
 
     /// [`Self::ptr_at`], and `offset` must be a multiple of `alignment` (a power of two of at most a page).
@@ -204,6 +227,8 @@ impl Mapping {
                 alignment,
             });
         }
-        self.ptr_at(offset, length)
+        let address = self.ptr_at(offset, length)?;
+        // SAFETY: inside a mapping, whose base is not null.
+        Ok(unsafe { NonNull::new_unchecked(address) })
     }
 }
