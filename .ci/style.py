@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Checks the rules of style that neither rustfmt nor clippy knows.
+
+Prints one line per finding, `path:line: what`, and exits 1 if there is any. The rules are in
+CONTRIBUTING.md.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_FILE_LINES = 800
+MAX_WIDTH = 100
+
+# Folders in which `unsafe` may occur at all; every other Rust file forbids it at its top. A file
+# in such a folder that does not need it forbids it as well.
+UNSAFE_ALLOWED = (
+    "shm-protocol/src/bell",
+    "shm-protocol/src/index/",
+    "shm-protocol/src/mapping/",
+    "shm-protocol/src/node/view.rs",
+    "shm-protocol/src/ring/",
+    "shm-protocol/src/segment/",
+    "shm-protocol/tests/",
+    "engine/src/copy/",
+    "client-c/src/ffi",
+    "client-c/src/memory",
+    "client-c/src/shared",
+    "client-c/tests/",
+    "tools/src/bench",
+    "tools/src/replay",
+    "benches/",
+    "tests/src/memory.rs",
+)
+
+FORBIDDEN_WORDS = (
+    (re.compile(r"\b(TODO|FIXME|XXX|HACK)\b"), "unfinished-work marker"),
+    (re.compile(r"\b(dbg|todo|unimplemented)!\s*\("), "leftover macro"),
+    (re.compile(r"#\[ignore\b"), "ignored test"),
+    (re.compile(r"Result<[^;{}]*,\s*(std::string::)?String>"), "error type String"),
+    (re.compile(r"(?<![\w.])/(work|root|home)/"), "path of one machine"),
+)
+TEXT_SUFFIXES = {".rs", ".md", ".toml", ".sh", ".py", ".c", ".h", ".cc", ".cpp", ".service", ""}
+# Documents that are copied or generated as they are.
+EXEMPT = {"LICENSE", "Cargo.lock", "packaging/THIRD-PARTY.md", ".ci/style.py"}
+
+
+def tracked_files():
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT, check=True, capture_output=True,
+    ).stdout.decode()
+    names = [name for name in listing.split("\0") if name and name not in EXEMPT]
+    return [name for name in names
+            if Path(name).suffix in TEXT_SUFFIXES and (ROOT / name).is_file()]
+
+
+def strip_rust_noise(line):
+    """The line without string literals and comments, enough to find keywords."""
+    line = re.sub(r'b?"(\\.|[^"\\])*"', '""', line)
+    return line.split("//")[0]
+
+
+def uses_unsafe(line):
+    code = strip_rust_noise(line)
+    return re.search(r"\bunsafe\b", code) and "unsafe_" not in code
+
+
+def has_unsafe_below(name):
+    """True for the root of a module tree of which some file uses `unsafe`: `forbid` reaches down."""
+    path = ROOT / name
+    folder = path.parent if path.name in ("lib.rs", "main.rs", "mod.rs") else path.with_suffix("")
+    return folder.is_dir() and any(
+        uses_unsafe(line)
+        for other in folder.rglob("*.rs") if other != path
+        for line in other.read_text(encoding="utf-8").splitlines()
+    )
+
+
+def check_unsafe(name, lines):
+    """Each `unsafe` block, impl and extern block has a SAFETY comment in reach above it."""
+    allowed = name.startswith(UNSAFE_ALLOWED)
+    forbids = any("#![forbid(unsafe_code)]" in line for line in lines)
+    for number, line in enumerate(lines, 1):
+        code = strip_rust_noise(line)
+        if not uses_unsafe(line):
+            continue
+        if not allowed:
+            yield number, "unsafe outside the modules that may use it"
+        if re.search(r"unsafe\s+(fn|extern \"C\" fn)", code) or "unsafe(no_mangle)" in code:
+            continue
+        above = lines[max(0, number - 12):number]
+        if not any("SAFETY:" in candidate or "# Safety" in candidate for candidate in above):
+            yield number, "unsafe without a SAFETY comment"
+    if not allowed and not forbids and not has_unsafe_below(name):
+        yield 1, "does not say #![forbid(unsafe_code)]"
+
+
+def check_file(name):
+    try:
+        text = (ROOT / name).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return
+    lines = text.splitlines()
+    if len(lines) > MAX_FILE_LINES and Path(name).suffix != ".md":
+        yield len(lines), f"{len(lines)} lines, at most {MAX_FILE_LINES}: split by concept"
+    if text and not text.endswith("\n"):
+        yield len(lines), "no newline at the end of the file"
+    for number, line in enumerate(lines, 1):
+        if line != line.rstrip():
+            yield number, "space at the end of the line"
+        for pattern, what in FORBIDDEN_WORDS:
+            if pattern.search(line):
+                yield number, what
+        table_or_link = Path(name).suffix == ".md" and (line.startswith("|") or "://" in line)
+        long_literal = Path(name).suffix == ".rs" and ('"' in line or "://" in line)
+        if len(line) > MAX_WIDTH and not table_or_link and not long_literal:
+            yield number, f"{len(line)} columns, at most {MAX_WIDTH}"
+    if name.endswith(".rs"):
+        yield from check_unsafe(name, lines)
+
+
+def main():
+    findings = 0
+    names = tracked_files()
+    for name in names:
+        for number, what in check_file(name):
+            print(f"{name}:{number}: {what}")
+            findings += 1
+    print(f"style: {len(names)} files, {findings} findings")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
