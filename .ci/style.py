@@ -79,10 +79,27 @@ def has_unsafe_below(name):
     )
 
 
+def forbids_unsafe(path):
+    return path.is_file() and "#![forbid(unsafe_code)]" in path.read_text(encoding="utf-8")
+
+
+def forbidden_above(name):
+    """True if the file or a module that contains it says `#![forbid(unsafe_code)]`."""
+    path = ROOT / name
+    if forbids_unsafe(path):
+        return True
+    folder = path.parent
+    while folder != ROOT:
+        roots = (folder / "mod.rs", folder / "lib.rs", folder / "main.rs", folder.with_suffix(".rs"))
+        if any(forbids_unsafe(root) for root in roots if root != path):
+            return True
+        folder = folder.parent
+    return False
+
+
 def check_unsafe(name, lines):
     """Each `unsafe` block, impl and extern block has a SAFETY comment in reach above it."""
     allowed = name.startswith(UNSAFE_ALLOWED)
-    forbids = any("#![forbid(unsafe_code)]" in line for line in lines)
     for number, line in enumerate(lines, 1):
         code = strip_rust_noise(line)
         if not uses_unsafe(line):
@@ -94,7 +111,7 @@ def check_unsafe(name, lines):
         above = lines[max(0, number - 12):number]
         if not any("SAFETY:" in candidate or "# Safety" in candidate for candidate in above):
             yield number, "unsafe without a SAFETY comment"
-    if not allowed and not forbids and not has_unsafe_below(name):
+    if not allowed and not forbidden_above(name) and not has_unsafe_below(name):
         yield 1, "does not say #![forbid(unsafe_code)]"
 
 

@@ -1,0 +1,123 @@
+# Everything a developer does. `make` alone lists it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+DESTDIR ?=
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+RELEASE := $(TARGET_DIR)/release
+# Where the system looks for units; empty leaves the unit out.
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+
+LOOM_FLAGS := RUSTFLAGS="--cfg loom" CARGO_PROFILE_RELEASE_LTO=off CARGO_TARGET_DIR=$(TARGET_DIR)/loom
+SOAK_TRIALS ?= 10000
+# What `make deny` looks at; without network, leave `advisories` out.
+DENY_CHECKS ?= advisories bans licenses sources
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  Variables: CARGO_TARGET_DIR (build output), PREFIX and DESTDIR (install),'
+	@echo '  SOAK_TRIALS (soak), ARGS (bench-*).'
+
+.PHONY: build
+build: ## build daemon, tools and library (release)
+	$(CARGO) build --release --workspace --bins
+	$(CARGO) build --release -p pegaflow-client
+
+.PHONY: lib
+lib: ## build libpegaflow.so with symbol versions, and its pkg-config file
+	client-c/build-so.sh
+
+.PHONY: test
+test: ## all tests: units, whole system, documentation, loom models in reduced form
+	$(CARGO) build --workspace --bins
+	$(CARGO) test --workspace --no-fail-fast
+	$(MAKE) --no-print-directory loom-quick
+
+.PHONY: loom-quick
+loom-quick: ## loom models with at most two preemptions
+	$(LOOM_FLAGS) LOOM_MAX_PREEMPTIONS=2 $(CARGO) test --release -p pegaflow-shm --tests
+
+.PHONY: loom
+loom: ## loom models with the bounds that each model names (many minutes)
+	$(LOOM_FLAGS) $(CARGO) test --release -p pegaflow-shm --tests -- --nocapture
+
+.PHONY: miri
+miri: ## run what Miri can (needs a nightly toolchain with the miri component)
+	@if ! $(CARGO) +nightly miri --version >/dev/null 2>&1; then \
+	    echo 'make miri: NOT RUN. Miri needs a nightly toolchain:' >&2; \
+	    echo '    rustup toolchain install nightly --component miri,rust-src' >&2; \
+	    echo 'docs/decisions/0009-no-miri-in-ci.md says what covers for it meanwhile.' >&2; \
+	    exit 1; \
+	fi
+	MIRIFLAGS=-Zmiri-disable-isolation $(CARGO) +nightly miri test -p pegaflow-shm --lib
+
+.PHONY: fmt
+fmt: ## format the sources
+	$(CARGO) fmt --all
+
+.PHONY: lint
+lint: ## formatting, clippy, style rules, C header
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+	python3 .ci/style.py
+	$(MAKE) --no-print-directory check-header
+
+.PHONY: deny
+deny: ## licences, advisories and sources of all dependencies (needs cargo-deny)
+	@command -v cargo-deny >/dev/null || \
+	    { echo 'make deny: install it first: cargo install --locked cargo-deny' >&2; exit 1; }
+	cargo-deny --log-level error check $(DENY_CHECKS)
+	packaging/third-party.sh --check
+
+.PHONY: check-header
+check-header: ## compare pegaflow.h with what the code exports
+	client-c/check-header.sh
+
+.PHONY: demo
+demo: ## build, start a daemon, replay a workload through engine processes, show the table
+	packaging/demo.sh
+
+.PHONY: soak
+soak: ## kill -9 of clients and daemons at random, SOAK_TRIALS times (hours)
+	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-tests -- --nocapture kill
+	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-shm -- --nocapture kill
+
+.PHONY: fuzz
+fuzz: ## property tests and hostile clients with many more cases
+	PROPTEST_CASES=100000 $(CARGO) test --release -p pegaflow-shm -p pegaflow-engine
+	PEGAFLOW_HOSTILE_TRIALS=10000 $(CARGO) test --release -p pegaflow-tests -- --nocapture hostile
+
+.PHONY: bench
+bench: build ## latency and throughput of queries and saves on this machine
+	$(RELEASE)/pegactl bench query --blocks 8192 $(ARGS)
+	$(RELEASE)/pegactl bench save --blocks 8192 --page-bytes 1024 $(ARGS)
+	$(RELEASE)/pegactl bench save --blocks 256 --page-bytes 2097152 $(ARGS)
+
+.PHONY: bench-rings
+bench-rings: build ## rings against raw ping-pongs and a textbook ring
+	$(RELEASE)/pegactl bench rings $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: ## rings beside iceoryx2, crossbeam and rtrb in one run
+	$(CARGO) bench -p pegaflow-benches $(ARGS)
+
+.PHONY: install
+install: build lib ## install binaries, library, header, pkg-config file and unit under PREFIX
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(RELEASE)/pegaflowd $(RELEASE)/pegactl $(DESTDIR)$(PREFIX)/bin/
+	DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' client-c/build-so.sh --install
+	if [[ -n '$(UNITDIR)' && -f packaging/pegaflowd.service ]]; then \
+	    install -D -m 644 packaging/pegaflowd.service $(DESTDIR)$(UNITDIR)/pegaflowd.service; \
+	fi
+	install -D -m 644 LICENSE $(DESTDIR)$(PREFIX)/share/doc/pegaflow/LICENSE
+	install -m 644 NOTICE packaging/THIRD-PARTY.md $(DESTDIR)$(PREFIX)/share/doc/pegaflow/
+
+.PHONY: clean
+clean: ## remove build output
+	$(CARGO) clean
