@@ -38,10 +38,10 @@ pub struct BoundLayout {
     region_parts: Vec<RegionPart>,
     process_parts: Vec<ProcessPart>,
     process: Option<Arc<ProcessMemory>>,
-    _regions: Vec<Arc<RegionMapping>>,
+    regions: Vec<Arc<RegionMapping>>,
 }
 
-// SAFETY: the raw pointers in `region_parts` point into mappings that `_regions` keeps alive, and
+// SAFETY: the raw pointers in `region_parts` point into mappings that `regions` keeps alive, and
 // are used only for raw copies that make no claim about who else touches the bytes.
 unsafe impl Send for BoundLayout {}
 // SAFETY: as above; nothing in the value changes after `bind`.
@@ -59,7 +59,7 @@ impl BoundLayout {
             region_parts: Vec::new(),
             process_parts: Vec::new(),
             process: None,
-            _regions: Vec::new(),
+            regions: Vec::new(),
         };
         for (index, part) in layout.parts().iter().enumerate() {
             let memory = part.memory;
@@ -135,12 +135,8 @@ impl BoundLayout {
             bytes: part.bytes as usize,
             page_offset: part.page_offset as usize,
         });
-        if !self
-            ._regions
-            .iter()
-            .any(|known| Arc::ptr_eq(known, &region))
-        {
-            self._regions.push(region);
+        if !self.regions.iter().any(|known| Arc::ptr_eq(known, &region)) {
+            self.regions.push(region);
         }
         Ok(())
     }

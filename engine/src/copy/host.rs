@@ -14,6 +14,8 @@ use super::task::{CopyTask, Direction, PageCopy};
 const MAX_RANGES: usize = 1024;
 /// Most bytes moved by one system call: bounds how long a cancelled task goes on.
 const MAX_CALL_BYTES: u64 = 4 << 20;
+/// Most bytes of neighbouring pages copied at once, for the same reason.
+const MAX_RUN_BYTES: u64 = 1 << 20;
 
 /// Copies with the CPU. One value per thread.
 #[derive(Debug)]
@@ -102,28 +104,50 @@ fn copy_regions(
     parts: &[RegionPart],
     pages_done: &mut u32,
 ) -> Result<(), CopyError> {
-    let pool = pool.base().as_ptr();
-    for page in &task.pages {
+    let (pool, layout) = (pool.base().as_ptr(), task.target.layout());
+    let mut first = 0;
+    while let Some(page) = task.pages.get(first) {
         if task.cancelled.load(Ordering::Relaxed) {
             return Err(CopyError::Cancelled);
         }
-        // SAFETY: `check_pages` found the page inside the pool and the block below `num_blocks`, so
+        let run = if layout.is_dense() {
+            run_length(&task.pages[first..], layout.page_bytes())
+        } else {
+            1
+        };
+        // SAFETY: `check_pages` found the pages inside the pool and the blocks below `num_blocks`, so
         // (invariant of RegionPart) both ranges are mapped, and the task keeps both mappings alive.
-        // They are different mappings of different files, so they do not overlap.
+        // With `run > 1` the layout is dense, so its one part's pieces follow each other like the
+        // pages do. Pool and region are mappings of different files, so they do not overlap.
         unsafe {
             let pool_page = pool.add(page.pool_offset as usize);
             for part in parts {
                 let piece = part.base.add(page.block as usize * part.block_stride);
                 let packed = pool_page.add(part.page_offset);
                 match task.direction {
-                    Direction::Save => copier.copy(piece, packed, part.bytes),
-                    Direction::Load => copier.copy(packed, piece, part.bytes),
+                    Direction::Save => copier.copy(piece, packed, part.bytes * run),
+                    Direction::Load => copier.copy(packed, piece, part.bytes * run),
                 }
             }
         }
-        *pages_done += 1;
+        first += run;
+        *pages_done = first as u32;
     }
     Ok(())
+}
+
+/// How many pages from the first on follow each other both in the pool and in block ids.
+fn run_length(pages: &[PageCopy], page_bytes: u64) -> usize {
+    let most = (MAX_RUN_BYTES / page_bytes).max(1) as usize;
+    let follows = |pair: &[PageCopy]| {
+        pair[1].pool_offset == pair[0].pool_offset + page_bytes
+            && u64::from(pair[1].block) == u64::from(pair[0].block) + 1
+    };
+    1 + pages
+        .windows(2)
+        .take(most - 1)
+        .take_while(|pair| follows(pair))
+        .count()
 }
 
 /// Ranges of one system call, kept between calls so that nothing is allocated.

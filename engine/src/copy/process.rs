@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::time::Timespec;
 
 use super::error::{CopyError, MemoryError};
@@ -129,12 +130,18 @@ impl ProcessMemory {
     }
 }
 
-/// A pidfd becomes readable when its process ends.
+/// A pidfd becomes readable when its process ends. An answer that cannot be had counts as ended.
 fn process_lives(pidfd: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
     let now = Timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    matches!(poll(&mut fds, Some(&now)), Ok(0))
+    loop {
+        let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+        match poll(&mut fds, Some(&now)) {
+            // A pending signal ends even a poll that does not wait.
+            Err(Errno::INTR) => {}
+            result => return result == Ok(0),
+        }
+    }
 }

@@ -166,6 +166,19 @@ impl CopyWorkers {
     }
 }
 
+#[cfg(test)]
+impl CopyWorkers {
+    /// Results that wait in `pop_done`.
+    pub(super) fn shared_done_len(&self) -> usize {
+        self.shared.done.len()
+    }
+
+    /// Tasks that no thread has taken yet.
+    pub(super) fn shared_task_len(&self) -> usize {
+        self.shared.tasks.len()
+    }
+}
+
 impl Drop for CopyWorkers {
     fn drop(&mut self) {
         self.stop();

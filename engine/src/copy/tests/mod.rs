@@ -1,0 +1,4 @@
+mod process;
+mod region;
+mod support;
+mod workers;
