@@ -12,7 +12,8 @@ RELEASE := $(TARGET_DIR)/release
 # Where the system looks for units; empty leaves the unit out.
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 
-LOOM_FLAGS := RUSTFLAGS="--cfg loom" CARGO_PROFILE_RELEASE_LTO=off CARGO_TARGET_DIR=$(TARGET_DIR)/loom
+LOOM_FLAGS := RUSTFLAGS="--cfg loom" CARGO_PROFILE_RELEASE_LTO=off \
+    CARGO_TARGET_DIR=$(TARGET_DIR)/loom
 SOAK_TRIALS ?= 10000
 # What `make deny` looks at; without network, leave `advisories` out.
 DENY_CHECKS ?= advisories bans licenses sources

@@ -78,7 +78,8 @@ if [[ -e $socket ]]; then
 fi
 echo "exit status 0, socket removed"
 if [[ -d $shm ]]; then
-    echo "kept for the next start of node $node (the cache survives a restart): $(du -sh "$shm" | cut -f1)"
+    kept=$(du -sh "$shm" | cut -f1)
+    echo "kept for the next start of node $node, because the cache survives a restart: $kept"
     rm -rf "$shm"
     echo "removed by the demo; nothing is left"
 fi

@@ -59,7 +59,7 @@ case ${1:-} in
     '') listing >packaging/THIRD-PARTY.md ;;
     --check)
         if ! diff -u packaging/THIRD-PARTY.md <(listing); then
-            echo "packaging/THIRD-PARTY.md does not fit Cargo.lock: run packaging/third-party.sh" >&2
+            echo "packaging/THIRD-PARTY.md is out of date: run packaging/third-party.sh" >&2
             exit 1
         fi ;;
     --texts)
