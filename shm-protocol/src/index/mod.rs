@@ -38,9 +38,13 @@ mod table;
 mod writer;
 
 #[cfg(all(test, not(loom)))]
+mod tests_layout;
+#[cfg(all(test, not(loom)))]
 mod tests_model;
 #[cfg(all(test, not(loom)))]
 mod tests_reader;
+#[cfg(all(test, not(loom)))]
+mod tests_util;
 #[cfg(all(test, not(loom)))]
 mod tests_writer;
 

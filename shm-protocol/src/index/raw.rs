@@ -23,7 +23,8 @@ mod mapped {
 
     use super::super::layout::WORD_BYTES;
     use super::super::memory::{IndexMemory, WritableIndexMemory};
-    use crate::sync::AtomicU64;
+    use crate::mapping::{Mapping, MappingError};
+    use crate::sync::{Arc, AtomicU64};
 
     /// The daemon's writable mapping of an index file. `O` keeps the mapping alive.
     #[derive(Debug)]
@@ -72,6 +73,34 @@ mod mapped {
         }
     }
 
+    impl RawReadMemory<Arc<Mapping>> {
+        /// The words of a mapped index file, read-only or not.
+        ///
+        /// # Errors
+        /// A mapping without bytes.
+        pub fn from_mapping(mapping: Arc<Mapping>) -> Result<Self, MappingError> {
+            let bytes = mapping.len();
+            let base = mapping.aligned_ptr(0, bytes, WORD_BYTES)?;
+            // SAFETY: the bytes stay mapped while the Arc that goes along lives, index files are
+            // written by the daemon alone and never shrink (`mapping::file`), and a mapping gives
+            // no plain references, so all access in this process is atomic.
+            Ok(unsafe { Self::new(base, bytes, mapping) })
+        }
+    }
+
+    impl RawMemory<Arc<Mapping>> {
+        /// The words of a mapped index file, for its writer.
+        ///
+        /// # Errors
+        /// The mapping is read-only or has no bytes.
+        pub fn from_mapping(mapping: Arc<Mapping>) -> Result<Self, MappingError> {
+            mapping.require_writable()?;
+            Ok(Self {
+                inner: RawReadMemory::from_mapping(mapping)?,
+            })
+        }
+    }
+
     impl<O> RawMemory<O> {
         /// Lays words over `bytes` bytes at `base`; a rest below 8 bytes is left out.
         ///
@@ -105,4 +134,52 @@ mod mapped {
     }
 
     impl<O> WritableIndexMemory for RawMemory<O> {}
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    use super::super::tests_util::{BOOT_ID, GROUP, NAMESPACE, hashes, key};
+    use super::super::{IndexLayout, IndexReader, IndexWriter, OpenError};
+    use super::*;
+    use crate::mapping::{Access, Mapping, MappingError, NamedFile};
+    use crate::sync::Arc;
+
+    #[test]
+    fn a_reader_on_a_read_only_mapping_of_the_file_sees_what_the_daemon_seals() {
+        let layout = IndexLayout::for_capacity(1000).unwrap();
+        let fd = memfd_create("index", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, layout.total_bytes()).unwrap();
+        let file = NamedFile::from_fd(fd, "index").unwrap();
+        file.reserve(0, layout.fixed_bytes()).unwrap();
+        let memory = |access| Arc::new(file.map_exact(access, layout.total_bytes()).unwrap());
+
+        let read = || RawReadMemory::from_mapping(memory(Access::ReadOnly)).unwrap();
+        assert_eq!(IndexReader::open(read()).unwrap_err(), OpenError::Magic(0));
+        let refused = RawMemory::from_mapping(memory(Access::ReadOnly));
+        assert!(matches!(refused, Err(MappingError::ReadOnly { .. })));
+
+        let write = RawMemory::from_mapping(memory(Access::ReadWrite)).unwrap();
+        let mut writer = IndexWriter::create(write, layout, BOOT_ID, 5).unwrap();
+        let allocate =
+            |range: core::ops::Range<u64>| file.reserve(range.start, range.end - range.start);
+        assert_eq!(writer.reserve(400, allocate).unwrap(), 448);
+        let reader = IndexReader::open(read()).unwrap();
+        for i in 0..300 {
+            let id = writer.insert(&key(i)).unwrap();
+            writer.seal(id).unwrap();
+        }
+        assert_eq!(reader.prefix_len(NAMESPACE, GROUP, &hashes(0..400)), 300);
+        drop(writer);
+        drop(file);
+        assert_eq!(reader.prefix_len(NAMESPACE, GROUP, &hashes(0..400)), 300);
+    }
+
+    #[test]
+    fn a_mapping_with_a_rest_below_a_word_is_cut_to_words() {
+        let mapping = Arc::new(Mapping::anonymous(4101).unwrap());
+        let memory = RawReadMemory::from_mapping(mapping).unwrap();
+        assert_eq!(super::super::IndexMemory::words(&memory).len(), 512);
+    }
 }

@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 use core::ops::Range;
-use std::io;
 
 use super::batch::{self, BATCH, MISS};
 use super::entry::{self, EntryWords};
@@ -158,13 +157,13 @@ impl<M: WritableIndexMemory> IndexWriter<M> {
 
     /// Gives storage to at least `step_entries` more entries (in whole pages, up to the
     /// capacity). `allocate` gets the byte range in the file and must return only when writing
-    /// it cannot fail, as after `fallocate`. Returns the entries that have storage now; at the
+    /// it cannot fail, as after `NamedFile::reserve`; its error comes back. Returns the entries that have storage now; at the
     /// capacity, `allocate` is not called.
-    pub fn reserve(
+    pub fn reserve<E>(
         &mut self,
         step_entries: u32,
-        allocate: impl FnOnce(Range<u64>) -> io::Result<()>,
-    ) -> io::Result<u32> {
+        allocate: impl FnOnce(Range<u64>) -> Result<(), E>,
+    ) -> Result<u32, E> {
         const PER_PAGE: u32 = PAGE_BYTES as u32 / ENTRY_BYTES as u32;
         let capacity = self.layout.entry_capacity();
         let target = self.reserved.saturating_add(step_entries.max(1));
