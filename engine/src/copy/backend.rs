@@ -10,12 +10,13 @@ use super::task::CopyTask;
 /// What must hold, for every implementation:
 ///
 /// * `copy` returns only when nothing touches the pool pages or the engine's blocks of the task any
-///   more, with an error as well as without. A backend that queues work on a device drains it first.
+///   more, with an error as well as without. A backend that queues work on a device drains it
+///   first.
 /// * `*pages_done` counts a prefix of `task.pages` whose bytes are completely copied *and visible*
 ///   to every thread that learns of the count; it starts at 0 and never counts too much. On `Ok` it
 ///   equals the length of the list, and the value is that many times the page size.
-/// * Every pool offset and block id is checked against the pool and the layout before it is used;
-///   a bad one is an error and touches nothing.
+/// * Every pool offset and block id is checked against the pool and the layout before it is used; a
+///   bad one is an error and touches nothing.
 /// * `task.cancelled` is looked at at least once per page or per MiB, whichever is more, and then
 ///   ends the task with [`CopyError::Cancelled`].
 /// * An owner that dies, unmaps or forbids makes an error, never a signal and never a hang.

@@ -1,12 +1,13 @@
 //! Copying bytes that another process may be writing.
 //!
-//! Short copies go to the C library, through a pointer that the compiler cannot see through. From 16
-//! KiB on, a loop of our own copies four 4-KiB pages side by side with stores that bypass the cache.
-//! The bytes are not read again soon by this core, so caching them would only read every target
-//! line from memory first and push other data out; and four streams keep four hardware prefetchers
-//! busy where one stream stops at each page's end. On a Sapphire Rapids core that was 1.5 to 1.8
-//! times `memcpy` for 16 KiB to 2 MiB; AVX and AVX-512 registers were no faster than SSE2 ones, so
-//! that every x86-64 machine takes the same path. Elsewhere all copies go to the C library.
+//! Short copies go to the C library, through a pointer that the compiler cannot see through. From
+//! 16 KiB on, a loop of our own copies four 4-KiB pages side by side with stores that bypass the
+//! cache. The bytes are not read again soon by this core, so caching them would only read every
+//! target line from memory first and push other data out; and four streams keep four hardware
+//! prefetchers busy where one stream stops at each page's end. On a Sapphire Rapids core that was
+//! 1.5 to 1.8 times `memcpy` for 16 KiB to 2 MiB; AVX and AVX-512 registers were no faster than
+//! SSE2 ones, so that every x86-64 machine takes the same path. Elsewhere all copies go to the C
+//! library.
 
 use std::hint::black_box;
 
@@ -68,8 +69,8 @@ impl ByteCopier {
     #[cfg(target_arch = "x86_64")]
     unsafe fn copy_streaming(&self, from: *const u8, to: *mut u8, bytes: usize) {
         let mut at = (LINE - to.addr() % LINE) % LINE;
-        // SAFETY: all of `0..bytes` is mapped on both sides (caller); `at` never passes `bytes`, and
-        // a stripe is copied only when it fits. `to + at` is a multiple of LINE throughout.
+        // SAFETY: all of `0..bytes` is mapped on both sides (caller); `at` never passes `bytes`,
+        // and a stripe is copied only when it fits. `to + at` is a multiple of LINE throughout.
         unsafe {
             self.copy_plain(from, to, at);
             while bytes - at >= STRIPE {
@@ -87,8 +88,8 @@ impl ByteCopier {
 ///
 /// # Safety
 ///
-/// `STRIPE` bytes are mapped at both, `to` is writable and a multiple of 16, they do not overlap. The
-/// stores are ordered only by an `sfence` after it.
+/// `STRIPE` bytes are mapped at both, `to` is writable and a multiple of 16, they do not overlap.
+/// The stores are ordered only by an `sfence` after it.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 unsafe fn copy_stripe(from: *const u8, to: *mut u8) {

@@ -83,9 +83,9 @@ pub enum CopyError {
     #[error("process {pid} is gone or runs another program; its blocks are out of reach")]
     OwnerGone { pid: i32 },
     #[error(
-        "{direction:?} may not touch the memory of process {pid}: the same user with ptrace allowed \
-         is needed (the client calls prctl(PR_SET_PTRACER), or kernel.yama.ptrace_scope=0), \
-         or CAP_SYS_PTRACE, or a shared region"
+        "{direction:?} may not touch the memory of process {pid}: the same user with ptrace \
+         allowed is needed (the client calls prctl(PR_SET_PTRACER), or \
+         kernel.yama.ptrace_scope=0), or CAP_SYS_PTRACE, or a shared region"
     )]
     NotPermitted { pid: i32, direction: Direction },
     #[error(

@@ -6,7 +6,8 @@
 //! then may the lane reuse the memory.
 //!
 //! `unsafe` lives in `region` (mapping), `memory` (the pool's pointer), `bytes` (copy loops),
-//! `process` (system calls), `bound` and `host` (pointer arithmetic); the rest forbids it.
+//! `process` (system calls), `bound`, `host` and `process_pass` (pointer arithmetic); the rest
+//! forbids it.
 
 mod backend;
 mod bound;
@@ -15,6 +16,7 @@ mod error;
 mod host;
 mod memory;
 mod process;
+mod process_pass;
 mod region;
 mod task;
 mod workers;

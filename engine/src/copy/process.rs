@@ -2,10 +2,10 @@
 //!
 //! Those calls name their target by process id, and ids are used again. Two descriptors taken at
 //! registration say whether the id still means the same memory: a pidfd (the process lives) and its
-//! `/proc/<pid>/mem` (the address space is still the one registered, so no `execve` came between;
-//! a read from it says 0 once that address space is gone). Both are asked right before and right
-//! after each call. What was read from a stranger is thus never taken for a block, and a write to one
-//! would need the owner to end, be reaped, and its id to come round again within a microsecond.
+//! `/proc/<pid>/mem` (the address space is still the one registered, so no `execve` came between; a
+//! read from it says 0 once that address space is gone). Both are asked right before and right
+//! after each call. What was read from a stranger is thus never taken for a block, and a write to
+//! one would need the owner to end, be reaped, and its id to come round again within a microsecond.
 
 use std::fs::File;
 use std::io;
@@ -78,8 +78,8 @@ impl ProcessMemory {
     /// many were moved: at least one, perhaps not all.
     ///
     /// Errors: [`CopyError::OwnerGone`], [`CopyError::NotPermitted`], [`CopyError::System`];
-    /// `EFAULT` (nothing could be moved) comes back as `Ok(0)` because only the caller knows what lies
-    /// at the start of `remote`.
+    /// `EFAULT` (nothing could be moved) comes back as `Ok(0)` because only the caller knows what
+    /// lies at the start of `remote`.
     ///
     /// # Safety
     ///

@@ -52,7 +52,8 @@ impl RegionMapping {
         let base: NonNull<u8> =
             NonNull::new(base.cast()).expect("mmap never returns null without MAP_FIXED");
         // The region is the client's memory: a core dump or a fork of the daemon has no use for it.
-        // SAFETY: the range was mapped just now. Failure leaves a correct mapping, so it is ignored.
+        // SAFETY: the range was mapped just now. Failure leaves a correct mapping, so it is
+        // ignored.
         unsafe {
             libc::madvise(base.as_ptr().cast(), length, libc::MADV_DONTDUMP);
             libc::madvise(base.as_ptr().cast(), length, libc::MADV_DONTFORK);

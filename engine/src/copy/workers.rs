@@ -77,9 +77,9 @@ impl CopyWorkers {
     /// Starts `options.threads` threads named `copy-N`, each with a backend of its own from
     /// `new_backend` (called again after a panic, whose backend is dropped).
     ///
-    /// `notify` runs on a copy thread after each [`CopyDone`] became visible to `pop_done` and after
-    /// a full fence. It must not block: load the lane's "parked" flag, and ring its eventfd when set.
-    /// The lane's side is: set the flag, full fence, `pop_done` once more, park.
+    /// `notify` runs on a copy thread after each [`CopyDone`] became visible to `pop_done` and
+    /// after a full fence. It must not block: load the lane's "parked" flag, and ring its eventfd
+    /// when set. The lane's side is: set the flag, full fence, `pop_done` once more, park.
     pub fn start_with<B: CopyBackend>(
         options: CopyOptions,
         new_backend: impl Fn() -> B + Send + Sync + 'static,
@@ -210,8 +210,8 @@ impl Shared {
             }
             let mut guard = self.lock_sleep();
             self.sleepers.fetch_add(1, Ordering::Relaxed);
-            // SYNC: copy-task. Pairs with the fence in `wake_one`: either this thread sees the task,
-            // or the submitter sees the sleeper and then needs the lock that `wait` lets go.
+            // SYNC: copy-task. Pairs with the fence in `wake_one`: either this thread sees the
+            // task, or the submitter sees the sleeper and then needs the lock that `wait` lets go.
             fence(Ordering::SeqCst);
             let stopping = self.stopping.load(Ordering::SeqCst);
             if self.tasks.is_empty() && !stopping {

@@ -1,4 +1,5 @@
-//! KV layouts: where the bytes of one block lie in an engine's memory, and what its page looks like.
+//! KV layouts: where the bytes of one block lie in an engine's memory, and what its page looks
+//! like.
 //!
 //! A worker registers one [`GroupLayout`] per cache group. Block `b`'s part `s` lies at
 //! `base + b * block_stride .. + bytes` of segment `s`; the *page* is the segments' bytes packed

@@ -4,8 +4,8 @@
 //! then a byte at `s * row + column` makes the memory a table: a segment takes a run of columns in
 //! one row per block, so it is a rectangle (two, when its columns run past the end of a row). A
 //! sweep over the rows keeps the rectangles that are open now ordered by column; since those never
-//! overlap, a new one needs a look only at the last that starts before its end. `n` segments cost `n log n`: a client
-//! cannot make registration slow.
+//! overlap, a new one needs a look only at the last that starts before its end. `n` segments cost
+//! `n log n`: a client cannot make registration slow.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -71,8 +71,8 @@ pub(super) fn check_overlaps(
 
 /// One past the last span that is tied to `spans[first]` by a chain of crossing spans.
 ///
-/// Each span added crosses the one that reaches farthest, so equal strides there make all strides of
-/// the chain equal.
+/// Each span added crosses the one that reaches farthest, so equal strides there make all strides
+/// of the chain equal.
 fn cluster_end(
     group: u16,
     segments: &[SegmentLayout],

@@ -325,7 +325,10 @@ proptest! {
         let Ok(valid) = ValidLayout::new(&layout, |_| Some(1 << 20)) else { return Ok(()) };
         let region = |memory| usize::from(memory == MemoryRef::Region(1));
         let memory: Vec<Vec<u8>> = (0..2u8)
-            .map(|r| (0..1024u32).map(|i| (i * 7) as u8 ^ seed ^ (i >> 6) as u8 ^ (r << 7)).collect())
+            .map(|r| {
+                let byte = |i: u32| (i * 7) as u8 ^ seed ^ (i >> 6) as u8 ^ (r << 7);
+                (0..1024).map(byte).collect()
+            })
             .collect();
         let mut restored = vec![vec![0u8; 1024]; 2];
         for block in 0..u64::from(num_blocks) {

@@ -27,8 +27,8 @@ pub struct Part {
 /// A layout that keeps every rule of this module.
 ///
 /// What holds: at least one part, at most [`MAX_SEGMENTS`]; every piece of every block lies inside
-/// its region (as long as the caller named it) or inside user space; no two pieces share a byte; the
-/// parts tile the page `0..page_bytes` in order; `page_bytes <= MAX_PAGE_BYTES`.
+/// its region (as long as the caller named it) or inside user space; no two pieces share a byte;
+/// the parts tile the page `0..page_bytes` in order; `page_bytes <= MAX_PAGE_BYTES`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ValidLayout {
     group: u16,

@@ -25,7 +25,8 @@ proptest! {
         let stride: u64 = sizes.iter().map(|(bytes, gap, _)| bytes * scale + gap).sum();
         let (mut inside, mut apart, mut list) = (0, 5, Vec::new());
         for &(bytes, gap, memory) in &sizes {
-            let (base, block_stride) = if memory == 0 { (inside, stride) } else { (apart, bytes * scale) };
+            let own = (apart, bytes * scale);
+            let (base, block_stride) = if memory == 0 { (inside, stride) } else { own };
             inside += bytes * scale + gap;
             apart += bytes * scale * u64::from(num_blocks) + gap;
             let memory = MemoryRef::Region(memory);
@@ -94,7 +95,7 @@ fn large_pages_and_long_runs_round_trip() {
         let target = bind(
             blocks,
             segments(R0, &[(0, page, page)]),
-            &[memory.clone()],
+            std::slice::from_ref(&memory),
             None,
         );
         let pages: Vec<_> = (0..blocks).map(|b| (u64::from(b) * page, b)).collect();
