@@ -35,7 +35,11 @@ fn check_members(policy: &dyn EvictionPolicy, members: &BTreeSet<u32>) {
     assert_eq!(policy.len(), members.len());
     assert_eq!(policy.is_empty(), members.is_empty());
     for id in 0..CAPACITY {
-        assert_eq!(policy.contains(id), members.contains(&id), "membership of {id}");
+        assert_eq!(
+            policy.contains(id),
+            members.contains(&id),
+            "membership of {id}"
+        );
     }
 }
 
@@ -53,7 +57,11 @@ fn check_victim(
         pinned >> id & 1 == 0
     });
     assert!(asked.is_subset(members), "only members are asked");
-    assert!(questions <= 16 * members.len(), "{questions} questions for {}", members.len());
+    assert!(
+        questions <= 16 * members.len(),
+        "{questions} questions for {}",
+        members.len()
+    );
     match victim {
         Some(id) => assert!(members.contains(&id) && pinned >> id & 1 == 0 && asked.contains(&id)),
         None => assert_eq!(&asked, members, "each member is asked before none is found"),
@@ -96,7 +104,9 @@ fn drain_around_pins(policy: &mut dyn EvictionPolicy, members: &mut BTreeSet<u32
             policy.remove(id);
             members.remove(&id);
         }
-        members.iter().for_each(|id| assert!(pinned >> id & 1 == 1, "{id} never came up"));
+        members
+            .iter()
+            .for_each(|id| assert!(pinned >> id & 1 == 1, "{id} never came up"));
         check_members(policy, members);
     }
     assert!(members.is_empty());

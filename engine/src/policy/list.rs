@@ -19,8 +19,13 @@ pub(super) struct Links {
 
 impl Links {
     pub(super) fn new(capacity: u32) -> Self {
-        assert!(capacity <= super::MAX_CAPACITY, "a policy orders at most 2^32 - 2 entries");
-        Self { links: vec![[ABSENT; 2]; capacity as usize] }
+        assert!(
+            capacity <= super::MAX_CAPACITY,
+            "a policy orders at most 2^32 - 2 entries"
+        );
+        Self {
+            links: vec![[ABSENT; 2]; capacity as usize],
+        }
     }
 
     /// Whether `id` is on a list.
@@ -42,7 +47,11 @@ pub(super) struct List {
 
 impl List {
     pub(super) fn new() -> Self {
-        Self { front: END, back: END, len: 0 }
+        Self {
+            front: END,
+            back: END,
+            len: 0,
+        }
     }
 
     pub(super) fn len(&self) -> usize {

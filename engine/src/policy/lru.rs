@@ -14,7 +14,10 @@ pub struct Lru {
 impl Lru {
     /// A policy for ids below `capacity`.
     pub fn new(capacity: u32) -> Self {
-        Self { links: Links::new(capacity), order: List::new() }
+        Self {
+            links: Links::new(capacity),
+            order: List::new(),
+        }
     }
 }
 

@@ -162,6 +162,12 @@ mod tests {
         }
         let json = serde_json::to_string(&AdmissionKind::TinyLfu).expect("serializes");
         assert_eq!(json, "\"tinylfu\"");
-        assert_eq!(AdmissionKind::TinyLfu.to_possible_value().expect("shown").get_name(), "tinylfu");
+        assert_eq!(
+            AdmissionKind::TinyLfu
+                .to_possible_value()
+                .expect("shown")
+                .get_name(),
+            "tinylfu"
+        );
     }
 }

@@ -104,9 +104,15 @@ impl EvictionPolicy for S3Fifo {
             return self.touch(id);
         }
         let key = fingerprint(key_hash);
-        let remembered = self.ghosts.forget(key, self.len() - self.len() / SMALL_SHARE);
+        let remembered = self
+            .ghosts
+            .forget(key, self.len() - self.len() / SMALL_SHARE);
         self.words[id as usize] = key << KEY_SHIFT | if remembered { IN_MAIN } else { 0 };
-        let queue = if remembered { &mut self.main } else { &mut self.small };
+        let queue = if remembered {
+            &mut self.main
+        } else {
+            &mut self.small
+        };
         queue.push_front(&mut self.links, id);
     }
 
@@ -168,7 +174,11 @@ impl Ghosts {
     fn new(capacity: u32) -> Self {
         // More sets than fingerprints would stay empty.
         let sets = (capacity as usize / WAYS).next_power_of_two().min(1 << 26);
-        Self { slots: vec![0; sets * WAYS], set_mask: sets - 1, departures: 0 }
+        Self {
+            slots: vec![0; sets * WAYS],
+            set_mask: sets - 1,
+            departures: 0,
+        }
     }
 
     fn set(&mut self, key: u32) -> &mut [u64] {
@@ -193,7 +203,10 @@ impl Ghosts {
     /// Whether `key` was among the last `window` departures; it is not afterwards.
     fn forget(&mut self, key: u32, window: usize) -> bool {
         let now = self.departures;
-        let slot = self.set(key).iter_mut().find(|slot| **slot >> 32 != 0 && **slot as u32 == key);
+        let slot = self
+            .set(key)
+            .iter_mut()
+            .find(|slot| **slot >> 32 != 0 && **slot as u32 == key);
         let Some(slot) = slot else { return false };
         let number = (std::mem::take(slot) >> 32) as u32;
         (now.wrapping_sub(number) as usize) < window

@@ -13,8 +13,13 @@ use super::{AdmissionKind, PolicyKind, build, build_admission};
 const TOLERANCE: f64 = 0.05;
 
 /// Reference prefix hit ratios of LRU: cache size in blocks, per cent of block references.
-const LRU_REFERENCE: [(u32, f64); 5] =
-    [(1_000, 4.45), (5_000, 11.04), (10_000, 21.12), (30_000, 32.57), (50_000, 35.46)];
+const LRU_REFERENCE: [(u32, f64); 5] = [
+    (1_000, 4.45),
+    (5_000, 11.04),
+    (10_000, 21.12),
+    (30_000, 32.57),
+    (50_000, 35.46),
+];
 
 fn trace() -> Option<Vec<Vec<u64>>> {
     let path = std::env::var_os("PEGAFLOW_TRACE").map_or_else(
@@ -25,7 +30,10 @@ fn trace() -> Option<Vec<Vec<u64>>> {
         PathBuf::from,
     );
     let Ok(text) = fs::read_to_string(&path) else {
-        eprintln!("SKIPPED: no trace at {} (PEGAFLOW_TRACE names another)", path.display());
+        eprintln!(
+            "SKIPPED: no trace at {} (PEGAFLOW_TRACE names another)",
+            path.display()
+        );
         return None;
     };
     #[derive(serde::Deserialize)]
@@ -49,7 +57,10 @@ fn prefix_hits(trace: &[Vec<u64>], blocks: u32, kind: PolicyKind, gate: Admissio
     let (mut hits, mut references) = (0, 0);
     for request in trace {
         references += request.len();
-        hits += request.iter().take_while(|key| held.contains_key(*key)).count();
+        hits += request
+            .iter()
+            .take_while(|key| held.contains_key(*key))
+            .count();
         for &key in request {
             if let Some(gate) = &mut gate {
                 gate.record(key);
@@ -59,7 +70,9 @@ fn prefix_hits(trace: &[Vec<u64>], blocks: u32, kind: PolicyKind, gate: Admissio
                 continue;
             }
             if free.is_empty() {
-                let id = policy.victim(&mut |_| true).expect("a full cache has a victim");
+                let id = policy
+                    .victim(&mut |_| true)
+                    .expect("a full cache has a victim");
                 let victim = keys[id as usize];
                 if gate.as_mut().is_some_and(|gate| !gate.admit(key, victim)) {
                     continue;
@@ -91,6 +104,9 @@ fn lru_reaches_the_reference_hit_ratios_and_the_others_are_shown_beside_it() {
         let [lru, s3, lru_gate, s3_gate] =
             runs.map(|(kind, gate)| prefix_hits(&trace, blocks, kind, gate));
         eprintln!("{blocks:6}  {lru:6.2}  {s3:7.2}  {lru_gate:11.2}  {s3_gate:15.2}");
-        assert!((lru - reference).abs() <= TOLERANCE, "{blocks} blocks: {lru} % vs {reference} %");
+        assert!(
+            (lru - reference).abs() <= TOLERANCE,
+            "{blocks} blocks: {lru} % vs {reference} %"
+        );
     }
 }

@@ -1,0 +1,301 @@
+//! The catalog: which block lies in which page, kept where a crash of the daemon cannot reach it.
+//!
+//! The crash rule: after a `kill -9` at any instruction, the next daemon adopts a page only if its
+//! bytes and its record were complete. It holds because
+//!
+//! * a record is written after its page, and its checksum and state word last, in one store;
+//! * a record is cleared before its page is written again ([`Catalog::clear`]);
+//! * an extent's row names its page size only while its record area is allocated, and a row is
+//!   emptied before the area is given back;
+//! * a record counts only under the namespace that it was written for: the checksum covers the
+//!   namespace's digest and uid.
+//!
+//! The process that dies loses nothing that it has stored: the file is shared memory. So ordering
+//! matters between the compiler and the stores only, and release stores settle it. A record can be
+//! torn by a crash, never by a concurrent reader: nobody else reads while a daemon writes.
+//!
+//! No access faults: the tables are allocated when the file is made, a record area before its
+//! extent's first record, and what a previous daemon left is read by `pread`, not through memory.
+
+#![forbid(unsafe_code)]
+
+mod adopt;
+mod error;
+mod file;
+mod layout;
+mod record;
+
+#[cfg(test)]
+mod tests;
+
+pub use adopt::{AdoptReport, AdoptedPage, Discarded};
+pub use error::{CatalogError, DiscardReason};
+pub use file::OpenedCatalog;
+pub use layout::{MAX_DOMAINS, MAX_NAMESPACES};
+pub use record::{CATALOG_MAGIC, CATALOG_VERSION, PageRecord};
+
+use std::sync::atomic::{Ordering, fence};
+
+use pegaflow_shm::mapping::{Mapping, NamedFile};
+
+use crate::pool::{ExtentId, PageAddr, PoolIdentity};
+use layout::Layout;
+use record::{EMPTY, NamespaceRow, Record, WORDS};
+
+/// The pool that a catalog describes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// The pool's size, in bytes.
+    pub pool_bytes: u64,
+    /// The extent size, in bytes.
+    pub extent_bytes: u64,
+    /// The pool file.
+    pub pool: PoolIdentity,
+}
+
+/// A namespace as the catalog knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Namespace {
+    /// Row of the namespace table: what page records name.
+    pub slot: u32,
+    /// The isolation domain.
+    pub uid: u32,
+    /// Ranks that each hold a shard of every block.
+    pub world_size: u32,
+    /// What makes the namespace this one.
+    pub digest: [u8; 32],
+}
+
+/// The catalog file, mapped. One thread of one daemon writes it.
+pub struct Catalog {
+    file: NamedFile,
+    mapping: Mapping,
+    layout: Layout,
+    /// Page size of each extent in bytes, 0 for none: the extent table as far as it is valid.
+    extents: Vec<u32>,
+    /// The namespace table as far as it is valid, each row with the seed of its checksums.
+    namespaces: Vec<Option<(NamespaceRow, u32)>>,
+    /// The isolation-domain table as far as it is valid.
+    domains: Vec<u32>,
+}
+
+impl Catalog {
+    /// The row of a namespace, made if there is none.
+    pub fn add_namespace(
+        &mut self,
+        uid: u32,
+        world_size: u32,
+        digest: [u8; 32],
+    ) -> Result<u32, CatalogError> {
+        if world_size == 0 {
+            return Err(CatalogError::WorldSize);
+        }
+        let known = self
+            .namespaces()
+            .find(|row| row.uid == uid && row.digest == digest);
+        if let Some(Namespace {
+            slot,
+            world_size: found,
+            ..
+        }) = known
+        {
+            let same = found == world_size;
+            let other = CatalogError::OtherWorldSize {
+                found,
+                wanted: world_size,
+            };
+            return same.then_some(slot).ok_or(other);
+        }
+        let free = self.namespaces.iter().position(Option::is_none);
+        let slot = free.ok_or(CatalogError::NamespacesFull)?;
+        let row = NamespaceRow::new(uid, world_size, digest);
+        self.publish(
+            Layout::namespace(slot as u32),
+            bytemuck::cast(row),
+            WORDS + 1,
+        )?;
+        self.namespaces[slot] = Some((row, row.seed()));
+        Ok(slot as u32)
+    }
+
+    /// Gives up a namespace. No page of it may be in the catalog any more; should one be, it is
+    /// not adopted.
+    pub fn remove_namespace(&mut self, slot: u32) -> Result<(), CatalogError> {
+        self.namespace(slot)?;
+        self.withdraw(Layout::namespace(slot))?;
+        self.namespaces[slot as usize] = None;
+        Ok(())
+    }
+
+    /// All namespaces, by row.
+    pub fn namespaces(&self) -> impl Iterator<Item = Namespace> + '_ {
+        self.namespaces.iter().zip(0..).filter_map(|(row, slot)| {
+            let NamespaceRow {
+                digest,
+                uid,
+                world_size,
+                ..
+            } = row.as_ref()?.0;
+            Some(Namespace {
+                slot,
+                uid,
+                world_size,
+                digest,
+            })
+        })
+    }
+
+    /// The number of an isolation domain, made if there is none: the same for this user as long as
+    /// the catalog lives.
+    pub fn domain(&mut self, uid: u32) -> Result<u32, CatalogError> {
+        if let Some(slot) = self.domains.iter().position(|known| *known == uid) {
+            return Ok(slot as u32);
+        }
+        let slot = self.domains.len() as u32;
+        if slot == MAX_DOMAINS {
+            return Err(CatalogError::DomainsFull);
+        }
+        self.store(Layout::domain(slot), file::domain_word(uid))?;
+        self.domains.push(uid);
+        Ok(slot)
+    }
+
+    /// The users of the isolation domains, by number.
+    pub fn domains(&self) -> &[u32] {
+        &self.domains
+    }
+
+    /// Makes room for the records of an extent, all empty. Called before the first page of an
+    /// extent that the pool just opened is sealed.
+    pub fn prepare_extent(
+        &mut self,
+        extent: ExtentId,
+        page_bytes: u32,
+    ) -> Result<(), CatalogError> {
+        let found_bytes = self.page_bytes(extent);
+        if found_bytes != Some(0) || !self.layout.fits(page_bytes) {
+            let found_bytes = found_bytes.unwrap_or(0);
+            return Err(CatalogError::PageSize {
+                extent,
+                found_bytes,
+                wanted_bytes: page_bytes,
+            });
+        }
+        let bytes = self.layout.used_area_bytes(page_bytes);
+        let area = self.layout.area(extent);
+        // A daemon that died while it gave the area back may have left records in it.
+        self.file.release(area, self.layout.area_bytes)?;
+        self.file
+            .reserve(area, bytes)
+            .map_err(|source| CatalogError::NoSpace {
+                extent,
+                bytes,
+                source,
+            })?;
+        self.store(Layout::extent_row(extent), file::extent_word(page_bytes))?;
+        self.extents[extent as usize] = page_bytes;
+        Ok(())
+    }
+
+    /// Gives the memory of an extent's records back. Called when the pool's extent is empty.
+    pub fn release_extent(&mut self, extent: ExtentId) -> Result<(), CatalogError> {
+        if self.page_bytes(extent).is_none_or(|bytes| bytes == 0) {
+            return Ok(());
+        }
+        self.store(Layout::extent_row(extent), 0)?;
+        self.extents[extent as usize] = 0;
+        self.file
+            .release(self.layout.area(extent), self.layout.area_bytes)?;
+        Ok(())
+    }
+
+    /// Records a page whose bytes are complete, as part of a block whose every shard is complete.
+    pub fn write_sealed(&self, addr: PageAddr, page: &PageRecord) -> Result<(), CatalogError> {
+        self.write_steps(addr, page, WORDS + 1)
+    }
+
+    /// Forgets a page. Called before anything writes to the page again.
+    pub fn clear(&self, addr: PageAddr) -> Result<(), CatalogError> {
+        let extent = self.layout.extent_of(addr)?;
+        match self.extents[extent as usize] {
+            0 => Ok(()),
+            page_bytes => self.withdraw(self.layout.record(addr, page_bytes)?),
+        }
+    }
+
+    /// The page size of an extent, 0 for none; `None` if there is no such extent.
+    fn page_bytes(&self, extent: ExtentId) -> Option<u32> {
+        self.extents.get(extent as usize).copied()
+    }
+
+    fn namespace(&self, slot: u32) -> Result<&(NamespaceRow, u32), CatalogError> {
+        let row = self.namespaces.get(slot as usize).and_then(Option::as_ref);
+        row.ok_or(CatalogError::UnknownNamespace { namespace: slot })
+    }
+
+    /// [`write_sealed`](Self::write_sealed), cut short after `steps` stores.
+    fn write_steps(
+        &self,
+        addr: PageAddr,
+        page: &PageRecord,
+        steps: usize,
+    ) -> Result<(), CatalogError> {
+        let (_, seed) = self.namespace(page.namespace)?;
+        let extent = self.layout.extent_of(addr)?;
+        let found_bytes = self.extents[extent as usize];
+        if found_bytes == 0 || found_bytes != page.page_bytes {
+            let wanted_bytes = page.page_bytes;
+            return Err(CatalogError::PageSize {
+                extent,
+                found_bytes,
+                wanted_bytes,
+            });
+        }
+        let at = self.layout.record(addr, found_bytes)?;
+        self.publish(at, bytemuck::cast(Record::new(*seed, addr, page)), steps)
+    }
+
+    /// Writes a record or row in `WORDS + 1` stores, of which the first makes it invalid and the
+    /// last makes it valid; `steps` is less than that in tests only.
+    fn publish(&self, at: u64, words: [u64; WORDS], steps: usize) -> Result<(), CatalogError> {
+        let last = at + (WORDS as u64 - 1) * 8;
+        if steps > 0 {
+            self.mapping
+                .atomic_u64(last as usize)?
+                .store(u64::from(EMPTY), Ordering::Relaxed);
+        }
+        // SYNC: catalog-seal. The fields change only after the record is invalid.
+        fence(Ordering::Release);
+        for (at, word) in (at..last)
+            .step_by(8)
+            .zip(words)
+            .take(steps.saturating_sub(1))
+        {
+            self.mapping
+                .atomic_u64(at as usize)?
+                .store(word, Ordering::Relaxed);
+        }
+        if steps > WORDS {
+            // SYNC: catalog-seal. Valid only after the fields, and they after the page.
+            self.mapping
+                .atomic_u64(last as usize)?
+                .store(words[WORDS - 1], Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Makes a record or row invalid.
+    fn withdraw(&self, at: u64) -> Result<(), CatalogError> {
+        self.store(at + (WORDS as u64 - 1) * 8, u64::from(EMPTY))
+    }
+
+    /// Stores one word after all stores before it and before all stores after it.
+    fn store(&self, at: u64, word: u64) -> Result<(), CatalogError> {
+        self.mapping
+            .atomic_u64(at as usize)?
+            .store(word, Ordering::Release);
+        // SYNC: catalog-seal. The page is written again only after its record is gone.
+        fence(Ordering::Release);
+        Ok(())
+    }
+}
