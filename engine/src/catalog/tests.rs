@@ -415,7 +415,10 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn garbage_behind_the_header_is_never_adopted_and_never_panics(
-        writes in prop::collection::vec((80..150_000_u64, prop::collection::vec(any::<u8>(), 1..200)), 1..40),
+        writes in prop::collection::vec(
+            (80..150_000_u64, prop::collection::vec(any::<u8>(), 1..200)),
+            1..40,
+        ),
     ) {
         let fixture = Fixture::new();
         let catalog = fixture.prepared();

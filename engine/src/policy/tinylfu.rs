@@ -6,8 +6,8 @@
 //! once costs no counter). New content enters a full cache only if its count exceeds the victim's.
 //!
 //! The paper halves every counter when a sample of uses is full, which stops the cache for
-//! milliseconds. Here a hand walks the sketch and halves one word at a time, so that each counter is
-//! still halved once per sample and each use pays the same.
+//! milliseconds. Here a hand walks the sketch and halves one word at a time, so that each counter
+//! is still halved once per sample and each use pays the same.
 
 use super::Admission;
 

@@ -6,7 +6,7 @@
 //! after the other lie side by side, which lets a copy of many blocks become few transfers.
 //!
 //! Every operation takes constant time but for opening an extent (its bitmap is made then, one bit
-//! per page, and dropped when the extent empties), so the bookkeeping of a large pool grows with use.
+//! per page, and dropped when the extent empties): the bookkeeping of a large pool grows with use.
 
 #![forbid(unsafe_code)]
 

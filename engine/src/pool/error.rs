@@ -13,8 +13,8 @@ use super::{EXTENT_GRANULE_BYTES, ExtentId, MAX_EXTENT_BYTES, PageAddr};
 pub enum PoolError {
     /// The extent size cannot be used.
     #[error(
-        "extent size {extent_bytes} bytes: must be a multiple of {EXTENT_GRANULE_BYTES} and at most \
-         {MAX_EXTENT_BYTES} (set --extent-size)"
+        "extent size {extent_bytes} bytes: must be a multiple of {EXTENT_GRANULE_BYTES} and at \
+         most {MAX_EXTENT_BYTES} (set --extent-size)"
     )]
     ExtentSize {
         /// The size asked for, in bytes.
@@ -111,8 +111,8 @@ pub enum PoolFileError {
     },
     /// The machine has too little memory, whatever the file system promises.
     #[error(
-        "the pool wants {wanted_bytes} bytes, but the machine has {available_bytes} bytes of memory \
-         available: lower --pool-size or stop what uses the memory"
+        "the pool wants {wanted_bytes} bytes, but the machine has {available_bytes} bytes of \
+         memory available: lower --pool-size or stop what uses the memory"
     )]
     NoMemory {
         /// The pool size, in bytes.
