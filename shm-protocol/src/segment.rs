@@ -84,7 +84,7 @@ pub struct SegmentHeader {
 }
 
 const _: () = {
-    assert!(size_of::<SegmentHeader>() == 96);
+    assert!(size_of::<SegmentHeader>() == 88);
     assert!(size_of::<SegmentHeader>() <= SLEEP_EPOCH_OFFSET);
     assert!(std::mem::offset_of!(SegmentHeader, boot_id) == 32);
     assert!(std::mem::offset_of!(SegmentHeader, slots_offset) == 56);
@@ -263,9 +263,9 @@ mod tests {
     fn header_bytes_are_golden() {
         let shape = SegmentShape { slots: 16, arena_chunks: 2 };
         let header = shape.header(C2D_MAGIC, [7; 16], 9);
-        let bytes: [u8; 96] = bytemuck::cast(header);
+        let bytes: [u8; 88] = bytemuck::cast(header);
         assert_eq!(&bytes[..8], b"PGFLOWC2");
-        assert_eq!(bytes[8..16], [1, 0, 0, 0, 96, 0, 0, 0]);
+        assert_eq!(bytes[8..16], [1, 0, 0, 0, 88, 0, 0, 0]);
         assert_eq!(bytes[16..24], ((8192 + 32768) as u64).to_le_bytes());
         assert_eq!(bytes[32..48], [7; 16]);
         assert_eq!(bytes[64..72], [16, 0, 0, 0, 64, 0, 0, 0]);

@@ -100,7 +100,7 @@ pub struct NamespaceRow {
 }
 
 const _: () = {
-    assert!(size_of::<SessionRow>() == 200);
+    assert!(size_of::<SessionRow>() == 192);
     assert!(size_of::<LeaseRow>() == 56);
     assert!(size_of::<NamespaceRow>() == 240);
 };
