@@ -147,6 +147,11 @@ impl CopyWorkers {
         Some(done)
     }
 
+    /// Whether [`CopyWorkers::pop_done`] has something.
+    pub fn has_done(&self) -> bool {
+        !self.shared.done.is_empty()
+    }
+
     /// Tasks between `submit` and `pop_done`.
     pub fn unfinished(&self) -> usize {
         self.shared.unfinished.load(Ordering::Relaxed)

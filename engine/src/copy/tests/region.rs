@@ -238,3 +238,38 @@ fn a_layout_binds_only_to_memory_it_fits() {
     let other = Some(ClientMemory::Process(Child::fork().memory()));
     assert!(matches!(bind(other), Err(BindError::WrongKind { .. })));
 }
+
+#[test]
+fn neighbours_on_one_side_only_are_no_run() {
+    const BLOCKS: u32 = 64;
+    let bytes = u64::from(BLOCKS) * 512;
+    let data = noise(bytes, 11);
+    // Steps that wrap around: 1 and 1 is one run, the others join pages or blocks but not both.
+    for (page_step, block_step) in [(1, 1), (1, 5), (5, 1), (1, 63), (63, 1), (3, 3), (7, 9)] {
+        let (memory, pool_map) = (region(bytes), region(bytes));
+        write(&memory, &data);
+        let list = segments(R0, &[(0, 512, 512)]);
+        let target = bind(BLOCKS, list, std::slice::from_ref(&memory), None);
+        let page = |i: u32| {
+            (
+                u64::from(i * page_step % BLOCKS) * 512,
+                i * block_step % BLOCKS,
+            )
+        };
+        let pages: Vec<_> = (0..BLOCKS).map(page).collect();
+        assert_eq!(
+            run(&pool(&pool_map), &task(Direction::Save, &target, &pages)).0,
+            Ok(bytes)
+        );
+        let saved = read(&pool_map);
+        for (offset, block) in pages {
+            let from = block as usize * 512;
+            let page = &saved[offset as usize..offset as usize + 512];
+            assert_eq!(
+                page,
+                &data[from..from + 512],
+                "steps {page_step} and {block_step}"
+            );
+        }
+    }
+}
