@@ -177,11 +177,6 @@ impl CopyWorkers {
     pub(super) fn shared_done_len(&self) -> usize {
         self.shared.done.len()
     }
-
-    /// Tasks that no thread has taken yet.
-    pub(super) fn shared_task_len(&self) -> usize {
-        self.shared.tasks.len()
-    }
 }
 
 impl Drop for CopyWorkers {

@@ -44,7 +44,22 @@ fn tagged(target: &Arc<BoundLayout>, tag: u64) -> CopyTask {
 
 /// Waits at a gate, then does as the tag says: 13 panics, others count their pages.
 struct Gated {
-    gate: Arc<(Mutex<bool>, Condvar)>,
+    gate: Arc<Gate>,
+}
+
+#[derive(Default)]
+struct Gate {
+    open: Mutex<bool>,
+    changed: Condvar,
+    /// Tasks that reached the gate.
+    begun: AtomicUsize,
+}
+
+impl Gate {
+    fn open(&self) {
+        *self.open.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
 }
 
 impl CopyBackend for Gated {
@@ -66,18 +81,14 @@ impl CopyBackend for Gated {
     }
 }
 
-fn gated(threads: usize, max_tasks: usize) -> (CopyWorkers, impl Fn()) {
-    let gate = Arc::new((Mutex::new(false), Condvar::new()));
+fn gated(threads: usize, max_tasks: usize) -> (CopyWorkers, Arc<Gate>) {
+    let gate = Arc::new(Gate::default());
     let inner = gate.clone();
     let new_backend = move || Gated {
         gate: inner.clone(),
     };
     let workers = CopyWorkers::start_with(options(threads, max_tasks), new_backend, || ()).unwrap();
-    let open = move || {
-        *gate.0.lock().unwrap() = true;
-        gate.1.notify_all();
-    };
-    (workers, open)
+    (workers, gate)
 }
 
 #[test]
@@ -128,13 +139,13 @@ fn tasks_come_back_once_with_their_list_and_no_handle_left() {
 #[test]
 fn a_full_queue_gives_the_task_back_until_a_result_is_taken() {
     let target = small_target();
-    let (workers, open) = gated(1, 3);
+    let (workers, gate) = gated(1, 3);
     for tag in 0..3 {
         workers.submit(tagged(&target, tag)).unwrap();
     }
     let back = workers.submit(tagged(&target, 3)).unwrap_err();
     assert_eq!((back.tag, back.pages.len()), (3, 2));
-    open();
+    gate.open();
     while workers.shared_done_len() < 3 {
         std::thread::yield_now();
     }
@@ -149,8 +160,8 @@ fn a_full_queue_gives_the_task_back_until_a_result_is_taken() {
 #[test]
 fn a_panic_is_a_result_and_the_thread_goes_on() {
     let target = small_target();
-    let (workers, open) = gated(1, 8);
-    open();
+    let (workers, gate) = gated(1, 8);
+    gate.open();
     for tag in [13, 7, 13, 8] {
         workers.submit(tagged(&target, tag)).unwrap();
     }
@@ -170,13 +181,13 @@ fn a_panic_is_a_result_and_the_thread_goes_on() {
 #[test]
 fn stop_runs_what_is_queued_and_refuses_more() {
     let target = small_target();
-    let (mut workers, open) = gated(2, 100);
+    let (mut workers, gate) = gated(2, 100);
     for tag in 100..200 {
         workers.submit(tagged(&target, tag)).unwrap();
     }
     let opener = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(20));
-        open();
+        gate.open();
     });
     workers.stop();
     opener.join().unwrap();
@@ -192,8 +203,8 @@ fn stop_runs_what_is_queued_and_refuses_more() {
 #[test]
 fn dropping_the_workers_waits_for_queued_copies() {
     let target = small_target();
-    let (workers, open) = gated(1, 10);
-    open();
+    let (workers, gate) = gated(1, 10);
+    gate.open();
     for tag in 0..10 {
         workers.submit(tagged(&target, tag)).unwrap();
     }
@@ -204,7 +215,7 @@ fn dropping_the_workers_waits_for_queued_copies() {
 #[test]
 fn cancelling_ends_queued_tasks_without_running_them() {
     let target = small_target();
-    let (workers, open) = gated(1, 10);
+    let (workers, gate) = gated(1, 10);
     let cancelled = Arc::new(AtomicBool::new(false));
     for tag in 0..3 {
         let task = CopyTask {
@@ -213,11 +224,11 @@ fn cancelling_ends_queued_tasks_without_running_them() {
         };
         workers.submit(task).unwrap();
     }
-    while workers.shared_task_len() > 2 {
+    while gate.begun.load(Ordering::SeqCst) == 0 {
         std::thread::yield_now();
     }
     cancelled.store(true, Ordering::Relaxed);
-    open();
+    gate.open();
     let results: Vec<_> = (0..3).map(|_| next_done(&workers)).collect();
     assert_eq!(
         results[0].pages_done, 2,
