@@ -68,12 +68,9 @@ impl CopyBackend for Gated {
     }
 
     fn copy(&mut self, task: &CopyTask, pages_done: &mut u32) -> Result<u64, CopyError> {
-        let (open, changed) = &*self.gate;
-        drop(
-            changed
-                .wait_while(open.lock().unwrap(), |open| !*open)
-                .unwrap(),
-        );
+        self.gate.begun.fetch_add(1, Ordering::SeqCst);
+        let shut = self.gate.open.lock().unwrap();
+        drop(self.gate.changed.wait_while(shut, |open| !*open).unwrap());
         *pages_done = 1;
         assert_ne!(task.tag, 13, "unlucky {}", task.tag);
         *pages_done = task.pages.len() as u32;
