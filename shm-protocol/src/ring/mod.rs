@@ -185,3 +185,6 @@ impl Geometry {
         false
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;

@@ -209,6 +209,17 @@ impl<M: RingMemory> Consumer<M> {
         Ok(Some(body))
     }
 
+    /// True when [`Self::try_pop`] has something to say: a message or a fault. Costs one relaxed load.
+    #[inline]
+    pub fn ready(&self) -> bool {
+        let seq = self
+            .memory
+            .slot(self.geometry.index(self.position))
+            .seq
+            .load(Ordering::Relaxed);
+        self.geometry.judge_unpublished(self.position, seq).is_err()
+    }
+
     /// True when the next message is missing although a later one is there: a producing thread claimed a
     /// slot and has not published it. Normal for the moment that a push takes; a thread or process that
     /// vanished if it lasts. Reads up to a whole lap of slots, so ask on a timer, not in a poll loop.
