@@ -1,0 +1,204 @@
+//! The table of all options. A new option is one entry here and, if it has limits, a line in `check`.
+
+#![forbid(unsafe_code)]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pegaflow_shm::paths;
+
+use super::value::{
+    AdmissionChoice, BadValue, Choice, Count, FileMode, Hugepages, Kind, Listen, LogFormat,
+    LogLevel, Path, Size, Span, Switch, Text, Uids,
+};
+use crate::policy::{AdmissionKind, PolicyKind};
+
+/// How an option stands on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// `--name VALUE`.
+    Single,
+    /// `--name VALUE`, as often as wanted.
+    List,
+    /// `--name` alone.
+    Switch,
+    /// `--name` and `--no-name`.
+    Toggle,
+}
+
+/// One option, as the command line, the environment and the file know it.
+pub(super) struct OptionDef {
+    pub(super) name: &'static str,
+    /// `no-` and the name, for a toggle.
+    pub(super) negation: &'static str,
+    pub(super) env: &'static str,
+    pub(super) value_name: &'static str,
+    pub(super) shape: Shape,
+    pub(super) help: &'static str,
+    /// Words for a default that follows from something else; empty when it is a constant.
+    pub(super) derived: &'static str,
+}
+
+macro_rules! options {
+    ($($field:ident: $type:ty, $kind:ty, $shape:ident, $default:expr, $derived:literal,
+       $name:literal, $env:literal, $value_name:literal, $help:literal;)*) => {
+        /// Every option of the daemon, with its effective value.
+        #[derive(Clone, Debug, PartialEq)]
+        pub struct Config { $(#[doc = $help] pub $field: $type,)* }
+
+        /// The table in the order of `--help`.
+        pub(super) const OPTIONS: &[OptionDef] = &[$(OptionDef {
+            name: $name,
+            negation: concat!("no-", $name),
+            env: $env,
+            value_name: $value_name,
+            shape: Shape::$shape,
+            help: $help,
+            derived: $derived,
+        },)*];
+
+        impl Config {
+            /// Defaults before those that follow from others are filled in.
+            pub(super) fn constants() -> Config {
+                Config { $($field: $default,)* }
+            }
+
+            /// Reads a value into the option at this position of the table.
+            pub(super) fn set(&mut self, option: &str, text: &str) -> Result<(), BadValue> {
+                match option {
+                    $($name => self.$field = <$kind as Kind>::parse(text)?,)*
+                    _ => return Err(BadValue(format!("no option is called `{option}`"))),
+                }
+                Ok(())
+            }
+
+            /// The option's value as a TOML literal.
+            pub(super) fn show(&self, option: &str) -> String {
+                match option {
+                    $($name => <$kind as Kind>::show(&self.$field),)*
+                    _ => String::new(),
+                }
+            }
+        }
+    };
+}
+
+options! {
+    node: String, Text, Single, paths::DEFAULT_NODE.to_owned(), "",
+        "node", "PEGAFLOW_NODE", "NAME",
+        "Name of the node: its shared files lie in /dev/shm/pegaflow/NAME. Two daemons on one host need two names";
+    socket: PathBuf, Path, Single, PathBuf::new(),
+        "/run/pegaflow/NODE.sock for root, else pegaflow/NODE.sock in $XDG_RUNTIME_DIR",
+        "socket", "PEGAFLOW_SOCKET", "PATH",
+        "Unix socket that engines connect to; an absolute path";
+    socket_mode: u32, FileMode, Single, 0o600, "0600, or 0666 when --allow-uid names other users",
+        "socket-mode", "PEGAFLOW_SOCKET_MODE", "OCTAL",
+        "Permission bits of the socket";
+    allow_uid: Vec<u32>, Uids, List, Vec::new(), "the daemon's own user and root",
+        "allow-uid", "PEGAFLOW_ALLOW_UID", "UID",
+        "User that may connect besides the daemon's own and root; repeat it for several. Users never see each other's blocks";
+    pool_bytes: u64, Size, Single, 1 << 30, "",
+        "pool-size", "PEGAFLOW_POOL_SIZE", "SIZE",
+        "Memory for blocks, in bytes or with a unit (512MB, 1GiB); allocated at start, rounded down to whole extents";
+    extent_bytes: u64, Size, Single, 64 << 20, "",
+        "extent-size", "PEGAFLOW_EXTENT_SIZE", "SIZE",
+        "Part of the pool that serves one page size at a time, in bytes or with a unit; bounds the largest page. Made smaller when the pool would hold fewer than 4";
+    max_blocks: u32, Count, Single, 0, "pool size / 4 KiB, at least 65536",
+        "max-blocks", "PEGAFLOW_MAX_BLOCKS", "COUNT",
+        "Most blocks that one user's index holds (128 bytes of memory each, when used)";
+    policy: PolicyKind, Choice<PolicyKind>, Single, PolicyKind::Lru, "",
+        "policy", "PEGAFLOW_POLICY", "POLICY",
+        "Which block leaves first when memory is wanted: lru or s3-fifo";
+    admission: AdmissionKind, AdmissionChoice, Single, AdmissionKind::Off, "",
+        "admission", "PEGAFLOW_ADMISSION", "GATE",
+        "Gate before a full cache: off (also: none) lets everything in, tinylfu what was used more often than the victim";
+    copy_threads: u32, Count, Single, 0, "number of cores, at most 4",
+        "copy-threads", "PEGAFLOW_COPY_THREADS", "COUNT",
+        "Threads that copy blocks, and that bring the pool's memory into being";
+    lease_ttl: Duration, Span, Single, Duration::from_secs(30), "",
+        "lease-ttl", "PEGAFLOW_LEASE_TTL", "TIME",
+        "How long a lease lives when the query names no time, such as 30s";
+    lease_ttl_max: Duration, Span, Single, Duration::from_secs(600), "",
+        "lease-ttl-max", "PEGAFLOW_LEASE_TTL_MAX", "TIME",
+        "Longest life that a query may ask for its lease, such as 10m";
+    incomplete_ttl: Duration, Span, Single, Duration::from_secs(60), "",
+        "incomplete-ttl", "PEGAFLOW_INCOMPLETE_TTL", "TIME",
+        "How long a block waits for the shards of its remaining ranks before it is thrown away";
+    max_sessions: u32, Count, Single, 256, "",
+        "max-sessions", "PEGAFLOW_MAX_SESSIONS", "COUNT",
+        "Most connected processes, 1 to 256";
+    max_leases: u32, Count, Single, 65_536, "",
+        "max-leases", "PEGAFLOW_MAX_LEASES", "COUNT",
+        "Most live leases of all sessions";
+    max_instances: u32, Count, Single, 128, "",
+        "max-instances", "PEGAFLOW_MAX_INSTANCES", "COUNT",
+        "Most registered engine replicas";
+    http: Option<SocketAddr>, Listen, Single, Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 9464))), "",
+        "http", "PEGAFLOW_HTTP", "ADDRESS",
+        "Where /metrics and /health are served: IP:PORT (port 0 takes a free one), or off";
+    http_allow_remote: bool, Switch, Switch, false, "",
+        "http-allow-remote", "PEGAFLOW_HTTP_ALLOW_REMOTE", "BOOL",
+        "Allow --http on an address that other hosts can reach; the pages are not protected";
+    spin_us: u32, Count, Single, 40, "",
+        "spin-us", "PEGAFLOW_SPIN_US", "MICROSECONDS",
+        "How long the lane polls without work before it sleeps, in microseconds; 0 sleeps at once";
+    hugepages: Hugepages, Choice<Hugepages>, Single, Hugepages::Off, "",
+        "hugepages", "PEGAFLOW_HUGEPAGES", "MODE",
+        "Hugepages for the pool: off, or advise (the log says what the kernel gave)";
+    adopt: bool, Switch, Toggle, true, "",
+        "adopt", "PEGAFLOW_ADOPT", "BOOL",
+        "Take over the sealed blocks of the previous daemon of this node";
+    drain_timeout: Duration, Span, Single, Duration::from_secs(30), "",
+        "drain-timeout", "PEGAFLOW_DRAIN_TIMEOUT", "TIME",
+        "How long a stop waits for running requests, such as 30s";
+    log_format: LogFormat, Choice<LogFormat>, Single, LogFormat::Text, "",
+        "log-format", "PEGAFLOW_LOG_FORMAT", "FORMAT",
+        "Log lines on standard error: text or json";
+    log_level: String, LogLevel, Single, "info".to_owned(), "",
+        "log-level", "PEGAFLOW_LOG", "LEVEL",
+        "error, warn, info, debug, trace or off; or a list such as info,pegaflow_engine=debug";
+}
+
+impl Default for Config {
+    /// The defaults, with those that follow from others filled in.
+    fn default() -> Config {
+        let mut config = Config::constants();
+        config.derive(&|_| true);
+        config
+    }
+}
+
+impl Config {
+    /// Fills in the defaults that follow from other options, wherever `unset` says so.
+    pub(super) fn derive(&mut self, unset: &dyn Fn(&str) -> bool) {
+        if unset("socket") {
+            self.socket = paths::socket_path(&self.node);
+        }
+        if unset("socket-mode") && self.serves_others() {
+            self.socket_mode = 0o666;
+        }
+        if unset("max-blocks") {
+            let blocks = (self.pool_bytes / 4096).max(65_536);
+            self.max_blocks = u32::try_from(blocks)
+                .unwrap_or(u32::MAX)
+                .min(super::check::MAX_BLOCKS);
+        }
+        if unset("copy-threads") {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            self.copy_threads = cores.min(4) as u32;
+        }
+    }
+
+    /// True when a user besides the daemon's own and root may connect.
+    pub fn serves_others(&self) -> bool {
+        let own = rustix::process::geteuid().as_raw();
+        self.allow_uid.iter().any(|uid| *uid != own && *uid != 0)
+    }
+
+    /// True when a process of this user may connect.
+    pub fn allows(&self, uid: u32) -> bool {
+        let own = rustix::process::geteuid().as_raw();
+        uid == own || uid == 0 || self.allow_uid.contains(&uid)
+    }
+}
