@@ -12,7 +12,9 @@ use loom::thread;
 use pegaflow_shm::index::model::{
     EntryWords, KeyWords, is_sealed_match, publish, seal, unseal, vacate,
 };
-use pegaflow_shm::index::{BlockKey, EntryId, HeapMemory, IndexLayout, IndexReader, IndexWriter};
+use pegaflow_shm::index::{
+    BlockKey, EntryId, HEADER_BYTES, HeapMemory, IndexLayout, IndexReader, IndexWriter,
+};
 
 const A: KeyWords = KeyWords {
     scope: 0xa0,
@@ -100,7 +102,7 @@ fn a_key_torn_in_its_hash_is_never_a_hit() {
 
 #[test]
 fn a_key_withdrawn_before_the_lookup_is_never_a_hit() {
-    explore(|| {
+    explore_switches(|| {
         let entry = entry();
         publish(&entry, &A);
         seal(&entry);
@@ -178,15 +180,15 @@ fn a_key_that_is_resealed_is_never_accepted_across_another_keys_tenure() {
 type Writer = IndexWriter<Arc<HeapMemory>>;
 type Reader = IndexReader<Arc<HeapMemory>>;
 
-fn index(entries: u32, buckets: u32) -> (Writer, Reader) {
+fn index(entries: u32, buckets: u32) -> (Arc<HeapMemory>, Writer, Reader) {
     let layout = IndexLayout::with_buckets(entries, buckets).unwrap();
     let memory = Arc::new(HeapMemory::for_layout(&layout));
     let mut writer = IndexWriter::create(memory.clone(), layout, [3; 16], 1).unwrap();
     writer
         .reserve(entries, |_| Ok::<_, core::convert::Infallible>(()))
         .unwrap();
-    let reader = IndexReader::open(memory).unwrap();
-    (writer, reader)
+    let reader = IndexReader::open(memory.clone()).unwrap();
+    (memory, writer, reader)
 }
 
 fn key(number: u8) -> BlockKey {
@@ -202,7 +204,7 @@ fn insert_sealed(writer: &mut Writer, number: u8) -> EntryId {
 #[test]
 fn a_lookup_during_reuse_of_an_entry_hits_only_what_is_sealed_meanwhile() {
     explore_switches(|| {
-        let (mut writer, reader) = index(2, 1);
+        let (_memory, mut writer, reader) = index(2, 1);
         let first = insert_sealed(&mut writer, 1);
         let gone = Arc::new(AtomicU64::new(0));
         let coming = Arc::new(AtomicU64::new(0));
@@ -237,7 +239,7 @@ fn a_lookup_during_reuse_of_an_entry_hits_only_what_is_sealed_meanwhile() {
 #[test]
 fn a_batch_during_reuse_of_an_entry_hits_only_what_is_sealed_meanwhile() {
     explore_switches(|| {
-        let (mut writer, reader) = index(2, 1);
+        let (_memory, mut writer, reader) = index(2, 1);
         let first = insert_sealed(&mut writer, 1);
         let gone = Arc::new(AtomicU64::new(0));
         let thread = thread::spawn({
@@ -257,20 +259,37 @@ fn a_batch_during_reuse_of_an_entry_hits_only_what_is_sealed_meanwhile() {
     });
 }
 
+/// Inserts keys 0, 1, .. until the lines count `passed` keys past them; the last one inserted is
+/// then past its home.
+fn insert_until_passed(writer: &mut Writer, memory: &HeapMemory, from: u8, passed: u64) -> u8 {
+    const LINES: usize = HEADER_BYTES / 8;
+    for number in from.. {
+        insert_sealed(writer, number);
+        let words = memory.snapshot(LINES + 16);
+        if words[LINES + 7] + words[LINES + 15] == passed {
+            return number;
+        }
+    }
+    unreachable!("two full lines have no room for more keys")
+}
+
 #[test]
 fn a_stable_block_past_a_full_line_stays_visible_while_others_come_and_go() {
     explore_switches(|| {
-        // Two lines; keys fill one of them and overflow into the other.
-        let (mut writer, reader) = index(14, 2);
-        let ids: Vec<EntryId> = (0..12).map(|i| insert_sealed(&mut writer, i)).collect();
+        let (memory, mut writer, reader) = index(14, 2);
+        let stable = insert_until_passed(&mut writer, &memory, 0, 1);
+        let other = insert_until_passed(&mut writer, &memory, stable + 1, 2);
         let thread = thread::spawn(move || {
-            writer.remove(ids[0]).unwrap();
-            writer.remove(ids[7]).unwrap();
-            insert_sealed(&mut writer, 20);
+            // The counter on the stable key's way goes down, up, and down again, and a slot of
+            // its home line empties.
+            let id = writer.find(&key(other)).unwrap();
+            writer.remove(id).unwrap();
+            let id = writer.insert(&key(other)).unwrap();
+            writer.remove(id).unwrap();
+            writer.remove(EntryId(0)).unwrap();
         });
-        // The last one inserted is the likeliest to lie past its home.
         assert!(
-            reader.contains(&key(11)),
+            reader.contains(&key(stable)),
             "a sealed block was hidden by changes to others"
         );
         thread.join().unwrap();

@@ -211,7 +211,7 @@ impl Catalog {
     }
 
     /// Reads through the descriptor: a hole then costs no memory and cannot fault.
-    fn read(&self, mut at: u64, mut bytes: &mut [u8]) -> Result<(), CatalogError> {
+    pub(super) fn read(&self, mut at: u64, mut bytes: &mut [u8]) -> Result<(), CatalogError> {
         while !bytes.is_empty() {
             match rustix::io::pread(self.file.as_fd(), &mut *bytes, at) {
                 Ok(0) => return Err(CatalogError::Read(std::io::ErrorKind::UnexpectedEof.into())),

@@ -23,6 +23,7 @@ mod adopt;
 mod error;
 mod file;
 mod layout;
+mod lookup;
 mod record;
 
 #[cfg(test)]

@@ -57,6 +57,8 @@ pub struct CopyDone {
     /// The first `pages_done` pages are copied completely; the others hold old bytes, new bytes or
     /// a mixture.
     pub pages_done: u32,
+    /// How long a copy thread was busy with it, in nanoseconds.
+    pub busy_ns: u64,
     /// The task's list, for reuse.
     pub pages: Vec<PageCopy>,
 }

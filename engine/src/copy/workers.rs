@@ -270,6 +270,7 @@ fn run_task<B: CopyBackend>(
     new_backend: &impl Fn() -> B,
     task: CopyTask,
 ) -> CopyDone {
+    let started = Instant::now();
     let mut pages_done = 0;
     let ran = catch_unwind(AssertUnwindSafe(|| {
         if task.cancelled.load(Ordering::Relaxed) {
@@ -295,13 +296,7 @@ fn run_task<B: CopyBackend>(
         cancelled,
     } = task;
     drop((target, cancelled));
-    CopyDone {
-        tag,
-        direction,
-        result,
-        pages_done,
-        pages,
-    }
+    CopyDone { tag, direction, result, pages_done, busy_ns: started.elapsed().as_nanos() as u64, pages }
 }
 
 fn panic_message(payload: &(dyn Any + Send)) -> String {

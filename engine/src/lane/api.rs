@@ -8,14 +8,14 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, mpsc};
 
+use pegaflow_shm::bell::BellFd;
 use pegaflow_shm::control::RegisterSpec;
 use pegaflow_shm::mapping::Mapping;
 use pegaflow_shm::segment::SegmentShape;
 use pegaflow_shm::status::Status;
 use tokio::sync::oneshot;
 
-use crate::copy::ClientMemory;
-use crate::layout::ValidLayout;
+use crate::copy::BoundLayout;
 use crate::lane::LaneWake;
 
 /// Session ids count up from 1 and are never used twice by one daemon.
@@ -58,8 +58,8 @@ pub struct NewSession {
     pub d2c_shape: SegmentShape,
     /// Rung by the client to wake the lane; watched edge-triggered and never read.
     pub lane_bell: OwnedFd,
-    /// Write end of the pipe that wakes the client; non-blocking.
-    pub client_bell: OwnedFd,
+    /// Rings the client: the only write end of its pipe (`BellFd::pipe`).
+    pub client_bell: BellFd,
 }
 
 /// What a new session needs beyond its segments.
@@ -71,14 +71,12 @@ pub struct SessionOpened {
     pub index_bytes: u64,
 }
 
-/// One group of a registration, validated, with the memory that its parts lie in.
+/// One group of a registration, validated, bound to memory.
 pub struct RegisteredGroup {
     /// Cache group.
     pub group: u16,
-    /// Layout.
-    pub layout: Arc<ValidLayout>,
-    /// Memory of each part of the layout.
-    pub memory: Arc<[ClientMemory]>,
+    /// Layout, bound to the memory that it lies in.
+    pub target: Arc<BoundLayout>,
 }
 
 /// A registration whose layouts were validated.

@@ -10,6 +10,7 @@ mod extent;
 mod file;
 mod hugepages;
 mod mapping;
+mod memory;
 mod populate;
 mod slots;
 mod stats;
@@ -17,6 +18,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
+pub use memory::pool_memory;
 pub use allocator::{Allocation, Freed, Pool, round_page};
 pub use error::{PoolError, PoolFileError, PoolUnusable};
 pub use file::{OpenedPool, PoolFile, PoolIdentity, PopulateOptions};

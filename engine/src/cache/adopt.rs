@@ -1,0 +1,221 @@
+//! Opening the cache at start: the pool of a previous daemon with every block that was sealed, or a new one.
+//!
+//! Only blocks all of whose shards have valid records come back; everything else is cleared from the
+//! catalog, so that it is not looked at again. The index is always built anew, under the new boot id.
+
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::io;
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use pegaflow_shm::BlockHash;
+use pegaflow_shm::index::BlockKey;
+
+use crate::cache::block::Shard;
+use crate::cache::lookup::key_hash;
+use crate::cache::{Cache, CacheOptions};
+use crate::catalog::{AdoptedPage, Catalog, CatalogError, Geometry, OpenedCatalog};
+use crate::copy::PoolMemory;
+use crate::lane::LaneOptions;
+use crate::pool::{
+    OpenedPool, Pool, PoolError, PoolFile, PoolFileError, PopulateOptions, pool_memory,
+};
+
+/// The cache cannot be brought up.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Sizes.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The pool file.
+    #[error(transparent)]
+    PoolFile(#[from] PoolFileError),
+    /// The catalog file.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// A file of a previous daemon cannot be removed.
+    #[error("removing the files of a previous daemon: {0}")]
+    Remove(#[from] io::Error),
+}
+
+/// A cache ready for use.
+pub struct OpenedCache {
+    /// The cache.
+    pub cache: Cache,
+    /// The pool's bytes, for the copy threads.
+    pub pool_memory: PoolMemory,
+    /// Blocks taken over.
+    pub adopted_blocks: u64,
+    /// Pages of the previous daemon that were given up.
+    pub discarded_pages: u64,
+}
+
+type BlockName = (u32, u16, BlockHash);
+
+/// Opens or makes pool and catalog and fills the cache with what can be taken over.
+///
+/// # Errors
+/// The pool does not fit or a file cannot be made.
+pub fn open_cache(
+    options: &LaneOptions,
+    threads: NonZeroUsize,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<OpenedCache, OpenError> {
+    remove_indexes(&options.dir)?;
+    let pool = Pool::new(options.pool_bytes, options.extent_bytes)?;
+    let populate = PopulateOptions { threads, hugepages: options.hugepages };
+    let (file, catalog, previous) = open_files(options, populate, progress)?;
+    let cache_options = CacheOptions {
+        dir: options.dir.clone(),
+        boot_id: options.boot_id,
+        max_blocks: options.max_blocks,
+        policy: options.policy,
+        admission: options.admission,
+        incomplete_ttl: options.incomplete_ttl,
+    };
+    let mut cache = Cache::new(pool, catalog, cache_options);
+    let (mut adopted_blocks, mut discarded_pages) = (0, 0);
+    if previous {
+        let report = cache.catalog.adopt()?;
+        discarded_pages = report.discarded.total();
+        let (blocks, given_up) = cache.adopt_pages(report.pages)?;
+        adopted_blocks = blocks;
+        discarded_pages += given_up;
+        tracing::info!(blocks, discarded_pages, "took over the pool of a previous daemon");
+    }
+    if options.hugepages {
+        match file.hugepages() {
+            Ok(report) => tracing::info!(?report, "hugepages"),
+            Err(error) => tracing::warn!(%error, "hugepages: what was got cannot be told"),
+        }
+    }
+    Ok(OpenedCache { cache, pool_memory: pool_memory(file), adopted_blocks, discarded_pages })
+}
+
+fn open_files(
+    options: &LaneOptions,
+    populate: PopulateOptions,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<(PoolFile, Catalog, bool), OpenError> {
+    let pool_path = options.dir.join("pool");
+    let catalog_path = options.dir.join("catalog");
+    let geometry = |file: &PoolFile| Geometry {
+        pool_bytes: options.pool_bytes,
+        extent_bytes: options.extent_bytes,
+        pool: file.identity(),
+    };
+    let mut found = None;
+    if options.adopt {
+        match PoolFile::open(&pool_path, options.pool_bytes, populate, progress)? {
+            OpenedPool::Ready(file) => found = Some(file),
+            OpenedPool::Missing => {}
+            OpenedPool::Unusable(reason) => {
+                tracing::warn!(%reason, "the pool of a previous daemon is thrown away");
+            }
+        }
+    }
+    if let Some(file) = found {
+        match Catalog::open(&catalog_path, &geometry(&file), options.boot_id)? {
+            OpenedCatalog::Ready(catalog) => return Ok((file, catalog, true)),
+            OpenedCatalog::Missing => {
+                tracing::warn!("the pool of a previous daemon has no catalog and starts empty");
+            }
+            OpenedCatalog::Discarded(reason) => {
+                tracing::warn!(%reason, "the pool of a previous daemon starts empty");
+            }
+        }
+        let catalog = Catalog::create(&catalog_path, &geometry(&file), options.boot_id)?;
+        return Ok((file, catalog, false));
+    }
+    let file = PoolFile::create(&pool_path, options.pool_bytes, populate, progress)?;
+    let catalog = Catalog::create(&catalog_path, &geometry(&file), options.boot_id)?;
+    Ok((file, catalog, false))
+}
+
+/// Index files carry the boot id of the daemon that wrote them; none outlives it.
+fn remove_indexes(dir: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("index-") {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+impl Cache {
+    /// Takes whole blocks in and clears the rest. Returns blocks taken over and pages given up.
+    fn adopt_pages(&mut self, pages: Vec<AdoptedPage>) -> Result<(u64, u64), OpenError> {
+        let mut blocks: HashMap<BlockName, Vec<AdoptedPage>> = HashMap::new();
+        let mut order = Vec::new();
+        for adopted in pages {
+            let name = (adopted.page.namespace, adopted.page.group, adopted.page.hash);
+            let shards = blocks.entry(name).or_insert_with(|| {
+                order.push(name);
+                Vec::new()
+            });
+            shards.push(adopted);
+        }
+        let (mut adopted, mut given_up) = (0, 0);
+        for name in order {
+            let shards = blocks.remove(&name).unwrap_or_default();
+            if self.adopt_block(name, &shards) {
+                adopted += 1;
+                continue;
+            }
+            given_up += shards.len() as u64;
+            for shard in shards {
+                self.catalog.clear(shard.addr)?;
+            }
+        }
+        let pool = &self.pool;
+        self.catalog.retain_extents(|extent| pool.page_bytes_of_extent(extent).is_some())?;
+        Ok((adopted, given_up))
+    }
+
+    fn adopt_block(&mut self, name: BlockName, pages: &[AdoptedPage]) -> bool {
+        let (slot, group, hash) = name;
+        let Some(namespace) = self.catalog.namespace_in(slot) else { return false };
+        let Ok(domain) = self.domain(namespace.uid) else { return false };
+        // A group that only some ranks hold has fewer shards than ranks; how many is not recorded, so its
+        // blocks come back only when all ranks hold it.
+        let mut ranks: Vec<u16> = pages.iter().map(|adopted| adopted.page.rank).collect();
+        ranks.sort_unstable();
+        let whole = ranks.len() == namespace.world_size as usize
+            && ranks.iter().enumerate().all(|(at, rank)| usize::from(*rank) == at)
+            && pages.iter().all(|a| a.page.generation == pages[0].page.generation);
+        if !whole {
+            return false;
+        }
+        let Ok(entry) = self.domains[domain].insert(&BlockKey::new(slot, group, &hash)) else {
+            return false;
+        };
+        let born_s = self.now_s();
+        let home = &mut self.domains[domain];
+        let block = &mut home.blocks[entry.0 as usize];
+        block.begin(ranks.len() as u16, born_s, &mut home.runs);
+        self.unsealed += 1;
+        for adopted in pages {
+            if let Err(error) = self.pool.claim(adopted.addr, adopted.page.page_bytes) {
+                tracing::warn!(%error, "a page of a previous daemon cannot be claimed");
+                self.evict(domain, entry);
+                return false;
+            }
+            let home = &mut self.domains[domain];
+            home.bytes += u64::from(adopted.page.page_bytes);
+            let block = &mut home.blocks[entry.0 as usize];
+            block.shards_in += 1;
+            block.set_shard(adopted.page.rank, Shard::In(adopted.addr), &mut home.runs);
+        }
+        let home = &mut self.domains[domain];
+        home.blocks[entry.0 as usize].sealed = true;
+        home.policy.insert(entry.0, key_hash(&hash));
+        let sealed = home.index.writer.seal(entry).is_ok();
+        let bytes: i64 = pages.iter().map(|adopted| i64::from(adopted.page.page_bytes)).sum();
+        self.unsealed -= 1;
+        self.hold(slot, 1, bytes);
+        sealed
+    }
+}

@@ -1,0 +1,68 @@
+//! The index writer over its tmpfs file.
+
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+use std::sync::Arc;
+
+use pegaflow_shm::BootId;
+use pegaflow_shm::index::{
+    CreateError, HEADER_BYTES, IndexLayout, IndexWriter, LayoutError, RawMemory,
+};
+use pegaflow_shm::mapping::{Access, Mapping, MappingError, NamedFile};
+
+/// An index file that cannot be made or handed out.
+#[derive(Debug, thiserror::Error)]
+pub enum IndexFileError {
+    /// The number of blocks is out of range.
+    #[error("index: {0}: change --max-blocks")]
+    Layout(#[from] LayoutError),
+    /// The file cannot be made, mapped or given room.
+    #[error("index file: {0}")]
+    File(#[from] MappingError),
+    /// The file does not hold an empty index.
+    #[error("index file: {0}")]
+    Create(#[from] CreateError),
+    /// The file system has no room for more entries.
+    #[error("index file cannot grow: {0}")]
+    Reserve(#[from] std::io::Error),
+}
+
+/// An index in its file.
+pub struct IndexFile {
+    /// The writer.
+    pub writer: IndexWriter<RawMemory<Arc<Mapping>>>,
+    file: NamedFile,
+}
+
+impl IndexFile {
+    /// Creates the file; only its fixed part gets storage.
+    ///
+    /// # Errors
+    /// The file exists, or its tmpfs is full.
+    pub fn create(
+        path: &Path,
+        layout: IndexLayout,
+        boot_id: BootId,
+        seed: u64,
+    ) -> Result<IndexFile, IndexFileError> {
+        let file = NamedFile::create(path, "index", layout.total_bytes())?;
+        file.reserve(0, layout.fixed_bytes().max(HEADER_BYTES as u64))?;
+        let mapping = Arc::new(file.map(Access::ReadWrite)?);
+        let memory = RawMemory::from_mapping(mapping)?;
+        let writer = IndexWriter::create(memory, layout, boot_id, seed)?;
+        Ok(IndexFile { writer, file })
+    }
+
+    /// Gives storage to more entries.
+    ///
+    /// # Errors
+    /// The tmpfs is full.
+    pub fn reserve(&mut self, step: u32) -> Result<(), IndexFileError> {
+        let file = &self.file;
+        self.writer.reserve(step, |range| {
+            file.reserve(range.start, range.end - range.start).map_err(std::io::Error::other)
+        })?;
+        Ok(())
+    }
+}

@@ -1,0 +1,418 @@
+//! Leases: time-limited holds on an ordered list of blocks.
+//!
+//! A lease id carries a generation, so that an id from the past never names a later lease. Each worker
+//! rank loads from a lease once; the lease ends when the last one has, when it is released, replaced or
+//! expired, or when its session goes. Whatever ends it, its blocks stay pinned until the copies that use
+//! them have drained.
+
+#![forbid(unsafe_code)]
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::time::Instant;
+
+use pegaflow_shm::status::Status;
+
+use crate::cache::domain::DomainId;
+
+/// What a repeated query is recognised by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RequestKey {
+    /// The registry's number of the instance.
+    pub instance: u32,
+    /// Cache group.
+    pub group: u16,
+    /// The engine's request key.
+    pub key: u64,
+}
+
+/// Why a lease ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeaseEnd {
+    /// Every worker has loaded.
+    Consumed,
+    /// Given back.
+    Released,
+    /// Past its time to live.
+    Expired,
+    /// A query with the same key and other hashes took its place.
+    Replaced,
+    /// Its session ended.
+    OwnerGone,
+}
+
+/// A live lease.
+#[derive(Debug)]
+pub struct Lease {
+    /// Isolation domain of its blocks.
+    pub domain: DomainId,
+    /// Namespace of its blocks.
+    pub namespace: u32,
+    /// Session that holds it.
+    pub session: u64,
+    /// Identity of the query.
+    pub request: RequestKey,
+    /// Hashes asked for.
+    pub total: u32,
+    /// Digest of the hashes asked for.
+    pub digest: u64,
+    /// Pinned entries, in the order of the hits.
+    pub entries: Vec<u32>,
+    /// Hits, as the query answered them (bitmap for membership queries).
+    pub hits: Vec<u64>,
+    /// When it expires.
+    pub deadline: Instant,
+    /// Time to live it was given, in ms.
+    pub ttl_ms: u64,
+    /// Ranks that may load.
+    pub world_size: u32,
+    consumers: u128,
+    copies: u32,
+    ending: Option<LeaseEnd>,
+}
+
+struct Slot {
+    generation: u32,
+    lease: Option<Lease>,
+    last_end: Option<LeaseEnd>,
+}
+
+/// A lease whose blocks can be let go of.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its id.
+    pub id: u64,
+    /// Why.
+    pub end: LeaseEnd,
+    /// The lease.
+    pub lease: Lease,
+}
+
+/// All live leases.
+pub struct LeaseTable {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    by_request: HashMap<RequestKey, u64>,
+    deadlines: BinaryHeap<Reverse<(Instant, u64)>>,
+    max_leases: usize,
+    live: usize,
+}
+
+impl LeaseTable {
+    /// An empty table of at most `max_leases`.
+    pub fn new(max_leases: usize) -> LeaseTable {
+        LeaseTable {
+            slots: Vec::new(),
+            free: Vec::new(),
+            by_request: HashMap::new(),
+            deadlines: BinaryHeap::new(),
+            max_leases,
+            live: 0,
+        }
+    }
+
+    /// Live leases, those that only wait for copies included.
+    pub fn len(&self) -> usize {
+        self.live
+    }
+
+    /// True when there is none.
+    pub fn is_empty(&self) -> bool {
+        self.live == 0
+    }
+
+    /// True when another lease would exceed the maximum.
+    pub fn is_full(&self) -> bool {
+        self.live >= self.max_leases
+    }
+
+    /// Takes a lease in and returns its id.
+    pub fn grant(&mut self, lease: Lease) -> u64 {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot { generation: 0, lease: None, last_end: None });
+            (self.slots.len() - 1) as u32
+        });
+        let place = &mut self.slots[slot as usize];
+        place.generation = place.generation.wrapping_add(1).max(1);
+        let id = u64::from(place.generation) << 32 | u64::from(slot);
+        self.by_request.insert(lease.request, id);
+        self.deadlines.push(Reverse((lease.deadline, id)));
+        place.lease = Some(lease);
+        self.live += 1;
+        id
+    }
+
+    /// The position of a lease's slot, for tables.
+    pub fn position(id: u64) -> usize {
+        (id & u64::from(u32::MAX)) as usize
+    }
+
+    /// A live lease that is not ending.
+    ///
+    /// # Errors
+    /// The status that tells the caller what became of it.
+    pub fn get(&self, id: u64) -> Result<&Lease, Status> {
+        let slot = self.slots.get(Self::position(id)).ok_or(Status::UnknownLease)?;
+        if u64::from(slot.generation) != id >> 32 {
+            return Err(Status::UnknownLease);
+        }
+        match &slot.lease {
+            Some(lease) => match lease.ending {
+                None => Ok(lease),
+                Some(end) => Err(status_of(end)),
+            },
+            None => Err(slot.last_end.map_or(Status::UnknownLease, status_of)),
+        }
+    }
+
+    fn slot_mut(&mut self, id: u64) -> Option<&mut Lease> {
+        let slot = self.slots.get_mut(Self::position(id))?;
+        if u64::from(slot.generation) != id >> 32 {
+            return None;
+        }
+        slot.lease.as_mut()
+    }
+
+    /// The live lease of an earlier query with the same identity.
+    pub fn of_request(&self, request: &RequestKey) -> Option<u64> {
+        self.by_request.get(request).copied()
+    }
+
+    /// Marks a rank as having loaded, and counts `copies` tasks that now use the lease's blocks.
+    ///
+    /// # Errors
+    /// The lease is gone, or this rank has loaded from it.
+    pub fn consume(&mut self, id: u64, rank: u32, copies: u32) -> Result<(), Status> {
+        self.check_consume(id, rank)?;
+        if let Some(lease) = self.slot_mut(id) {
+            lease.consumers |= 1 << rank;
+            lease.copies += copies;
+        }
+        Ok(())
+    }
+
+    /// What [`Self::consume`] would answer.
+    ///
+    /// # Errors
+    /// As [`Self::consume`].
+    pub fn check_consume(&self, id: u64, rank: u32) -> Result<(), Status> {
+        let lease = self.get(id)?;
+        if rank >= 128 || lease.consumers & (1 << rank) != 0 {
+            return Err(Status::LeaseConsumed);
+        }
+        Ok(())
+    }
+
+    /// One copy task that used the lease has drained. Yields the lease if that ended it.
+    pub fn copy_drained(&mut self, id: u64) -> Option<Ended> {
+        let lease = self.slot_mut(id)?;
+        debug_assert!(lease.copies > 0);
+        lease.copies = lease.copies.saturating_sub(1);
+        self.settle(id)
+    }
+
+    /// Ends a consumed or ending lease that no copy uses any more.
+    pub fn settle(&mut self, id: u64) -> Option<Ended> {
+        let lease = self.slot_mut(id)?;
+        if lease.copies > 0 {
+            return None;
+        }
+        let all = lease.consumers.count_ones() >= lease.world_size;
+        let end = lease.ending.or(all.then_some(LeaseEnd::Consumed))?;
+        self.remove(id, end)
+    }
+
+    /// Ends a lease: at once, or when its copies have drained.
+    pub fn end(&mut self, id: u64, end: LeaseEnd) -> Option<Ended> {
+        let lease = self.slot_mut(id)?;
+        lease.ending.get_or_insert(end);
+        self.settle(id)
+    }
+
+    fn remove(&mut self, id: u64, end: LeaseEnd) -> Option<Ended> {
+        let slot = self.slots.get_mut(Self::position(id))?;
+        let lease = slot.lease.take()?;
+        slot.last_end = Some(end);
+        self.free.push(Self::position(id) as u32);
+        if self.by_request.get(&lease.request) == Some(&id) {
+            self.by_request.remove(&lease.request);
+        }
+        self.live -= 1;
+        Some(Ended { id, end, lease })
+    }
+
+    /// Moves a lease's deadline.
+    ///
+    /// # Errors
+    /// The lease is gone.
+    pub fn renew(&mut self, id: u64, deadline: Instant, ttl_ms: u64) -> Result<(), Status> {
+        self.get(id)?;
+        if let Some(lease) = self.slot_mut(id) {
+            lease.deadline = deadline;
+            lease.ttl_ms = ttl_ms;
+        }
+        self.deadlines.push(Reverse((deadline, id)));
+        Ok(())
+    }
+
+    /// Ends leases past their deadline and appends those whose blocks can be let go of.
+    pub fn expire(&mut self, now: Instant, ended: &mut Vec<Ended>) {
+        while let Some(Reverse((deadline, id))) = self.deadlines.peek().copied() {
+            if deadline > now {
+                break;
+            }
+            self.deadlines.pop();
+            let due = self.get(id).is_ok_and(|lease| lease.deadline <= now);
+            if due {
+                ended.extend(self.end(id, LeaseEnd::Expired));
+            }
+        }
+    }
+
+    /// When the next lease may expire.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.peek().map(|Reverse((deadline, _))| *deadline)
+    }
+
+    /// Ids of the leases of a session.
+    pub fn of_session(&self, session: u64) -> Vec<u64> {
+        self.iter().filter(|(_, lease)| lease.session == session).map(|(id, _)| id).collect()
+    }
+
+    /// Ids of the leases of an instance.
+    pub fn of_instance(&self, instance: u32) -> Vec<u64> {
+        self.iter()
+            .filter(|(_, lease)| lease.request.instance == instance)
+            .map(|(id, _)| id)
+            .collect()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (u64, &Lease)> {
+        self.slots.iter().enumerate().filter_map(|(position, slot)| {
+            let id = u64::from(slot.generation) << 32 | position as u64;
+            slot.lease.as_ref().map(|lease| (id, lease))
+        })
+    }
+}
+
+impl Lease {
+    /// A lease nobody has used.
+    #[expect(clippy::too_many_arguments, reason = "each is a different field of the lease")]
+    pub fn new(
+        domain: DomainId,
+        namespace: u32,
+        session: u64,
+        request: RequestKey,
+        asked: (u32, u64),
+        entries: Vec<u32>,
+        hits: Vec<u64>,
+        ttl: (Instant, u64),
+        world_size: u32,
+    ) -> Lease {
+        Lease {
+            domain,
+            namespace,
+            session,
+            request,
+            total: asked.0,
+            digest: asked.1,
+            entries,
+            hits,
+            deadline: ttl.0,
+            ttl_ms: ttl.1,
+            world_size,
+            consumers: 0,
+            copies: 0,
+            ending: None,
+        }
+    }
+
+    /// Ranks that have loaded.
+    pub fn consumed_by(&self) -> u32 {
+        self.consumers.count_ones()
+    }
+
+    /// Copies that use its blocks.
+    pub fn copies(&self) -> u32 {
+        self.copies
+    }
+}
+
+fn status_of(end: LeaseEnd) -> Status {
+    match end {
+        LeaseEnd::Consumed => Status::LeaseConsumed,
+        LeaseEnd::Expired => Status::LeaseExpired,
+        LeaseEnd::Released | LeaseEnd::Replaced | LeaseEnd::OwnerGone => Status::UnknownLease,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn lease(world_size: u32, deadline: Instant) -> Lease {
+        let request = RequestKey { instance: 1, group: 0, key: 7 };
+        Lease::new(0, 0, 1, request, (3, 9), vec![1, 2, 3], vec![], (deadline, 10), world_size)
+    }
+
+    fn later() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    #[test]
+    fn each_rank_loads_once_and_the_last_ends_it() {
+        let mut table = LeaseTable::new(8);
+        let id = table.grant(lease(2, later()));
+        assert_eq!(table.consume(id, 0, 1), Ok(()));
+        assert_eq!(table.consume(id, 0, 1), Err(Status::LeaseConsumed));
+        assert!(table.copy_drained(id).is_none());
+        assert_eq!(table.consume(id, 1, 1), Ok(()));
+        let ended = table.copy_drained(id).unwrap();
+        assert_eq!((ended.end, ended.lease.entries.len()), (LeaseEnd::Consumed, 3));
+        assert_eq!(table.get(id).err(), Some(Status::LeaseConsumed));
+        assert!(table.is_empty());
+    }
+
+    #[test]
+    fn expiry_waits_for_copies() {
+        let mut table = LeaseTable::new(8);
+        let now = Instant::now();
+        let id = table.grant(lease(2, now));
+        table.consume(id, 0, 2).unwrap();
+        let mut ended = Vec::new();
+        table.expire(now + Duration::from_secs(1), &mut ended);
+        assert!(ended.is_empty());
+        assert_eq!(table.get(id).err(), Some(Status::LeaseExpired));
+        assert_eq!(table.consume(id, 1, 1), Err(Status::LeaseExpired));
+        assert!(table.copy_drained(id).is_none());
+        assert_eq!(table.copy_drained(id).unwrap().end, LeaseEnd::Expired);
+    }
+
+    #[test]
+    fn an_old_id_never_names_a_later_lease() {
+        let mut table = LeaseTable::new(8);
+        let first = table.grant(lease(1, later()));
+        assert!(table.end(first, LeaseEnd::Released).is_some());
+        let second = table.grant(lease(1, later()));
+        assert_eq!(LeaseTable::position(first), LeaseTable::position(second));
+        assert_eq!(table.get(first).err(), Some(Status::UnknownLease));
+        assert!(table.end(first, LeaseEnd::Released).is_none());
+        assert!(table.get(second).is_ok());
+        assert!(table.get(0).is_err() && table.get(u64::MAX).is_err());
+    }
+
+    #[test]
+    fn renewal_moves_the_deadline() {
+        let mut table = LeaseTable::new(8);
+        let now = Instant::now();
+        let id = table.grant(lease(1, now));
+        table.renew(id, now + Duration::from_secs(5), 5000).unwrap();
+        let mut ended = Vec::new();
+        table.expire(now + Duration::from_secs(1), &mut ended);
+        assert!(ended.is_empty() && table.get(id).is_ok());
+        table.expire(now + Duration::from_secs(6), &mut ended);
+        assert_eq!(ended.len(), 1);
+        assert_eq!(table.get(id).err(), Some(Status::LeaseExpired));
+    }
+}

@@ -1,0 +1,236 @@
+//! The cache: which blocks the node holds, where their pages lie, and who holds on to them.
+//!
+//! One thread, the lane, owns it. Nothing here locks, waits or copies a block's bytes.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | [`block`] | a block's pins and shards |
+//! | [`domain`] | one user's blocks: index, records, eviction order |
+//! | [`lookup`] | pinning what a query hits, unpinning what a lease held |
+//! | [`store`] | taking shards in: offer, copied, failed |
+//! | [`room`] | finding a page: allocate, evict, evacuate an extent |
+//! | [`lease`] | leases: grant, consume, renew, release, expire |
+//! | [`adopt`] | taking over the pages of a previous daemon |
+
+pub mod adopt;
+pub mod block;
+pub mod domain;
+pub mod index_file;
+pub mod lease;
+pub mod lookup;
+pub mod room;
+pub mod store;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use pegaflow_shm::BootId;
+use pegaflow_shm::index::EntryId;
+
+use crate::cache::domain::{Domain, DomainId};
+use crate::cache::index_file::IndexFileError;
+use crate::catalog::Catalog;
+use crate::policy::{self, Admission, AdmissionKind, PolicyKind};
+use crate::pool::Pool;
+
+/// Most isolation domains of one daemon.
+pub const MAX_DOMAINS: usize = 64;
+
+/// How a cache behaves.
+#[derive(Clone, Debug)]
+pub struct CacheOptions {
+    /// Folder of the index files.
+    pub dir: PathBuf,
+    /// Boot id written into them.
+    pub boot_id: BootId,
+    /// Most blocks of one domain.
+    pub max_blocks: u32,
+    /// Eviction order.
+    pub policy: PolicyKind,
+    /// Gate before insertion into a full cache.
+    pub admission: AdmissionKind,
+    /// How long a block may wait for its remaining shards.
+    pub incomplete_ttl: Duration,
+}
+
+/// Why blocks left, since the last time it was asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Evictions {
+    /// To make room.
+    pub capacity: u64,
+    /// With an extent that went to another page size.
+    pub extent: u64,
+    /// Because the remaining shards never came.
+    pub incomplete: u64,
+}
+
+/// A block that waits for shards, as remembered in order of age.
+#[derive(Clone, Copy, Debug)]
+struct Unfinished {
+    domain: DomainId,
+    entry: EntryId,
+    generation: u32,
+}
+
+/// All blocks of the node.
+pub struct Cache {
+    domains: Vec<Domain>,
+    pool: Pool,
+    catalog: Catalog,
+    admission: Option<Box<dyn Admission>>,
+    unfinished: VecDeque<Unfinished>,
+    options: CacheOptions,
+    epoch: Instant,
+    /// Blocks that at least one lease holds.
+    pinned: u64,
+    /// Blocks in an index without all their shards.
+    unsealed: u64,
+    evictions: Evictions,
+    held: Vec<Held>,
+    /// Blocks that ever left an index: tells whether an earlier look-up may be stale.
+    removals: u64,
+    found: Vec<Option<EntryId>>,
+}
+
+/// Sealed blocks of a namespace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// How many.
+    pub blocks: u64,
+    /// Bytes of their pages.
+    pub bytes: u64,
+}
+
+/// Figures for gauges.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheFigures {
+    /// Sealed blocks.
+    pub sealed: u64,
+    /// Blocks without all their shards.
+    pub unfinished: u64,
+    /// Blocks that leases hold.
+    pub pinned: u64,
+    /// Bytes of the pool in pages.
+    pub used_bytes: u64,
+    /// Extents in use.
+    pub used_extents: u64,
+}
+
+impl Cache {
+    /// An empty cache over a pool and its catalog.
+    pub fn new(pool: Pool, catalog: Catalog, options: CacheOptions) -> Cache {
+        Cache {
+            domains: Vec::new(),
+            pool,
+            catalog,
+            admission: policy::build_admission(options.admission, options.max_blocks),
+            unfinished: VecDeque::new(),
+            options,
+            epoch: Instant::now(),
+            pinned: 0,
+            unsealed: 0,
+            evictions: Evictions::default(),
+            held: Vec::new(),
+            removals: 0,
+            found: Vec::new(),
+        }
+    }
+
+    /// The domain of a user, created at first use.
+    ///
+    /// # Errors
+    /// Its index file cannot be made, or there are [`MAX_DOMAINS`] already.
+    pub fn domain(&mut self, uid: u32) -> Result<DomainId, DomainError> {
+        if let Some(found) = self.domains.iter().position(|domain| domain.uid == uid) {
+            return Ok(found);
+        }
+        if self.domains.len() == MAX_DOMAINS {
+            return Err(DomainError::TooMany { uid });
+        }
+        let path = self.options.dir.join(format!("index-{uid}"));
+        let seed = {
+            let id = self.options.boot_id;
+            u64::from_le_bytes([id[0], id[1], id[2], id[3], id[4], id[5], id[6], id[7]])
+        };
+        let (max_blocks, boot_id) = (self.options.max_blocks, self.options.boot_id);
+        let policy = policy::build(self.options.policy, max_blocks);
+        let domain = Domain::create(uid, path, max_blocks, boot_id, seed, policy)?;
+        self.domains.push(domain);
+        Ok(self.domains.len() - 1)
+    }
+
+    /// A domain by position.
+    pub fn domain_ref(&self, domain: DomainId) -> &Domain {
+        &self.domains[domain]
+    }
+
+    /// Pool bookkeeping, for limits and figures.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// What each namespace holds, by its slot.
+    pub fn held(&self) -> &[Held] {
+        &self.held
+    }
+
+    fn hold(&mut self, namespace: u32, blocks: i64, bytes: i64) {
+        let position = namespace as usize;
+        if self.held.len() <= position {
+            self.held.resize(position + 1, Held::default());
+        }
+        let held = &mut self.held[position];
+        held.blocks = held.blocks.wrapping_add_signed(blocks);
+        held.bytes = held.bytes.wrapping_add_signed(bytes);
+    }
+
+    /// The catalog.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// The catalog, to change.
+    pub fn catalog_mut(&mut self) -> &mut Catalog {
+        &mut self.catalog
+    }
+
+    /// Figures for gauges.
+    pub fn figures(&self) -> CacheFigures {
+        let sealed: u64 = self.domains.iter().map(|d| u64::from(d.index.writer.sealed_len())).sum();
+        let stats = self.pool.stats();
+        CacheFigures {
+            sealed,
+            unfinished: self.unsealed,
+            pinned: self.pinned,
+            used_bytes: self.domains.iter().map(|domain| domain.bytes).sum(),
+            used_extents: u64::from(stats.extents - stats.extents_free),
+        }
+    }
+
+    /// Takes the eviction counts.
+    pub fn take_evictions(&mut self) -> Evictions {
+        std::mem::take(&mut self.evictions)
+    }
+
+    fn now_s(&self) -> u32 {
+        self.epoch.elapsed().as_secs() as u32
+    }
+}
+
+/// A user's domain cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DomainError {
+    /// Too many users.
+    #[error("user {uid} would be the {}th user of this daemon: start another daemon", MAX_DOMAINS + 1)]
+    TooMany {
+        /// The user.
+        uid: u32,
+    },
+    /// The index file.
+    #[error(transparent)]
+    Index(#[from] IndexFileError),
+}

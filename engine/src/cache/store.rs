@@ -1,0 +1,250 @@
+//! Taking shards in: what to copy, and what a finished or failed copy means.
+//!
+//! A block goes *absent* → *unfinished* (in the index, invisible to clients) → *sealed* (visible) when the
+//! last of its shards is completely copied. A failed copy takes its shard back, and a block without any
+//! shard leaves the index, so that nothing half-written is ever a hit.
+
+#![forbid(unsafe_code)]
+
+use pegaflow_shm::BlockHash;
+use pegaflow_shm::index::{BlockKey, EntryId, InsertError};
+
+use crate::cache::block::Shard;
+use crate::cache::domain::DomainId;
+use crate::cache::lookup::key_hash;
+use crate::cache::room::NoRoom;
+use crate::cache::{Cache, Unfinished};
+use crate::catalog::{Catalog, PageRecord};
+use crate::pool::{PageAddr, Pool, round_page};
+
+/// Whose shard of which blocks a save brings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShardScope {
+    /// Isolation domain.
+    pub domain: DomainId,
+    /// Namespace.
+    pub namespace: u32,
+    /// Cache group.
+    pub group: u16,
+    /// Position of the rank among the group's ranks.
+    pub shard: u16,
+    /// Ranks that hold the group.
+    pub shards: u16,
+    /// Bytes of the rank's page.
+    pub page_bytes: u32,
+}
+
+/// What becomes of an offered shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// Copy it into this page, then call [`Cache::shard_copied`] or [`Cache::shard_failed`].
+    Copy {
+        /// The block.
+        entry: EntryId,
+        /// Where to.
+        page: PageAddr,
+    },
+    /// Held already.
+    Held,
+    /// Another save is copying it.
+    InFlight,
+    /// Nothing can be evicted for it.
+    NoSpace,
+    /// The admission gate prefers what is there.
+    NotAdmitted,
+}
+
+impl Cache {
+    /// Offers one rank's shards of blocks, in the order of `hashes`; `outcome` hears each position once.
+    pub fn offer(
+        &mut self,
+        scope: &ShardScope,
+        hashes: &[BlockHash],
+        mut outcome: impl FnMut(usize, Offer),
+    ) {
+        let found = self.find(scope.domain, (scope.namespace, scope.group), hashes);
+        let removals = self.removals;
+        for (position, hash) in hashes.iter().enumerate() {
+            // An eviction for an earlier position may have taken what the look-up found.
+            let stale = self.removals != removals;
+            let known = found[position].filter(|entry| !stale || self.holds(scope, *entry, hash));
+            let offer = match known {
+                Some(entry) => self.offer_known(scope, entry, hash),
+                None => self.offer_new(scope, hash),
+            };
+            outcome(position, offer);
+        }
+        self.found = found;
+    }
+
+    fn holds(&self, scope: &ShardScope, entry: EntryId, hash: &BlockHash) -> bool {
+        let key = BlockKey::new(scope.namespace, scope.group, hash);
+        self.domains[scope.domain].index.writer.key(entry) == Some(key)
+    }
+
+    fn offer_known(&mut self, scope: &ShardScope, entry: EntryId, hash: &BlockHash) -> Offer {
+        let home = &mut self.domains[scope.domain];
+        let block = home.block(entry);
+        if block.shards != scope.shards {
+            // The namespace digest fixes the shards of a group: only a defect could bring this about.
+            tracing::error!(found = block.shards, expected = scope.shards, "shard counts differ");
+            return Offer::NoSpace;
+        }
+        match block.shard(scope.shard, &home.runs) {
+            Shard::In(_) => {
+                if block.sealed {
+                    home.policy.touch(entry.0);
+                }
+                Offer::Held
+            }
+            Shard::Copying(_) => Offer::InFlight,
+            Shard::Empty => {
+                // The block itself must not be taken while room for its shard is made.
+                self.domains[scope.domain].block_mut(entry).copying += 1;
+                let page = self.make_room(scope.domain, scope.page_bytes, key_hash(hash));
+                self.domains[scope.domain].block_mut(entry).copying -= 1;
+                match page {
+                    Ok(page) => self.begin_copy(scope, entry, page),
+                    Err(why) => why.into(),
+                }
+            }
+        }
+    }
+
+    fn offer_new(&mut self, scope: &ShardScope, hash: &BlockHash) -> Offer {
+        let page = match self.make_room(scope.domain, scope.page_bytes, key_hash(hash)) {
+            Ok(page) => page,
+            Err(why) => return why.into(),
+        };
+        let key = BlockKey::new(scope.namespace, scope.group, hash);
+        let mut inserted = self.domains[scope.domain].insert(&key);
+        if matches!(inserted, Err(InsertError::Full { .. } | InsertError::NeedReserve { .. }))
+            && self.evict_one(scope.domain, key_hash(hash)).is_ok()
+        {
+            inserted = self.domains[scope.domain].insert(&key);
+        }
+        match inserted {
+            Ok(entry) => {
+                let born = self.now_s();
+                let home = &mut self.domains[scope.domain];
+                let runs = &mut home.runs;
+                home.blocks[entry.0 as usize].begin(scope.shards, born, runs);
+                self.unsealed += 1;
+                if scope.shards > 1 {
+                    let generation = self.domains[scope.domain].block(entry).generation;
+                    let domain = scope.domain;
+                    self.unfinished.push_back(Unfinished { domain, entry, generation });
+                }
+                self.begin_copy(scope, entry, page)
+            }
+            Err(InsertError::Exists(entry)) => {
+                // The same hash twice in one list.
+                self.free_page(page);
+                self.offer_known(scope, entry, hash)
+            }
+            Err(_) => {
+                self.free_page(page);
+                Offer::NoSpace
+            }
+        }
+    }
+
+    fn begin_copy(&mut self, scope: &ShardScope, entry: EntryId, page: PageAddr) -> Offer {
+        let home = &mut self.domains[scope.domain];
+        home.bytes += round_page(u64::from(scope.page_bytes));
+        let runs = &mut home.runs;
+        let block = &mut home.blocks[entry.0 as usize];
+        block.copying += 1;
+        block.set_shard(scope.shard, Shard::Copying(page), runs);
+        Offer::Copy { entry, page }
+    }
+
+    /// The copy of a shard has completed. True when it sealed its block.
+    pub fn shard_copied(&mut self, scope: &ShardScope, entry: EntryId) -> bool {
+        let home = &mut self.domains[scope.domain];
+        let runs = &mut home.runs;
+        let block = &mut home.blocks[entry.0 as usize];
+        let Shard::Copying(page) = block.shard(scope.shard, runs) else {
+            unreachable!("a copy ended for {entry} whose shard {} is not copying", scope.shard);
+        };
+        block.copying -= 1;
+        block.shards_in += 1;
+        block.set_shard(scope.shard, Shard::In(page), runs);
+        let whole = block.is_whole();
+        block.sealed = whole;
+        if whole {
+            self.seal(scope, entry);
+        }
+        whole
+    }
+
+    /// Records the pages of a whole block, then lets readers see it.
+    fn seal(&mut self, scope: &ShardScope, entry: EntryId) {
+        let home = &mut self.domains[scope.domain];
+        let Some(key) = home.index.writer.key(entry) else {
+            unreachable!("a copy ended for {entry}, which is not in the index");
+        };
+        let hash = key.hash();
+        let block = home.block(entry);
+        let mut bytes = 0;
+        for shard in 0..block.shards {
+            let Shard::In(page) = block.shard(shard, &home.runs) else { continue };
+            let mark = (shard, block.generation);
+            match record_page(&self.catalog, &self.pool, page, scope, mark, &hash) {
+                Ok(page_bytes) => bytes += i64::from(page_bytes),
+                Err(error) => {
+                    tracing::error!(%error, "a page is not recorded and will not survive a restart");
+                }
+            }
+        }
+        self.hold(scope.namespace, 1, bytes);
+        self.unsealed -= 1;
+        let home = &mut self.domains[scope.domain];
+        home.policy.insert(entry.0, key_hash(&hash));
+        if let Err(error) = home.index.writer.seal(entry) {
+            tracing::error!(%error, "a finished block cannot be sealed");
+        }
+    }
+
+    /// The copy of a shard failed or was cancelled, and has drained: its page is free again.
+    pub fn shard_failed(&mut self, scope: &ShardScope, entry: EntryId) {
+        let home = &mut self.domains[scope.domain];
+        let runs = &mut home.runs;
+        let block = &mut home.blocks[entry.0 as usize];
+        let Shard::Copying(page) = block.shard(scope.shard, runs) else {
+            unreachable!("a copy failed for {entry} whose shard {} is not copying", scope.shard);
+        };
+        block.copying -= 1;
+        block.set_shard(scope.shard, Shard::Empty, runs);
+        home.bytes -= round_page(u64::from(scope.page_bytes));
+        let empty = block.shards_in == 0 && block.copying == 0;
+        self.free_page(page);
+        if empty {
+            self.forget(scope.domain, entry);
+        }
+    }
+}
+
+fn record_page(
+    catalog: &Catalog,
+    pool: &Pool,
+    page: PageAddr,
+    scope: &ShardScope,
+    (rank, generation): (u16, u32),
+    hash: &BlockHash,
+) -> Result<u32, Box<dyn std::error::Error>> {
+    let page_bytes = pool.page_bytes_of(page)?;
+    let (namespace, group, hash) = (scope.namespace, scope.group, *hash);
+    let record = PageRecord { hash, namespace, group, rank, generation, page_bytes };
+    catalog.write_sealed(page, &record)?;
+    Ok(page_bytes)
+}
+
+impl From<NoRoom> for Offer {
+    fn from(why: NoRoom) -> Offer {
+        match why {
+            NoRoom::NothingToEvict => Offer::NoSpace,
+            NoRoom::NotAdmitted => Offer::NotAdmitted,
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! Asking the catalog whose page lies at an address.
+
+#![forbid(unsafe_code)]
+
+use super::record::{RECORD_BYTES, RECORD_SEALED, Record};
+use super::{Catalog, Namespace, PageRecord};
+use crate::pool::PageAddr;
+
+impl Catalog {
+    /// The record of a sealed page; `None` when the page has none.
+    pub fn record(&self, addr: PageAddr) -> Option<PageRecord> {
+        let extent = self.layout.extent_of(addr).ok()?;
+        let page_bytes = self.page_bytes(extent).filter(|bytes| *bytes != 0)?;
+        let at = self.layout.record(addr, page_bytes).ok()?;
+        let mut bytes = [0; RECORD_BYTES as usize];
+        self.read(at, &mut bytes).ok()?;
+        let record: Record = bytemuck::pod_read_unaligned(&bytes);
+        (record.state == RECORD_SEALED).then(|| record.page())
+    }
+
+    /// The namespace in a row of the table.
+    pub fn namespace_in(&self, slot: u32) -> Option<Namespace> {
+        self.namespaces().find(|namespace| namespace.slot == slot)
+    }
+}

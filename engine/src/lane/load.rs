@@ -1,0 +1,253 @@
+//! Load: copy a lease's pages into the worker's blocks.
+//!
+//! The whole list is in and checked before anything happens, so that a load that is refused neither
+//! consumes the lease nor writes a byte.
+
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use pegaflow_shm::desc::{Completion, Op, Submission, flags};
+use pegaflow_shm::node::{Counter, Histogram};
+use pegaflow_shm::payload;
+use pegaflow_shm::status::Status;
+
+use crate::copy::{BoundLayout, Direction, PageCopy};
+use crate::lane::request::{CopyProgress, ListProgress, LoadRequest, Request};
+use crate::lane::run::Lane;
+use crate::lane::session::{LaneSession, SessionFault};
+use crate::lane::tasks::{TaskKind, TaskOwner};
+
+/// A load that may go ahead.
+struct Plan {
+    target: Arc<BoundLayout>,
+    lease: u64,
+    rank: u32,
+    pages: Vec<PageCopy>,
+}
+
+impl Lane {
+    pub(super) fn new_load(&mut self, submission: &Submission, now: Instant) -> LoadRequest {
+        LoadRequest {
+            list: ListProgress::new(submission, now),
+            blocks: self.entry_lists.pop().unwrap_or_default(),
+            copies: CopyProgress::new(),
+        }
+    }
+
+    pub(super) fn load_chunk(
+        &mut self,
+        session: &mut LaneSession,
+        mut load: Box<LoadRequest>,
+        submission: &Submission,
+        more: bool,
+        chunk: &[u8],
+    ) -> Result<(), SessionFault> {
+        load.list.take(submission, more)?;
+        let runs = submission.flags & flags::BLOCK_RUNS != 0;
+        if load.list.head.total > self.options.max_blocks {
+            load.list.fail(Status::TooMany, u64::from(self.options.max_blocks));
+        } else {
+            payload::decode_blocks(chunk, runs, submission.count, &mut load.blocks)?;
+        }
+        if more {
+            session.requests.insert(submission.request_id, Request::Load(load));
+            return Ok(());
+        }
+        self.start_load(session, load)
+    }
+
+    fn start_load(
+        &mut self,
+        session: &mut LaneSession,
+        mut load: Box<LoadRequest>,
+    ) -> Result<(), SessionFault> {
+        if load.list.failed.is_none() {
+            match self.plan_load(session, &load) {
+                Ok(plan) => self.run_load(session, &mut load, plan),
+                Err((status, about)) => load.list.fail(status, about),
+            }
+        }
+        if load.copies.running == 0 {
+            return self.finish_load(session, load);
+        }
+        session.requests.insert(load.list.head.request_id, Request::Load(load));
+        Ok(())
+    }
+
+    fn plan_load(
+        &mut self,
+        session: &LaneSession,
+        load: &LoadRequest,
+    ) -> Result<Plan, (Status, u64)> {
+        let head = load.list.head;
+        let (id, group, lease_id) = (head.registration, head.group, head.args[0]);
+        let registration = session.registration(id).map_err(|s| (s, u64::from(id)))?;
+        if registration.save_only {
+            return Err((Status::SaveOnly, u64::from(id)));
+        }
+        let rank = registration.rank.ok_or((Status::NoMemory, u64::from(id)))?;
+        let unknown_group = (Status::UnknownGroup, u64::from(group));
+        let target = registration.target(group).ok_or(unknown_group)?;
+        registration.ready.ok_or((Status::NotReady, u64::from(id)))?;
+        let place = registration.place(group).ok_or(unknown_group)?;
+        let lease = self.leases.get(lease_id).map_err(|status| (status, lease_id))?;
+        if lease.request.instance != registration.instance || lease.request.group != group {
+            return Err((Status::UnknownLease, lease_id));
+        }
+        self.leases.check_consume(lease_id, rank).map_err(|status| (status, lease_id))?;
+        let first = head.args[1];
+        let held = lease.entries.len() as u64;
+        let end = first.checked_add(load.blocks.len() as u64).filter(|end| *end <= held);
+        let end = end.ok_or((Status::TooMany, held))?;
+        self.seen_blocks.check(&load.blocks, target.layout().num_blocks())?;
+        let mut pages = self.page_lists.pop().unwrap_or_default();
+        let entries = &lease.entries[first as usize..end as usize];
+        for (entry, block) in entries.iter().zip(&load.blocks) {
+            let Some(page) = self.cache.pinned_page(lease.domain, *entry, place.shard) else {
+                tracing::error!(entry, lease = lease_id, "a leased block has no page");
+                return Err((Status::Internal, u64::from(*entry)));
+            };
+            pages.push(PageCopy { pool_offset: page.offset(), block: *block });
+        }
+        Ok(Plan { target: target.clone(), lease: lease_id, rank, pages })
+    }
+
+    fn run_load(&mut self, session: &mut LaneSession, load: &mut LoadRequest, plan: Plan) {
+        let owner = TaskOwner {
+            session: session.id,
+            registration: load.list.head.registration,
+            request_id: load.list.head.request_id,
+            kind: TaskKind::Load(plan.lease),
+        };
+        let cancelled = load.copies.cancelled.clone();
+        let tasks = self.dispatch(
+            session,
+            owner,
+            Direction::Load,
+            &plan.target,
+            plan.pages,
+            Vec::new(),
+            &cancelled,
+        );
+        load.copies.running = tasks;
+        // Checked in `plan_load`, and nothing has run in between.
+        if let Err(status) = self.leases.consume(plan.lease, plan.rank, tasks) {
+            tracing::error!(%status, lease = plan.lease, "a checked lease was not consumed");
+        }
+        self.show_lease(plan.lease);
+        let ended = self.leases.settle(plan.lease);
+        self.finish_leases(ended);
+    }
+
+    /// A copy task of a load has ended.
+    pub(super) fn load_copied(
+        &mut self,
+        session: &mut LaneSession,
+        request_id: u64,
+        lease: u64,
+        outcome: (usize, usize, bool),
+        page_bytes: u64,
+    ) -> Result<(), SessionFault> {
+        let ended = self.leases.copy_drained(lease);
+        self.finish_leases(ended);
+        let (pages_done, pages, was_cancelled) = outcome;
+        let bytes = pages_done as u64 * page_bytes;
+        self.tally.add(Counter::LoadLoaded, pages_done as u64);
+        self.tally.add(Counter::LoadedBytes, bytes);
+        let what = if was_cancelled { Counter::LoadCancelled } else { Counter::LoadFailed };
+        self.tally.add(what, (pages - pages_done) as u64);
+        let Some(Request::Load(mut load)) = session.requests.remove(&request_id) else {
+            return Ok(());
+        };
+        load.copies.running -= 1;
+        load.copies.pages += pages_done as u32;
+        load.copies.failed_pages += (pages - pages_done) as u32;
+        load.copies.bytes += bytes;
+        if load.copies.running == 0 {
+            return self.finish_load(session, load);
+        }
+        session.requests.insert(request_id, Request::Load(load));
+        Ok(())
+    }
+
+    fn finish_load(
+        &mut self,
+        session: &mut LaneSession,
+        load: Box<LoadRequest>,
+    ) -> Result<(), SessionFault> {
+        let daemon_ns = load.list.started.elapsed().as_nanos() as u64;
+        let cancelled = load.copies.cancelled.load(Ordering::Relaxed);
+        let (status, about) = match load.list.failed {
+            Some(failed) => failed,
+            None if load.copies.failed_pages > 0 && cancelled => (Status::Cancelled, 0),
+            None if load.copies.failed_pages > 0 => {
+                (Status::CopyFailed, u64::from(load.copies.failed_pages))
+            }
+            None => (Status::Ok, 0),
+        };
+        let completion = Completion {
+            count: load.copies.pages,
+            lease: load.list.head.args[0],
+            bytes: load.copies.bytes,
+            dropped: load.copies.failed_pages,
+            arg0: about,
+            daemon_ns,
+            ..Completion::new(Op::Load, load.list.head.request_id, status)
+        };
+        self.node.observe(Histogram::Load, daemon_ns);
+        self.recycle(load.blocks);
+        self.complete(session, completion)
+    }
+}
+
+/// Finds block ids that are out of range or given twice, in one pass and without sorting.
+#[derive(Default)]
+pub(super) struct SeenBlocks {
+    bits: Vec<u64>,
+}
+
+impl SeenBlocks {
+    pub(super) fn check(&mut self, blocks: &[u32], num_blocks: u32) -> Result<(), (Status, u64)> {
+        let words = num_blocks.div_ceil(64) as usize;
+        if self.bits.len() < words {
+            self.bits.resize(words, 0);
+        }
+        let mut fault = None;
+        let mut marked = blocks.len();
+        for (position, block) in blocks.iter().enumerate() {
+            if *block >= num_blocks {
+                fault = Some((Status::BlockOutOfRange, u64::from(*block)));
+            } else if self.bits[*block as usize / 64] & 1 << (block % 64) != 0 {
+                fault = Some((Status::DuplicateBlock, u64::from(*block)));
+            }
+            if fault.is_some() {
+                marked = position;
+                break;
+            }
+            self.bits[*block as usize / 64] |= 1 << (block % 64);
+        }
+        for block in &blocks[..marked] {
+            self.bits[*block as usize / 64] = 0;
+        }
+        fault.map_or(Ok(()), Err)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_and_repeated_blocks_are_named_and_nothing_is_remembered() {
+        let mut seen = SeenBlocks::default();
+        assert_eq!(seen.check(&[1, 2, 3], 4), Ok(()));
+        assert_eq!(seen.check(&[1, 2, 1], 4), Err((Status::DuplicateBlock, 1)));
+        assert_eq!(seen.check(&[0, 4], 4), Err((Status::BlockOutOfRange, 4)));
+        assert_eq!(seen.check(&[3, 0, 1, 2], 4), Ok(()));
+        assert_eq!(seen.check(&[u32::MAX], u32::MAX - 1).unwrap_err().0, Status::BlockOutOfRange);
+        assert!(seen.bits.iter().all(|word| *word == 0));
+    }
+}

@@ -1,0 +1,37 @@
+//! The lane: the one thread that owns the cache and polls every session's ring.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | [`api`] | commands and events between the control thread and the lane |
+//! | [`wake`] | waking the lane when it sleeps |
+//! | `run` | the loop: poll, copy results, timers, sleep |
+//! | `session` | one session's rings, registrations and unfinished requests |
+//! | `commands` | sessions and registrations come and go |
+//! | `submit` | a submission is checked and its chunks put together |
+//! | `query`, `save`, `load`, `lease_ops` | the operations |
+//! | `tasks` | copy tasks out and back |
+//! | `upkeep` | expiry, stalled rings, gauges and tables |
+//! | `tally` | counters gathered between two publications |
+
+#![forbid(unsafe_code)]
+
+pub mod api;
+mod commands;
+mod lease_ops;
+mod load;
+mod options;
+mod query;
+mod request;
+mod run;
+mod save;
+mod session;
+mod start;
+mod submit;
+mod tally;
+mod tasks;
+mod upkeep;
+mod wake;
+
+pub use options::LaneOptions;
+pub use start::{LaneStartError, StartedLane, start};
+pub use wake::LaneWake;

@@ -1,0 +1,52 @@
+//! What the lane is started with.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pegaflow_shm::BootId;
+use pegaflow_shm::node::NodeWriter;
+
+use crate::policy::{AdmissionKind, PolicyKind};
+
+/// Everything the lane needs to know from the configuration.
+#[derive(Clone)]
+pub struct LaneOptions {
+    /// The node's folder of shared files.
+    pub dir: PathBuf,
+    /// Boot id.
+    pub boot_id: BootId,
+    /// The node file.
+    pub node: NodeWriter,
+    /// Bytes of the pool; a multiple of the extent size.
+    pub pool_bytes: u64,
+    /// Bytes of an extent.
+    pub extent_bytes: u64,
+    /// Whether to ask for hugepages.
+    pub hugepages: bool,
+    /// Most blocks of one user.
+    pub max_blocks: u32,
+    /// Eviction order.
+    pub policy: PolicyKind,
+    /// Admission gate.
+    pub admission: AdmissionKind,
+    /// Copy threads.
+    pub copy_threads: usize,
+    /// Time to live of a lease when the query names none.
+    pub lease_ttl: Duration,
+    /// Longest time to live of a lease.
+    pub lease_ttl_max: Duration,
+    /// How long a block may wait for its remaining shards.
+    pub incomplete_ttl: Duration,
+    /// Most live leases.
+    pub max_leases: usize,
+    /// Most sessions.
+    pub max_sessions: usize,
+    /// Most instances.
+    pub max_instances: usize,
+    /// How long the lane polls without work before it sleeps.
+    pub spin: Duration,
+    /// Whether to take over the pages of a previous daemon.
+    pub adopt: bool,
+}

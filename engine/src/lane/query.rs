@@ -1,0 +1,304 @@
+//! Query: pin what is cached, answer with a lease.
+
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use pegaflow_shm::control::Mode;
+use pegaflow_shm::desc::{Completion, DescriptorFault, MissReason, Op, Submission};
+use pegaflow_shm::node::{Counter, Histogram};
+use pegaflow_shm::payload;
+use pegaflow_shm::status::Status;
+use twox_hash::XxHash3_64;
+
+use crate::cache::lease::{Lease, LeaseEnd, RequestKey};
+use crate::lane::request::{ListProgress, QueryRequest, QueryScope, Request};
+use crate::lane::run::Lane;
+use crate::lane::session::{LaneSession, SessionFault};
+
+/// A query's answer before it is posted.
+struct Answer {
+    lease: u64,
+    count: u32,
+    ttl_ms: u64,
+    reason: MissReason,
+}
+
+impl Lane {
+    pub(super) fn new_query(
+        &mut self,
+        session: &LaneSession,
+        submission: &Submission,
+        now: Instant,
+    ) -> QueryRequest {
+        let mut list = ListProgress::new(submission, now);
+        let scope = match self.query_scope(session, submission) {
+            Ok(scope) => Some(scope),
+            Err((status, about)) => {
+                list.fail(status, about);
+                None
+            }
+        };
+        QueryRequest {
+            list,
+            scope,
+            entries: self.entry_lists.pop().unwrap_or_default(),
+            digest: 0,
+            miss: None,
+            misses: [0; MissReason::ALL.len()],
+            bits: Vec::new(),
+        }
+    }
+
+    fn query_scope(
+        &self,
+        session: &LaneSession,
+        submission: &Submission,
+    ) -> Result<QueryScope, (Status, u64)> {
+        let id = submission.registration;
+        let registration = session.registration(id).map_err(|s| (s, u64::from(id)))?;
+        if registration.save_only {
+            return Err((Status::SaveOnly, u64::from(id)));
+        }
+        let namespace = registration.ready.ok_or((Status::NotReady, u64::from(id)))?;
+        let group = submission.group;
+        let place = registration.place(group).ok_or((Status::UnknownGroup, u64::from(group)))?;
+        if submission.total as usize > self.options.max_blocks as usize {
+            return Err((Status::TooMany, u64::from(self.options.max_blocks)));
+        }
+        let result_bytes = u64::from(submission.total).div_ceil(64) * 8;
+        if group != 0 && !session.result_fits(submission.arg1, result_bytes) {
+            return Err((Status::InvalidArgument, submission.arg1));
+        }
+        Ok(QueryScope {
+            domain: registration.domain,
+            namespace,
+            instance: registration.instance,
+            group,
+            shards: place.shards,
+        })
+    }
+
+    pub(super) fn query_chunk(
+        &mut self,
+        session: &mut LaneSession,
+        mut query: Box<QueryRequest>,
+        submission: &Submission,
+        more: bool,
+        chunk: &[u8],
+    ) -> Result<(), SessionFault> {
+        let first = query.list.received as usize;
+        let taken = query.list.take(submission, more);
+        let hashes = payload::query_hashes(chunk, submission.count);
+        let hashes = match taken.and(hashes) {
+            Ok(hashes) => hashes,
+            Err(fault) => {
+                // Pins of earlier chunks are let go of with the session.
+                session.requests.insert(submission.request_id, Request::Query(query));
+                return Err(fault.into());
+            }
+        };
+        if let (Some(scope), None) = (query.scope, query.list.failed) {
+            query.digest = XxHash3_64::oneshot_with_seed(query.digest, chunk);
+            if scope.group == 0 {
+                self.extend_prefix(&scope, &mut query, hashes);
+            } else {
+                self.extend_members(&scope, &mut query, hashes, first);
+            }
+        }
+        if more {
+            session.requests.insert(submission.request_id, Request::Query(query));
+            return Ok(());
+        }
+        self.finish_query(session, query)
+    }
+
+    fn extend_prefix(
+        &mut self,
+        scope: &QueryScope,
+        query: &mut QueryRequest,
+        hashes: &[pegaflow_shm::BlockHash],
+    ) {
+        let mut pinned = 0;
+        if query.miss.is_none() {
+            let before = query.entries.len();
+            let key = (scope.namespace, scope.group);
+            query.miss =
+                self.cache.pin_prefix(scope.domain, key, hashes, &mut query.entries);
+            pinned = query.entries.len() - before;
+            if let Some(reason) = query.miss {
+                query.misses[reason as usize] += 1;
+                pinned += 1;
+            }
+        }
+        query.misses[MissReason::AfterMiss as usize] += (hashes.len() - pinned) as u32;
+    }
+
+    fn extend_members(
+        &mut self,
+        scope: &QueryScope,
+        query: &mut QueryRequest,
+        hashes: &[pegaflow_shm::BlockHash],
+        first: usize,
+    ) {
+        query.bits.resize((query.list.head.total as usize).div_ceil(64), 0);
+        let (bits, misses, miss) = (&mut query.bits, &mut query.misses, &mut query.miss);
+        let key = (scope.namespace, scope.group);
+        self.cache.pin_members(scope.domain, key, hashes, &mut query.entries, |at, outcome| {
+            match outcome {
+                None => bits[(first + at) / 64] |= 1 << ((first + at) % 64),
+                Some(reason) => {
+                    misses[reason as usize] += 1;
+                    miss.get_or_insert(reason);
+                }
+            }
+        });
+    }
+
+    fn finish_query(
+        &mut self,
+        session: &mut LaneSession,
+        mut query: Box<QueryRequest>,
+    ) -> Result<(), SessionFault> {
+        let now = Instant::now();
+        let head = query.list.head;
+        let daemon_ns = now.duration_since(query.list.started).as_nanos() as u64;
+        let mut completion = Completion::new(Op::Query, head.request_id, Status::Ok);
+        completion.daemon_ns = daemon_ns;
+        if let (Some(scope), None) = (query.scope, query.list.failed) {
+            let answer = self.answer(session.id, &scope, &mut query, now);
+            completion.count = answer.count;
+            completion.lease = answer.lease;
+            completion.reason = answer.reason as u16;
+            completion.arg0 = answer.ttl_ms;
+            if scope.group != 0 {
+                let written = session.write_result(head.args[1], bytemuck::cast_slice(&query.bits));
+                if written.is_err() {
+                    let (offset, count) = (head.args[1], head.total);
+                    return Err(DescriptorFault::Result { offset, count }.into());
+                }
+            }
+            self.node.observe(Histogram::Query, daemon_ns);
+        } else {
+            let (status, about) = query.list.failed.unwrap_or((Status::Internal, 0));
+            completion.status = status as u8;
+            completion.arg0 = about;
+            self.let_go(&mut query);
+        }
+        self.complete(session, completion)
+    }
+
+    fn answer(
+        &mut self,
+        session: u64,
+        scope: &QueryScope,
+        query: &mut QueryRequest,
+        now: Instant,
+    ) -> Answer {
+        let head = query.list.head;
+        let request = RequestKey { instance: scope.instance, group: scope.group, key: head.args[0] };
+        if let Some(answer) = self.repeat(request, query) {
+            return answer;
+        }
+        let reason = query.miss.unwrap_or(MissReason::None);
+        if query.entries.is_empty() {
+            self.count_query(scope, query);
+            self.recycle(std::mem::take(&mut query.entries));
+            return Answer { lease: 0, count: 0, ttl_ms: 0, reason };
+        }
+        if self.leases.is_full() {
+            let hits = query.entries.len() as u32;
+            query.misses[MissReason::NoLease as usize] += hits;
+            self.let_go(query);
+            self.count_query(scope, query);
+            query.bits.fill(0);
+            return Answer { lease: 0, count: 0, ttl_ms: 0, reason: MissReason::NoLease };
+        }
+        self.count_query(scope, query);
+        let ttl = match head.args[2] {
+            0 => self.options.lease_ttl,
+            ttl_ms => Duration::from_millis(ttl_ms).min(self.options.lease_ttl_max),
+        };
+        let ttl_ms = ttl.as_millis() as u64;
+        let entries = std::mem::take(&mut query.entries);
+        let count = entries.len() as u32;
+        let lease = self.leases.grant(Lease::new(
+            scope.domain,
+            scope.namespace,
+            session,
+            request,
+            (head.total, query.digest),
+            entries,
+            query.bits.clone(),
+            (now + ttl, ttl_ms),
+            u32::from(scope.shards),
+        ));
+        self.tally.add(Counter::LeasesGranted, 1);
+        self.show_lease(lease);
+        Answer { lease, count, ttl_ms, reason }
+    }
+
+    /// The live lease of the same query, if there is one; a lease of another query under the same key makes
+    /// room, unless somebody has begun to load from it.
+    fn repeat(&mut self, request: RequestKey, query: &mut QueryRequest) -> Option<Answer> {
+        let id = self.leases.of_request(&request)?;
+        let lease = self.leases.get(id).ok()?;
+        let untouched = lease.consumed_by() == 0;
+        let same = lease.total == query.list.head.total && lease.digest == query.digest;
+        if same && untouched {
+            let (count, ttl_ms) = (lease.entries.len() as u32, lease.ttl_ms);
+            let reason = match (count == lease.total, query.miss) {
+                (true, _) => MissReason::None,
+                (false, reason) => reason.unwrap_or(MissReason::Absent),
+            };
+            query.bits.clone_from(&lease.hits);
+            self.let_go(query);
+            self.tally.add(Counter::QueryRepeated, 1);
+            return Some(Answer { lease: id, count, ttl_ms, reason });
+        }
+        if untouched {
+            let ended = self.leases.end(id, LeaseEnd::Replaced);
+            self.finish_leases(ended);
+        }
+        None
+    }
+
+    fn count_query(&mut self, scope: &QueryScope, query: &QueryRequest) {
+        let misses: u32 = query.misses.iter().sum();
+        let total = query.list.head.total;
+        let hits = u64::from(total - misses);
+        self.tally.add(Counter::QueryHit, hits);
+        for (reason, counter) in [
+            (MissReason::Absent, Counter::QueryMissAbsent),
+            (MissReason::Incomplete, Counter::QueryMissIncomplete),
+            (MissReason::InFlight, Counter::QueryMissInFlight),
+            (MissReason::AfterMiss, Counter::QueryMissAfterMiss),
+            (MissReason::NoLease, Counter::QueryMissNoLease),
+        ] {
+            self.tally.add(counter, u64::from(query.misses[reason as usize]));
+        }
+        self.namespaces.count_query(scope.namespace, u64::from(total), hits);
+    }
+
+    /// Unpins what the query holds.
+    pub(super) fn let_go(&mut self, query: &mut QueryRequest) {
+        let entries = std::mem::take(&mut query.entries);
+        if let Some(scope) = query.scope {
+            self.cache.unpin(scope.domain, &entries);
+        }
+        self.recycle(entries);
+    }
+
+    /// Keeps a list's memory for the next query.
+    pub(super) fn recycle(&mut self, mut entries: Vec<u32>) {
+        const KEEP: usize = 64;
+        if self.entry_lists.len() < KEEP {
+            entries.clear();
+            self.entry_lists.push(entries);
+        }
+    }
+
+    pub(super) fn is_save_only(mode: Mode) -> bool {
+        mode == Mode::SaveOnly
+    }
+}

@@ -1,0 +1,229 @@
+//! The loop: poll rings, take copy results, do what is due, sleep when there is nothing.
+
+#![forbid(unsafe_code)]
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use pegaflow_shm::node::{Counter, NodeWriter};
+use rustix::buffer::spare_capacity;
+use rustix::event::{Timespec, epoll};
+use rustix::io::Errno;
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::cache::Cache;
+use crate::cache::lease::{Ended, LeaseTable};
+use crate::copy::{CopyTask, CopyWorkers, PageCopy};
+use crate::lane::api::{LaneCommand, LaneEvent, Reply, SessionId};
+use crate::lane::load::SeenBlocks;
+use crate::lane::options::LaneOptions;
+use crate::lane::session::{LaneSession, SessionFault};
+use crate::lane::tally::Tally;
+use crate::lane::tasks::TaskTable;
+use crate::lane::upkeep::{Clocks, NamespaceTable};
+use crate::lane::wake::LaneWake;
+use crate::registry::Registry;
+
+/// Submissions taken from one session before the next one's turn.
+const BATCH: usize = 32;
+/// Idle rounds between two looks at the clock.
+const CLOCK_ROUNDS: u32 = 16;
+
+/// Everything the lane thread owns.
+pub(super) struct Lane {
+    pub options: LaneOptions,
+    pub node: NodeWriter,
+    pub cache: Cache,
+    pub leases: LeaseTable,
+    pub registry: Registry,
+    pub sessions: Vec<Option<Box<LaneSession>>>,
+    pub by_id: HashMap<SessionId, usize>,
+    pub workers: CopyWorkers,
+    pub backlog: VecDeque<CopyTask>,
+    pub tasks: TaskTable,
+    pub tally: Tally,
+    pub namespaces: NamespaceTable,
+    pub clocks: Clocks,
+    pub commands: mpsc::Receiver<LaneCommand>,
+    pub events: UnboundedSender<LaneEvent>,
+    pub wake: Arc<LaneWake>,
+    pub epoll: OwnedFd,
+    pub draining: Option<Vec<Reply<()>>>,
+    /// Private copy of the chunk at hand.
+    pub chunk: Vec<u8>,
+    pub blocks: Vec<u32>,
+    pub seen_blocks: SeenBlocks,
+    pub entry_lists: Vec<Vec<u32>>,
+    pub page_lists: Vec<Vec<PageCopy>>,
+    pub ended: Vec<Ended>,
+}
+
+impl Lane {
+    /// Runs until [`LaneCommand::Stop`].
+    pub(super) fn run(mut self) {
+        let mut idle_rounds = 0u32;
+        let mut idle_since: Option<Instant> = None;
+        loop {
+            let mut worked = self.poll_sessions();
+            worked |= self.take_done();
+            match self.take_commands() {
+                Some(any) => worked |= any,
+                None => break,
+            }
+            if worked {
+                idle_since = None;
+                idle_rounds = 0;
+                self.upkeep(Instant::now());
+                continue;
+            }
+            idle_rounds += 1;
+            if idle_rounds % CLOCK_ROUNDS != 0 {
+                std::hint::spin_loop();
+                continue;
+            }
+            let now = Instant::now();
+            self.upkeep(now);
+            if now.duration_since(*idle_since.get_or_insert(now)) >= self.options.spin {
+                self.sleep();
+                idle_since = None;
+            }
+        }
+        self.workers.stop();
+        while self.take_done() {}
+        self.publish(Instant::now());
+    }
+
+    fn take_commands(&mut self) -> Option<bool> {
+        let mut any = false;
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => {
+                    any = true;
+                    if !self.command(command) {
+                        return None;
+                    }
+                }
+                Err(mpsc::TryRecvError::Empty) => return Some(any),
+                Err(mpsc::TryRecvError::Disconnected) => return None,
+            }
+        }
+    }
+
+    fn poll_sessions(&mut self) -> bool {
+        let mut worked = false;
+        for position in 0..self.sessions.len() {
+            let ready = self.sessions[position].as_ref().is_some_and(|s| s.has_submission());
+            if !ready {
+                continue;
+            }
+            let Some(mut session) = self.sessions[position].take() else { continue };
+            worked = true;
+            if let Err(fault) = self.poll_session(&mut session) {
+                self.fault(&mut session, &fault);
+            }
+            self.ring(&mut session);
+            self.sessions[position] = Some(session);
+        }
+        worked
+    }
+
+    fn poll_session(&mut self, session: &mut LaneSession) -> Result<(), SessionFault> {
+        let now = Instant::now();
+        for _ in 0..BATCH {
+            let Some(submission) = session.next_submission()? else { break };
+            self.tally.add(Counter::Descriptors, 1);
+            self.submit(session, &submission, now)?;
+        }
+        Ok(())
+    }
+
+    /// Lets `work` act on a session and on the lane at once; a fault ends the session. Then settles what
+    /// the work may have brought to an end.
+    pub(super) fn with_session(
+        &mut self,
+        id: SessionId,
+        work: impl FnOnce(&mut Lane, &mut LaneSession) -> Result<(), SessionFault>,
+    ) {
+        let Some(position) = self.by_id.get(&id).copied() else { return };
+        let Some(mut session) = self.sessions[position].take() else { return };
+        let outcome = work(self, &mut session);
+        if let Err(fault) = outcome {
+            self.fault(&mut session, &fault);
+        }
+        self.ring(&mut session);
+        let waiting = session.closing.is_some()
+            || session.registrations.iter().flatten().any(|r| r.leaving.is_some());
+        self.sessions[position] = Some(session);
+        if waiting {
+            self.settle_session(id);
+        }
+    }
+
+    fn ring(&mut self, session: &mut LaneSession) {
+        if session.ring() {
+            self.tally.add(Counter::BellsRung, 1);
+        }
+    }
+
+    /// Stops reading a session's ring and has the control thread close it.
+    fn fault(&mut self, session: &mut LaneSession, fault: &SessionFault) {
+        if session.closing.is_some() || std::mem::replace(&mut session.faulted, true) {
+            return;
+        }
+        tracing::warn!(session = session.id, %fault, "the session broke the protocol");
+        let message = fault.to_string();
+        self.tell(LaneEvent::Fault { session: session.id, message });
+    }
+
+    /// Watches a session's bell. Edge-triggered, so that the bell need not be read, which a client could
+    /// make block.
+    pub(super) fn watch(&self, session: &LaneSession) -> Result<(), Errno> {
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        let data = epoll::EventData::new_u64(session.id);
+        epoll::add(&self.epoll, &session.lane_bell, data, flags)
+    }
+
+    pub(super) fn unwatch(&self, session: &LaneSession) {
+        if let Err(error) = epoll::delete(&self.epoll, &session.lane_bell) {
+            let fd = session.lane_bell.as_fd().as_raw_fd();
+            tracing::error!(session = session.id, fd, %error, "a bell cannot be unwatched");
+        }
+    }
+
+    /// Sleeps until a client, a copy thread, a command or the clock has something.
+    fn sleep(&mut self) {
+        self.publish(Instant::now());
+        self.wake.park();
+        for session in self.sessions.iter_mut().flatten() {
+            session.arm();
+        }
+        let waiting = self.sessions.iter().flatten().any(|session| session.has_submission())
+            || self.workers.has_done();
+        if !waiting {
+            self.tally.add(Counter::LaneParks, 1);
+            let limit = self.sleep_limit(Instant::now());
+            self.wait(limit);
+        }
+        for session in self.sessions.iter_mut().flatten() {
+            session.disarm();
+        }
+        self.wake.unpark();
+    }
+
+    fn wait(&self, limit: Option<Duration>) {
+        let limit = limit.map(|limit| Timespec {
+            tv_sec: limit.as_secs() as i64,
+            tv_nsec: i64::from(limit.subsec_nanos()),
+        });
+        let mut events = Vec::with_capacity(16);
+        match epoll::wait(&self.epoll, spare_capacity(&mut events), limit.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => {
+                tracing::error!(%error, "the lane cannot wait");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! One session as the lane sees it: rings, bells, registrations, unfinished requests.
+
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use pegaflow_shm::bell::{BellFd, Sleeper, Waker};
+use pegaflow_shm::desc::{Completion, DescriptorFault, Submission};
+use pegaflow_shm::mapping::{Mapping, MappingError, SharedU32};
+use pegaflow_shm::node::{SessionRow, text_field};
+use pegaflow_shm::ring::{Consumer, Producer, RawRing, RingFault};
+use pegaflow_shm::segment::{
+    CONSUMED_OFFSET, SLEEP_EPOCH_OFFSET, SLOTS_OFFSET, STATE_OFFSET, SessionState,
+};
+use pegaflow_shm::status::Status;
+use pegaflow_shm::sync::Ordering;
+
+use crate::cache::domain::DomainId;
+use crate::copy::BoundLayout;
+use crate::lane::api::{CloseReason, NewSession, Refusal, Reply, SessionId};
+use crate::lane::request::Request;
+use crate::registry::{GroupPlace, InstanceId};
+
+/// Most registrations of one session.
+pub(super) const MAX_REGISTRATIONS: usize = 64;
+
+/// What a session did that ends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum SessionFault {
+    #[error("submission ring: {0}")]
+    Ring(#[from] RingFault),
+    #[error("descriptor: {0}")]
+    Descriptor(#[from] DescriptorFault),
+    #[error("a submission slot was claimed and not published for {0} s")]
+    Stalled(u64),
+    #[error("request {0}: the rest of its list did not come within {1} s")]
+    Abandoned(u64, u64),
+}
+
+/// A registration of the session.
+pub(super) struct Registration {
+    pub instance: InstanceId,
+    pub rank: Option<u32>,
+    pub save_only: bool,
+    pub domain: DomainId,
+    /// Namespace, while the instance is complete.
+    pub ready: Option<u32>,
+    /// Groups that can be named, while the instance is complete.
+    pub places: Vec<GroupPlace>,
+    /// Memory of the groups this rank registered.
+    pub targets: Vec<(u16, Arc<BoundLayout>)>,
+    /// Copy tasks that use the memory.
+    pub copies: u32,
+    /// Set once it is to end; the reply goes out with the last copy.
+    pub leaving: Option<Vec<Reply<Result<(), Refusal>>>>,
+}
+
+impl Registration {
+    pub(super) fn place(&self, group: u16) -> Option<GroupPlace> {
+        self.places.iter().find(|place| place.group == group).copied()
+    }
+
+    pub(super) fn target(&self, group: u16) -> Option<&Arc<BoundLayout>> {
+        self.targets.iter().find(|(number, _)| *number == group).map(|(_, target)| target)
+    }
+}
+
+/// A session.
+pub(super) struct LaneSession {
+    pub id: SessionId,
+    pub uid: u32,
+    pub domain: DomainId,
+    pub registrations: Vec<Option<Registration>>,
+    pub requests: HashMap<u64, Request>,
+    /// Copy tasks of the session.
+    pub copies: u32,
+    /// Set once the session is to end; the replies go out with the last copy.
+    pub closing: Option<(CloseReason, Vec<Reply<()>>)>,
+    /// It broke the protocol: its ring is not read any more.
+    pub faulted: bool,
+    pub lane_bell: OwnedFd,
+    /// Since when its ring has had a gap.
+    pub stalled_since: Option<Instant>,
+    submissions: Consumer<RawRing>,
+    completions: Producer<RawRing>,
+    completion_slots: u32,
+    sleeper: Sleeper<SharedU32>,
+    waker: Waker<SharedU32>,
+    client_bell: BellFd,
+    c2d: Arc<Mapping>,
+    d2c: Arc<Mapping>,
+    arena_offset: usize,
+    arena_bytes: u32,
+    result_offset: usize,
+    result_bytes: u64,
+    posted: bool,
+    row: SessionRow,
+}
+
+impl LaneSession {
+    pub(super) fn new(
+        new: NewSession,
+        domain: DomainId,
+        connected_unix_ms: u64,
+    ) -> Result<LaneSession, MappingError> {
+        let (c2d, d2c) = (new.c2d, new.d2c);
+        let submissions = RawRing::for_consumer(
+            &c2d,
+            SLOTS_OFFSET,
+            new.c2d_shape.slots,
+            &d2c,
+            CONSUMED_OFFSET,
+        )?;
+        let completions = RawRing::for_producer(
+            &d2c,
+            SLOTS_OFFSET,
+            new.d2c_shape.slots,
+            &c2d,
+            CONSUMED_OFFSET,
+        )?;
+        let sleeper = Sleeper::new(SharedU32::new(&d2c, SLEEP_EPOCH_OFFSET)?);
+        let waker = Waker::new(SharedU32::new(&c2d, SLEEP_EPOCH_OFFSET)?);
+        let row = SessionRow {
+            session: new.id,
+            pid: new.pid,
+            uid: new.uid,
+            connected_unix_ms,
+            submission_slots: new.c2d_shape.slots,
+            completion_slots: new.d2c_shape.slots,
+            submissions: 0,
+            completions: 0,
+            unfinished: 0,
+            registrations: 0,
+            rank: u32::MAX,
+            world_size: 0,
+            client_name: text_field(&new.client_name),
+            instance: [0; 64],
+        };
+        let session = LaneSession {
+            id: new.id,
+            uid: new.uid,
+            domain,
+            registrations: Vec::new(),
+            requests: HashMap::new(),
+            copies: 0,
+            closing: None,
+            faulted: false,
+            lane_bell: new.lane_bell,
+            stalled_since: None,
+            submissions: Consumer::new(submissions),
+            completions: Producer::new(completions),
+            completion_slots: new.d2c_shape.slots,
+            sleeper,
+            waker,
+            client_bell: new.client_bell,
+            arena_offset: new.c2d_shape.arena_offset(),
+            arena_bytes: new.c2d_shape.arena_bytes() as u32,
+            result_offset: new.d2c_shape.arena_offset(),
+            result_bytes: new.d2c_shape.arena_bytes() as u64,
+            c2d,
+            d2c,
+            posted: false,
+            row,
+        };
+        session.show_state(SessionState::Active)?;
+        Ok(session)
+    }
+
+    /// The next submission, its state-free fields not yet checked.
+    #[inline]
+    pub(super) fn next_submission(&mut self) -> Result<Option<Submission>, SessionFault> {
+        let body = self.submissions.try_pop()?;
+        if body.is_some() {
+            self.row.submissions += 1;
+        }
+        Ok(body.map(Submission::from_body))
+    }
+
+    /// True when a submission may be waiting.
+    pub(super) fn has_submission(&self) -> bool {
+        !self.faulted && self.closing.is_none() && self.submissions.ready()
+    }
+
+    /// True when a slot was claimed by a thread that has not published it, and others after it have.
+    pub(super) fn is_stalled(&self) -> bool {
+        self.submissions.stalled()
+    }
+
+    pub(super) fn arena_bytes(&self) -> u32 {
+        self.arena_bytes
+    }
+
+    /// Copies a submission's payload, whose bounds were checked, into `out`.
+    pub(super) fn copy_payload(
+        &self,
+        submission: &Submission,
+        out: &mut [u8],
+    ) -> Result<(), MappingError> {
+        self.c2d.copy_out(self.arena_offset + submission.payload_offset as usize, out)
+    }
+
+    /// True when a result of `bytes` may be written at `offset` of the result arena.
+    pub(super) fn result_fits(&self, offset: u64, bytes: u64) -> bool {
+        offset % 8 == 0 && offset.checked_add(bytes).is_some_and(|end| end <= self.result_bytes)
+    }
+
+    pub(super) fn write_result(&self, offset: u64, bytes: &[u8]) -> Result<(), MappingError> {
+        self.d2c.copy_in(self.result_offset + offset as usize, bytes)
+    }
+
+    /// Requests that this session may not exceed: it has no more completion slots.
+    pub(super) fn has_credit(&self) -> bool {
+        self.requests.len() < self.completion_slots as usize
+    }
+
+    pub(super) fn credit_fault(&self) -> SessionFault {
+        DescriptorFault::Credit { limit: self.completion_slots }.into()
+    }
+
+    /// Posts a completion; the client is woken by [`Self::ring`].
+    #[inline]
+    pub(super) fn post(&mut self, completion: &Completion) -> Result<(), SessionFault> {
+        self.posted = true;
+        self.row.completions += 1;
+        self.completions.try_push(&completion.to_body()).map_err(|_| self.credit_fault())
+    }
+
+    /// Wakes the client if it sleeps and something was posted. True if it was woken.
+    #[inline]
+    pub(super) fn ring(&mut self) -> bool {
+        if !std::mem::take(&mut self.posted) || !self.waker.should_ring() {
+            return false;
+        }
+        if let Err(error) = self.client_bell.ring() {
+            tracing::debug!(session = self.id, %error, "the client's bell is gone");
+        }
+        true
+    }
+
+    pub(super) fn arm(&mut self) {
+        self.sleeper.arm();
+    }
+
+    pub(super) fn disarm(&mut self) {
+        self.sleeper.disarm();
+    }
+
+    pub(super) fn show_state(&self, state: SessionState) -> Result<(), MappingError> {
+        // SYNC: session-state. The client's acquire load also sees everything posted before.
+        self.d2c.atomic_u32(STATE_OFFSET)?.store(state as u32, Ordering::Release);
+        Ok(())
+    }
+
+    pub(super) fn registration(&self, id: u32) -> Result<&Registration, Status> {
+        (id as usize)
+            .checked_sub(1)
+            .and_then(|position| self.registrations.get(position))
+            .and_then(Option::as_ref)
+            .filter(|registration| registration.leaving.is_none())
+            .ok_or(Status::UnknownRegistration)
+    }
+
+    pub(super) fn registration_mut(&mut self, id: u32) -> Option<&mut Registration> {
+        let position = (id as usize).checked_sub(1)?;
+        self.registrations.get_mut(position)?.as_mut()
+    }
+
+    /// Its row in the node file.
+    pub(super) fn row(&self) -> SessionRow {
+        SessionRow {
+            unfinished: self.requests.len() as u32,
+            registrations: self.registrations.iter().flatten().count() as u32,
+            ..self.row
+        }
+    }
+
+    /// Shows the first registration in tables.
+    pub(super) fn describe(&mut self, instance: &str, rank: Option<u32>, world_size: u32) {
+        if self.row.world_size == 0 {
+            self.row.instance = text_field(instance);
+            self.row.rank = rank.unwrap_or(u32::MAX);
+            self.row.world_size = world_size;
+        }
+    }
+}

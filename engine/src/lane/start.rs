@@ -1,0 +1,123 @@
+//! Starting the lane: pool, catalog, cache, copy threads, then the thread itself.
+
+#![forbid(unsafe_code)]
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use pegaflow_shm::node::Gauge;
+use rustix::event::epoll;
+use rustix::io::Errno;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use crate::cache::adopt::{OpenError, open_cache};
+use crate::cache::lease::LeaseTable;
+use crate::copy::{CopyOptions, CopyWorkers};
+use crate::lane::api::{LaneEvent, LaneHandle};
+use crate::lane::load::SeenBlocks;
+use crate::lane::options::LaneOptions;
+use crate::lane::run::Lane;
+use crate::lane::tally::Tally;
+use crate::lane::tasks::TaskTable;
+use crate::lane::upkeep::{Clocks, NamespaceTable};
+use crate::lane::wake::LaneWake;
+use crate::registry::Registry;
+
+/// Copy tasks between the lane and the copy threads.
+const MAX_COPY_TASKS: usize = 1024;
+/// How long a copy thread polls for work before it sleeps.
+const COPY_SPIN: Duration = Duration::from_micros(20);
+
+/// The lane cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneStartError {
+    /// Pool, catalog or index.
+    #[error(transparent)]
+    Cache(#[from] OpenError),
+    /// A descriptor or thread cannot be made.
+    #[error("starting the lane: {0}")]
+    System(#[from] io::Error),
+    /// A descriptor cannot be made.
+    #[error("starting the lane: {0}")]
+    Errno(#[from] Errno),
+}
+
+/// A running lane.
+pub struct StartedLane {
+    /// For commands.
+    pub handle: LaneHandle,
+    /// What it tells.
+    pub events: UnboundedReceiver<LaneEvent>,
+    /// Ends after [`crate::lane::api::LaneCommand::Stop`].
+    pub thread: JoinHandle<()>,
+}
+
+/// Brings the cache up and starts the lane thread. `progress` is told the bytes of the pool that are
+/// populated so far, from several threads.
+///
+/// # Errors
+/// The pool does not fit, its files cannot be made, or a thread cannot be started.
+pub fn start(
+    options: LaneOptions,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<StartedLane, LaneStartError> {
+    let threads = NonZeroUsize::new(options.copy_threads).unwrap_or(NonZeroUsize::MIN);
+    let opened = open_cache(&options, threads, progress)?;
+    let wake = Arc::new(LaneWake::new()?);
+    let copy_wake = wake.clone();
+    let workers = CopyWorkers::start(
+        CopyOptions { threads: threads.get(), max_tasks: MAX_COPY_TASKS, spin: COPY_SPIN },
+        opened.pool_memory,
+        move || copy_wake.wake_if_parked(),
+    )?;
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    epoll::add(&epoll, wake.fd(), epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+    let node = options.node.clone();
+    node.set(Gauge::PoolBytes, opened.cache.pool().pool_bytes());
+    node.set(Gauge::PoolExtents, u64::from(opened.cache.pool().stats().extents));
+    node.set(Gauge::BlocksMax, u64::from(options.max_blocks));
+    node.set(Gauge::CopyThreads, threads.get() as u64);
+    let mut tally = Tally::new();
+    tally.add(pegaflow_shm::node::Counter::AdoptedBlocks, opened.adopted_blocks);
+    tally.add(pegaflow_shm::node::Counter::AdoptDiscarded, opened.discarded_pages);
+    let (command_sender, commands) = mpsc::channel();
+    let (events, event_receiver) = unbounded_channel();
+    let handle = LaneHandle::new(command_sender, wake.clone());
+    let mut namespaces = NamespaceTable::default();
+    for namespace in opened.cache.catalog().namespaces() {
+        namespaces.note_adopted(&namespace);
+    }
+    let mut lane = Lane {
+        cache: opened.cache,
+        leases: LeaseTable::new(options.max_leases),
+        registry: Registry::new(options.max_instances),
+        sessions: Vec::new(),
+        by_id: HashMap::new(),
+        workers,
+        backlog: VecDeque::new(),
+        tasks: TaskTable::default(),
+        tally,
+        namespaces,
+        clocks: Clocks::new(Instant::now()),
+        commands,
+        events,
+        wake,
+        epoll,
+        draining: None,
+        chunk: Vec::new(),
+        blocks: Vec::new(),
+        seen_blocks: SeenBlocks::default(),
+        entry_lists: Vec::new(),
+        page_lists: Vec::new(),
+        ended: Vec::new(),
+        node,
+        options,
+    };
+    lane.publish(Instant::now());
+    let thread = std::thread::Builder::new().name("lane".into()).spawn(move || lane.run())?;
+    Ok(StartedLane { handle, events: event_receiver, thread })
+}

@@ -1,0 +1,209 @@
+//! Copy tasks: cut to size, handed to the copy threads, and their ends.
+
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use pegaflow_shm::node::Counter;
+
+use crate::cache::store::ShardScope;
+use crate::copy::{BoundLayout, CopyDone, CopyError, CopyTask, Direction, PageCopy};
+use crate::lane::api::SessionId;
+use crate::lane::run::Lane;
+use crate::lane::session::LaneSession;
+
+/// Bytes of one task: long enough that handing it over costs nothing, short enough that all copy threads
+/// get their share of a request and that a cancellation is quick.
+const TASK_BYTES: u64 = 512 * 1024;
+
+/// Whose copies a task makes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TaskOwner {
+    pub session: SessionId,
+    pub registration: u32,
+    pub request_id: u64,
+    pub kind: TaskKind,
+}
+
+/// What a task copies.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum TaskKind {
+    Save(ShardScope),
+    /// From this lease.
+    Load(u64),
+}
+
+/// A task handed out.
+pub(super) struct Task {
+    owner: TaskOwner,
+    /// Save: the block of each page.
+    entries: Vec<u32>,
+    page_bytes: u64,
+}
+
+/// Tasks by tag.
+#[derive(Default)]
+pub(super) struct TaskTable {
+    slots: Vec<Option<Task>>,
+    free: Vec<usize>,
+}
+
+impl TaskTable {
+    fn put(&mut self, task: Task) -> u64 {
+        let position = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.slots[position] = Some(task);
+        position as u64
+    }
+
+    fn take(&mut self, tag: u64) -> Option<Task> {
+        let task = self.slots.get_mut(tag as usize)?.take();
+        if task.is_some() {
+            self.free.push(tag as usize);
+        }
+        task
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+}
+
+impl Lane {
+    /// Cuts a list of pages into tasks and hands them out; returns how many. `entries` has an element for
+    /// each page of a save and none for a load.
+    #[expect(clippy::too_many_arguments, reason = "each names another part of the task")]
+    pub(super) fn dispatch(
+        &mut self,
+        session: &mut LaneSession,
+        owner: TaskOwner,
+        direction: Direction,
+        target: &Arc<BoundLayout>,
+        pages: Vec<PageCopy>,
+        entries: Vec<u32>,
+        cancelled: &Arc<AtomicBool>,
+    ) -> u32 {
+        let page_bytes = target.layout().page_bytes();
+        let per_task = (TASK_BYTES / page_bytes.max(1)).max(1) as usize;
+        let mut tasks = 0;
+        for (number, part) in pages.chunks(per_task).enumerate() {
+            let mut part_pages = self.page_lists.pop().unwrap_or_default();
+            part_pages.extend_from_slice(part);
+            let mut part_entries = Vec::new();
+            if !entries.is_empty() {
+                part_entries = self.entry_lists.pop().unwrap_or_default();
+                let first = number * per_task;
+                part_entries.extend_from_slice(&entries[first..first + part.len()]);
+            }
+            let tag = self.tasks.put(Task { owner, entries: part_entries, page_bytes });
+            self.hand_out(CopyTask {
+                direction,
+                target: target.clone(),
+                pages: part_pages,
+                tag,
+                cancelled: cancelled.clone(),
+            });
+            tasks += 1;
+        }
+        self.recycle_pages(pages);
+        self.recycle(entries);
+        session.copies += tasks;
+        if let Some(registration) = session.registration_mut(owner.registration) {
+            registration.copies += tasks;
+        }
+        tasks
+    }
+
+    fn hand_out(&mut self, task: CopyTask) {
+        if !self.backlog.is_empty() {
+            self.backlog.push_back(task);
+        } else if let Err(task) = self.workers.submit(task) {
+            self.backlog.push_back(task);
+        }
+    }
+
+    /// Hands out tasks that had to wait for room. The backlog is bounded by what the sessions' unfinished
+    /// requests can list.
+    pub(super) fn hand_out_backlog(&mut self) {
+        while let Some(task) = self.backlog.pop_front() {
+            if let Err(task) = self.workers.submit(task) {
+                self.backlog.push_front(task);
+                break;
+            }
+        }
+    }
+
+    /// Handles finished copies; true when there was one.
+    pub(super) fn take_done(&mut self) -> bool {
+        let mut any = false;
+        while let Some(done) = self.workers.pop_done() {
+            any = true;
+            self.task_done(done);
+        }
+        if any {
+            self.hand_out_backlog();
+        }
+        any
+    }
+
+    fn task_done(&mut self, done: CopyDone) {
+        let Some(task) = self.tasks.take(done.tag) else {
+            tracing::error!(tag = done.tag, "a copy ended that nobody asked for");
+            return;
+        };
+        let owner = task.owner;
+        let was_cancelled = matches!(done.result, Err(CopyError::Cancelled));
+        if let (Err(error), false) = (&done.result, was_cancelled) {
+            tracing::warn!(session = owner.session, request = owner.request_id, %error, "copy failed");
+        }
+        self.count_copy_time(done.direction, done.busy_ns);
+        let pages = done.pages.len();
+        let pages_done = done.pages_done as usize;
+        self.recycle_pages(done.pages);
+        self.with_session(owner.session, |lane, session| {
+            session.copies -= 1;
+            if let Some(registration) = session.registration_mut(owner.registration) {
+                registration.copies -= 1;
+            }
+            let outcome = match owner.kind {
+                TaskKind::Save(scope) => lane.save_copied(
+                    session,
+                    owner.request_id,
+                    &scope,
+                    &task.entries,
+                    (pages_done, was_cancelled),
+                ),
+                TaskKind::Load(lease) => lane.load_copied(
+                    session,
+                    owner.request_id,
+                    lease,
+                    (pages_done, pages, was_cancelled),
+                    task.page_bytes,
+                ),
+            };
+            lane.recycle(task.entries);
+            outcome
+        });
+    }
+
+    /// Keeps a page list's memory for the next task.
+    pub(super) fn recycle_pages(&mut self, mut pages: Vec<PageCopy>) {
+        const KEEP: usize = 256;
+        if self.page_lists.len() < KEEP {
+            pages.clear();
+            self.page_lists.push(pages);
+        }
+    }
+
+    /// Counts what a copy cost, for the CPU figures.
+    fn count_copy_time(&mut self, direction: Direction, nanos: u64) {
+        let counter = match direction {
+            Direction::Save => Counter::CopySaveNanos,
+            Direction::Load => Counter::CopyLoadNanos,
+        };
+        self.tally.add(counter, nanos);
+    }
+}

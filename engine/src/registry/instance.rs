@@ -1,0 +1,262 @@
+//! One instance: its ranks, its schedulers, and where each rank's shard stands.
+
+#![forbid(unsafe_code)]
+
+use pegaflow_shm::control::{Mode, RegisterSpec};
+use pegaflow_shm::namespace::NamespaceSpec;
+use pegaflow_shm::status::Status;
+
+use crate::lane::api::Refusal;
+use crate::registry::{InstanceId, describe};
+
+/// A group as one rank registered it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberGroup {
+    /// Cache group.
+    pub group: u16,
+    /// Segment sizes in packing order.
+    pub segment_bytes: Vec<u64>,
+}
+
+/// A process that belongs to an instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its session.
+    pub session: u64,
+    /// Its registration in that session.
+    pub registration: u32,
+    /// Its groups; empty for a scheduler.
+    pub groups: Vec<MemberGroup>,
+}
+
+/// Where a rank's shard stands among the shards of a group's blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupPlace {
+    /// Cache group.
+    pub group: u16,
+    /// Position of this rank among the ranks that hold the group; 0 for a scheduler.
+    pub shard: u16,
+    /// Ranks that hold the group.
+    pub shards: u16,
+}
+
+/// One replica of an inference engine.
+#[derive(Debug)]
+pub struct Instance {
+    /// Its number.
+    pub id: InstanceId,
+    /// User of its processes.
+    pub uid: u32,
+    /// Its name.
+    pub name: String,
+    /// What its blocks mean.
+    pub namespace: NamespaceSpec,
+    /// Ranks it needs.
+    pub world_size: u32,
+    /// Save only, or also load.
+    pub mode: Mode,
+    /// Index key of its namespace, while it is complete.
+    pub ready: Option<u32>,
+    ranks: Vec<Option<Member>>,
+    schedulers: Vec<Member>,
+}
+
+impl Instance {
+    pub(super) fn new(id: InstanceId, uid: u32, spec: &RegisterSpec) -> Instance {
+        Instance {
+            id,
+            uid,
+            name: spec.instance.clone(),
+            namespace: spec.namespace.clone(),
+            world_size: spec.world_size,
+            mode: spec.mode,
+            ready: None,
+            ranks: vec![None; spec.world_size as usize],
+            schedulers: Vec::new(),
+        }
+    }
+
+    pub(super) fn check_same(&self, spec: &RegisterSpec) -> Result<(), Refusal> {
+        if self.namespace == spec.namespace
+            && self.world_size == spec.world_size
+            && self.mode == spec.mode
+        {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            Status::NamespaceMismatch,
+            format!(
+                "instance `{}` is registered as {}, this process registers {}: all its processes must \
+                 say the same, or use another instance name",
+                self.name,
+                describe(&self.namespace, self.world_size, self.mode),
+                describe(&spec.namespace, spec.world_size, spec.mode),
+            ),
+        ))
+    }
+
+    pub(super) fn join(&mut self, rank: Option<u32>, member: Member) -> Result<(), Refusal> {
+        let Some(rank) = rank else {
+            self.schedulers.push(member);
+            return Ok(());
+        };
+        let Some(place) = self.ranks.get_mut(rank as usize) else {
+            return Err(Refusal::new(
+                Status::InvalidArgument,
+                format!("rank {rank} of instance `{}`: ranks are 0..{}", self.name, self.world_size),
+            ));
+        };
+        if let Some(holder) = place {
+            return Err(Refusal::new(
+                Status::AlreadyRegistered,
+                format!(
+                    "rank {rank} of instance `{}` is held by session {}: end that process, or use \
+                     another instance name",
+                    self.name, holder.session
+                ),
+            ));
+        }
+        *place = Some(member);
+        Ok(())
+    }
+
+    pub(super) fn leave(&mut self, session: u64, registration: u32) -> bool {
+        let is_it = |m: &Member| m.session == session && m.registration == registration;
+        self.schedulers.retain(|member| !is_it(member));
+        let Some(place) = self.ranks.iter_mut().find(|place| place.as_ref().is_some_and(is_it))
+        else {
+            return false;
+        };
+        *place = None;
+        self.ready.take().is_some()
+    }
+
+    /// No process of it is left.
+    pub fn is_empty(&self) -> bool {
+        self.schedulers.is_empty() && self.ranks.iter().all(Option::is_none)
+    }
+
+    /// All ranks are in.
+    pub fn is_complete(&self) -> bool {
+        self.ranks.iter().all(Option::is_some)
+    }
+
+    /// Ranks that are in.
+    pub fn ranks(&self) -> impl Iterator<Item = (u32, &Member)> {
+        self.ranks
+            .iter()
+            .enumerate()
+            .filter_map(|(rank, member)| member.as_ref().map(|member| (rank as u32, member)))
+    }
+
+    /// Every process, schedulers (`None`) included.
+    pub fn members(&self) -> impl Iterator<Item = (Option<u32>, &Member)> {
+        let ranks = self.ranks().map(|(rank, member)| (Some(rank), member));
+        ranks.chain(self.schedulers.iter().map(|member| (None, member)))
+    }
+
+    /// The groups that a member can name in a complete instance: a rank those it registered, a scheduler
+    /// those of any rank.
+    pub fn places(&self, rank: Option<u32>) -> Vec<GroupPlace> {
+        let mut groups: Vec<u16> = self
+            .ranks()
+            .filter(|(holder, _)| rank.is_none_or(|rank| rank == *holder))
+            .flat_map(|(_, member)| member.groups.iter().map(|group| group.group))
+            .collect();
+        groups.sort_unstable();
+        groups.dedup();
+        groups
+            .into_iter()
+            .map(|group| {
+                let holders: Vec<u32> = self
+                    .ranks()
+                    .filter(|(_, member)| member.groups.iter().any(|g| g.group == group))
+                    .map(|(rank, _)| rank)
+                    .collect();
+                let shard = holders.iter().position(|holder| Some(*holder) == rank).unwrap_or(0);
+                GroupPlace { group, shard: shard as u16, shards: holders.len() as u16 }
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::Registry;
+
+    fn spec(rank: Option<u32>) -> RegisterSpec {
+        RegisterSpec {
+            instance: "engine".into(),
+            namespace: NamespaceSpec {
+                model: "m".into(),
+                dtype: "bf16".into(),
+                hash_algorithm: "sha256".into(),
+                block_tokens: 16,
+                ..NamespaceSpec::default()
+            },
+            world_size: 2,
+            rank,
+            mode: Mode::ReadWrite,
+            groups: Vec::new(),
+        }
+    }
+
+    fn member(session: u64, groups: &[u16]) -> Member {
+        let groups = groups
+            .iter()
+            .map(|group| MemberGroup { group: *group, segment_bytes: vec![64] })
+            .collect();
+        Member { session, registration: 1, groups }
+    }
+
+    #[test]
+    fn complete_when_every_rank_is_in_and_broken_when_one_leaves() {
+        let mut registry = Registry::new(4);
+        let id = registry.join(0, &spec(None), member(1, &[])).unwrap();
+        assert_eq!(registry.join(0, &spec(Some(0)), member(2, &[0])), Ok(id));
+        assert!(!registry.get(id).unwrap().is_complete());
+        assert_eq!(registry.join(0, &spec(Some(1)), member(3, &[0, 1])), Ok(id));
+        assert!(registry.get(id).unwrap().is_complete());
+        registry.get_mut(id).unwrap().ready = Some(0);
+        assert!(registry.leave(id, 3, 1));
+        assert!(!registry.leave(id, 2, 1));
+        assert!(!registry.leave(id, 1, 1));
+        assert!(registry.get(id).is_none());
+    }
+
+    #[test]
+    fn a_taken_rank_and_a_different_namespace_are_refused() {
+        let mut registry = Registry::new(4);
+        registry.join(0, &spec(Some(0)), member(1, &[0])).unwrap();
+        let taken = registry.join(0, &spec(Some(0)), member(2, &[0])).unwrap_err();
+        assert_eq!(taken.status, Status::AlreadyRegistered);
+        let mut other = spec(Some(1));
+        other.namespace.salt = "tenant".into();
+        let mixed = registry.join(0, &other, member(2, &[0])).unwrap_err();
+        assert_eq!(mixed.status, Status::NamespaceMismatch);
+        let beyond = registry.join(0, &spec(Some(9)), member(2, &[0])).unwrap_err();
+        assert_eq!(beyond.status, Status::InvalidArgument);
+        assert!(registry.join(1, &other, member(2, &[0])).is_ok(), "another user's instance");
+    }
+
+    #[test]
+    fn a_full_registry_names_its_limit() {
+        let mut registry = Registry::new(0);
+        let refused = registry.join(0, &spec(None), member(1, &[])).unwrap_err();
+        assert_eq!(refused.status, Status::Limit);
+        assert!(refused.message.contains("--max-instances"));
+    }
+
+    #[test]
+    fn shards_are_counted_among_the_ranks_that_hold_the_group() {
+        let mut registry = Registry::new(4);
+        let id = registry.join(0, &spec(Some(0)), member(1, &[0])).unwrap();
+        registry.join(0, &spec(Some(1)), member(2, &[0, 3])).unwrap();
+        let instance = registry.get(id).unwrap();
+        let place = |group, shard, shards| GroupPlace { group, shard, shards };
+        assert_eq!(instance.places(Some(1)), vec![place(0, 1, 2), place(3, 0, 1)]);
+        assert_eq!(instance.places(Some(0)), vec![place(0, 0, 2)]);
+        assert_eq!(instance.places(None), vec![place(0, 0, 2), place(3, 0, 1)]);
+    }
+}

@@ -1,0 +1,129 @@
+//! Which instances there are, which ranks of them have registered, and who must be told.
+//!
+//! An instance is complete when all `world_size` ranks are in. Only then is its namespace known, because
+//! the namespace covers what every rank packs into its pages; until then queries and saves answer
+//! "not ready". Nothing here knows about rings or memory.
+
+#![forbid(unsafe_code)]
+
+mod instance;
+
+use std::collections::HashMap;
+
+use pegaflow_shm::control::{Mode, RegisterSpec};
+use pegaflow_shm::namespace::{NamespaceSpec, PackedGroup};
+use pegaflow_shm::status::Status;
+
+pub use instance::{GroupPlace, Instance, Member, MemberGroup};
+
+use crate::lane::api::Refusal;
+
+/// Number of an instance; never used twice by one daemon.
+pub type InstanceId = u32;
+
+/// All instances.
+pub struct Registry {
+    instances: HashMap<InstanceId, Instance>,
+    next: InstanceId,
+    max_instances: usize,
+}
+
+impl Registry {
+    /// An empty registry of at most `max_instances`.
+    pub fn new(max_instances: usize) -> Registry {
+        Registry { instances: HashMap::new(), next: 1, max_instances }
+    }
+
+    /// An instance.
+    pub fn get(&self, id: InstanceId) -> Option<&Instance> {
+        self.instances.get(&id)
+    }
+
+    /// An instance, to change.
+    pub fn get_mut(&mut self, id: InstanceId) -> Option<&mut Instance> {
+        self.instances.get_mut(&id)
+    }
+
+    /// All instances.
+    pub fn iter(&self) -> impl Iterator<Item = &Instance> {
+        self.instances.values()
+    }
+
+    /// Adds a rank or a scheduler to its instance, which is made if it is not there.
+    ///
+    /// # Errors
+    /// The registration contradicts the instance, its rank is taken, or there are too many instances.
+    pub fn join(
+        &mut self,
+        uid: u32,
+        spec: &RegisterSpec,
+        member: Member,
+    ) -> Result<InstanceId, Refusal> {
+        let known = self.instances.values().find(|i| i.uid == uid && i.name == spec.instance);
+        let id = match known {
+            Some(instance) => {
+                instance.check_same(spec)?;
+                instance.id
+            }
+            None => self.make(uid, spec)?,
+        };
+        let joined = match self.instances.get_mut(&id) {
+            Some(instance) => instance.join(spec.rank, member),
+            None => Err(Refusal::new(Status::Internal, "the instance vanished while joining it")),
+        };
+        if joined.is_err() {
+            self.drop_if_empty(id);
+        }
+        joined.map(|()| id)
+    }
+
+    fn make(&mut self, uid: u32, spec: &RegisterSpec) -> Result<InstanceId, Refusal> {
+        if self.instances.len() >= self.max_instances {
+            return Err(Refusal::new(
+                Status::Limit,
+                format!(
+                    "instance `{}` would be one more than the {} this daemon keeps: raise \
+                     --max-instances or end an instance",
+                    spec.instance, self.max_instances
+                ),
+            ));
+        }
+        let id = self.next;
+        self.next += 1;
+        self.instances.insert(id, Instance::new(id, uid, spec));
+        Ok(id)
+    }
+
+    /// Removes a member. True when the instance was complete before and is not any more.
+    pub fn leave(&mut self, id: InstanceId, session: u64, registration: u32) -> bool {
+        let Some(instance) = self.instances.get_mut(&id) else { return false };
+        let broken = instance.leave(session, registration);
+        self.drop_if_empty(id);
+        broken
+    }
+
+    fn drop_if_empty(&mut self, id: InstanceId) {
+        if self.instances.get(&id).is_some_and(Instance::is_empty) {
+            self.instances.remove(&id);
+        }
+    }
+}
+
+/// The digest inputs of a complete instance.
+pub fn packed_groups(instance: &Instance) -> Vec<PackedGroup> {
+    instance
+        .ranks()
+        .flat_map(|(rank, member)| {
+            member.groups.iter().map(move |group| PackedGroup {
+                rank,
+                group: group.group,
+                segment_bytes: group.segment_bytes.clone(),
+            })
+        })
+        .collect()
+}
+
+/// Words for a namespace in a refusal.
+pub(crate) fn describe(namespace: &NamespaceSpec, world_size: u32, mode: Mode) -> String {
+    format!("{} (world size {world_size}, {mode:?})", namespace.summary())
+}
