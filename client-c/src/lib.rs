@@ -1,1 +1,54 @@
-//! Placeholder while the crate is being laid out.
+//! The PegaFlow client library: what an inference engine links to use the node's KV-cache daemon.
+//!
+//! Everything goes through a [`Client`]. It keeps one session with the daemon, submits requests
+//! through shared memory, collects their completions, and comes back by itself when the daemon was
+//! away. The C ABI in [`ffi`] is a thin layer over it.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use pegaflow::{Client, Options};
+//!
+//! # fn main() -> Result<(), pegaflow::Error> {
+//! let client = Client::connect(Options::default())?;
+//! let request = client.nop()?;
+//! let done = client.wait(request, Duration::from_secs(1))?;
+//! println!("{} after {} ns in the daemon", done.status, done.daemon_ns);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`client`] | the [`Client`]: its life, its state, registrations |
+//! | `requests` | request table, arenas, submission, waiting |
+//! | `session` | one connection: handshake, segments, control messages |
+//! | `keeper` | the thread that notices the daemon's end and reconnects |
+//! | [`memory`] | host memory shared with the daemon, layouts over it |
+//! | [`autostart`] | starting a daemon where none listens |
+//! | [`ffi`] | the C ABI |
+
+pub mod autostart;
+pub mod client;
+mod completion;
+mod error;
+pub mod ffi;
+mod keeper;
+pub mod memory;
+mod options;
+mod requests;
+mod session;
+mod shared;
+mod stats;
+
+pub use client::Client;
+pub use completion::{Completion, RegistrationId, RequestId};
+pub use error::Error;
+pub use memory::{GroupMemory, HostMemory, Registration, SegmentMemory};
+pub use options::Options;
+pub use stats::{Limits, State, Stats};
+
+pub use pegaflow_shm::BlockHash;
+pub use pegaflow_shm::control::Mode;
+pub use pegaflow_shm::desc::{MissReason, Op};
+pub use pegaflow_shm::namespace::NamespaceSpec;
+pub use pegaflow_shm::status::Status;

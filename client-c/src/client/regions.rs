@@ -1,0 +1,85 @@
+//! Host memory shared with the daemon.
+
+#![forbid(unsafe_code)]
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use pegaflow_shm::control::ClientMessage;
+
+use super::Shared;
+use crate::Error;
+use crate::memory::{HostMemory, HostRegion};
+use crate::session::control::Purpose;
+
+impl Shared {
+    pub(crate) fn alloc_host(&self, bytes: usize) -> Result<HostMemory, Error> {
+        self.check_process()?;
+        let id = {
+            let mut inner = self.lock();
+            let id = inner.next_region;
+            inner.next_region += 1;
+            id
+        };
+        let region = Arc::new(HostRegion::create(id, bytes, self.weak.clone())?);
+        let session = {
+            let mut inner = self.lock();
+            inner.regions.insert(id, Arc::downgrade(&region));
+            inner.live.as_ref().map(|live| live.session.clone())
+        };
+        // While the daemon is away the keeper adds it later.
+        if let Some(session) = session {
+            let bound = self.resolved.options.control_timeout;
+            let reply = self.control.call(
+                &session,
+                Purpose::AddRegion(id),
+                &[region.fd.as_fd()],
+                bound,
+                |seq| add_region(seq, &region),
+            );
+            match reply.and_then(|reply| reply.done()) {
+                Ok(()) | Err(Error::Disconnected { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(HostMemory { region })
+    }
+
+    /// The last user of a region is gone. Runs in its drop: nothing may fail or take long here.
+    pub(crate) fn forget_region(&self, id: u32) {
+        if self.check_process().is_err() {
+            return;
+        }
+        let session = {
+            let mut inner = self.lock();
+            inner.regions.remove(&id);
+            inner.live.as_ref().map(|live| live.session.clone())
+        };
+        let Some(session) = session else { return };
+        let bound = self.resolved.options.control_timeout;
+        let message = |seq| ClientMessage::RemoveRegion { seq, region: id };
+        // A daemon that did not get it forgets the region with the session.
+        let _ = self
+            .control
+            .send(&session, Purpose::Removal, &[], bound, message);
+    }
+
+    /// Every region that somebody holds.
+    pub(crate) fn live_regions(&self) -> Vec<Arc<HostRegion>> {
+        // The list is made first: dropping the last hold on a region takes the lock.
+        let regions: Vec<_> = self.lock().regions.values().cloned().collect();
+        regions
+            .iter()
+            .filter_map(|region| region.upgrade())
+            .collect()
+    }
+}
+
+/// The message that shares a region.
+pub(crate) fn add_region(seq: u64, region: &HostRegion) -> ClientMessage {
+    ClientMessage::AddRegion {
+        seq,
+        region: region.id,
+        bytes: region.bytes() as u64,
+    }
+}

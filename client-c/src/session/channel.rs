@@ -1,0 +1,158 @@
+//! The session socket, non-blocking, with a deadline on everything.
+
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use pegaflow_shm::control::{ClientMessage, DaemonMessage};
+use pegaflow_shm::seqpacket::{self, PacketError};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
+    socket_with, sockopt,
+};
+
+use crate::Error;
+use crate::shared::timespec;
+
+/// Pause between attempts while the daemon's queue of connections is full.
+const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
+
+/// A connected session socket.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    socket: OwnedFd,
+}
+
+/// Why no connection came about.
+#[derive(Debug)]
+pub(crate) enum ConnectError {
+    /// Nobody listens there: the file is missing, or its owner is gone.
+    NobodyListens(Errno),
+    /// Anything else.
+    Failed(Error),
+}
+
+impl Channel {
+    /// Connects to the daemon's socket.
+    pub(crate) fn connect(path: &Path, deadline: Instant) -> Result<Channel, ConnectError> {
+        let failed = |errno: Errno| ConnectError::Failed(Error::system("connect", errno));
+        let address = SocketAddrUnix::new(path).map_err(|_| {
+            let value = path.display().to_string();
+            ConnectError::Failed(Error::argument(
+                "socket",
+                value,
+                "use a path of < 108 bytes",
+            ))
+        })?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let kind = SocketType::SEQPACKET;
+        let socket = socket_with(AddressFamily::UNIX, kind, flags, None).map_err(failed)?;
+        loop {
+            match connect(&socket, &address) {
+                Ok(()) => return Ok(Channel { socket }),
+                Err(Errno::INTR) => {}
+                Err(errno @ (Errno::NOENT | Errno::CONNREFUSED | Errno::NOTDIR)) => {
+                    return Err(ConnectError::NobodyListens(errno));
+                }
+                Err(Errno::AGAIN) if Instant::now() < deadline => {
+                    std::thread::sleep(BACKLOG_PAUSE);
+                }
+                Err(errno) => return Err(failed(errno)),
+            }
+        }
+    }
+
+    /// Process and user at the other end; the process is 0 where this namespace does not show it.
+    pub(crate) fn peer(&self) -> Result<(u32, u32), Error> {
+        let credentials = sockopt::socket_peercred(&self.socket)
+            .map_err(|errno| Error::system("getsockopt(SO_PEERCRED)", errno))?;
+        let pid = u32::try_from(credentials.pid.as_raw_nonzero().get()).unwrap_or(0);
+        Ok((pid, credentials.uid.as_raw()))
+    }
+
+    /// Sends one message before the deadline.
+    pub(crate) fn send(
+        &self,
+        message: &ClientMessage,
+        fds: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        loop {
+            match seqpacket::send(self.socket.as_fd(), message, fds) {
+                Err(error) if error.would_block() => {
+                    self.await_socket(PollFlags::OUT, "sending to the daemon", deadline)?;
+                }
+                other => return other.map_err(from_packet),
+            }
+        }
+    }
+
+    /// Receives one message before the deadline.
+    pub(crate) fn receive(
+        &self,
+        deadline: Instant,
+    ) -> Result<(DaemonMessage, Vec<OwnedFd>), Error> {
+        loop {
+            match self.try_receive()? {
+                Some(received) => return Ok(received),
+                None => self.await_socket(PollFlags::IN, "the daemon's answer", deadline)?,
+            }
+        }
+    }
+
+    /// Receives one message if there is one now.
+    pub(crate) fn try_receive(&self) -> Result<Option<(DaemonMessage, Vec<OwnedFd>)>, Error> {
+        match seqpacket::receive(self.socket.as_fd()) {
+            Ok(received) => Ok(Some(received)),
+            Err(error) if error.would_block() => Ok(None),
+            Err(error) => Err(from_packet(error)),
+        }
+    }
+
+    /// Ends the connection for both sides, whoever still holds the socket.
+    pub(crate) fn shut_down(&self) {
+        // It may be over already; then there is nothing to do.
+        let _ = shutdown(&self.socket, Shutdown::Both);
+    }
+
+    fn await_socket(
+        &self,
+        flags: PollFlags,
+        what: &'static str,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Error::Timeout { what, bound: left });
+        }
+        let mut fds = [PollFd::new(&self.socket, flags)];
+        match poll(&mut fds, Some(&timespec(left))) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(Error::system("poll", errno)),
+        }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn from_packet(error: PacketError) -> Error {
+    match error {
+        PacketError::Io(errno) => Error::system("session socket", errno),
+        PacketError::Closed => Error::Disconnected {
+            reason: "the daemon closed the socket".into(),
+        },
+        PacketError::TooLong { bytes } => {
+            let way_out = "register fewer or shorter segments and texts";
+            Error::argument("message", format!("{bytes} bytes"), way_out)
+        }
+        PacketError::Truncated | PacketError::Malformed(_) => Error::Protocol(error.to_string()),
+    }
+}

@@ -1,0 +1,212 @@
+//! Requests over the socket of a running session: who waits for which answer.
+//!
+//! Callers send by themselves; the keeper, which alone reads the socket, hands the answers out. What
+//! the keeper sends on its own account (regions and registrations after a reconnect) has nobody that
+//! waits for it.
+
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pegaflow_shm::control::ClientMessage;
+use pegaflow_shm::status::Status;
+
+use super::Session;
+use crate::Error;
+
+/// The daemon's answer.
+#[derive(Clone, Debug)]
+pub(crate) enum Reply {
+    Done,
+    /// The registration's id at the daemon.
+    Registered(u32),
+    Failed {
+        status: Status,
+        message: String,
+    },
+    /// The session ended before the answer.
+    Lost,
+}
+
+/// What a request is about, for the keeper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Adds this region.
+    AddRegion(u32),
+    /// Registers this registration of ours.
+    Register(u32),
+    /// Takes something back.
+    Removal,
+}
+
+#[derive(Debug)]
+struct Pending {
+    purpose: Purpose,
+    /// `None`: nobody waits for the reply.
+    reply: Option<Option<Reply>>,
+}
+
+#[derive(Debug, Default)]
+struct Book {
+    last_seq: u64,
+    pending: HashMap<u64, Pending>,
+}
+
+/// The unanswered requests of a client's present session.
+#[derive(Debug, Default)]
+pub(crate) struct Control {
+    book: Mutex<Book>,
+    answered: Condvar,
+}
+
+impl Control {
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self, purpose: Purpose, waits: bool) -> u64 {
+        let mut book = self.book();
+        book.last_seq += 1;
+        let seq = book.last_seq;
+        book.pending.insert(
+            seq,
+            Pending {
+                purpose,
+                reply: waits.then_some(None),
+            },
+        );
+        seq
+    }
+
+    /// Sends a request and waits for its answer.
+    pub(crate) fn call(
+        &self,
+        session: &Session,
+        purpose: Purpose,
+        fds: &[BorrowedFd<'_>],
+        bound: Duration,
+        message: impl FnOnce(u64) -> ClientMessage,
+    ) -> Result<Reply, Error> {
+        let deadline = Instant::now() + bound;
+        let seq = self.begin(purpose, true);
+        if let Err(error) = session.channel.send(&message(seq), fds, deadline) {
+            self.book().pending.remove(&seq);
+            return Err(error);
+        }
+        let mut book = self.book();
+        loop {
+            let Some(pending) = book.pending.get_mut(&seq) else {
+                return Ok(Reply::Lost);
+            };
+            if let Some(reply) = pending.reply.take().flatten() {
+                book.pending.remove(&seq);
+                return Ok(reply);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // Nobody waits any more; the keeper undoes what a late success did.
+                return Err(Error::Timeout {
+                    what: "the daemon's answer",
+                    bound,
+                });
+            }
+            pending.reply = Some(None);
+            let waited = self.answered.wait_timeout(book, left);
+            book = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Sends a request of the keeper's own.
+    pub(crate) fn send(
+        &self,
+        session: &Session,
+        purpose: Purpose,
+        fds: &[BorrowedFd<'_>],
+        bound: Duration,
+        message: impl FnOnce(u64) -> ClientMessage,
+    ) -> Result<(), Error> {
+        let seq = self.begin(purpose, false);
+        let sent = session
+            .channel
+            .send(&message(seq), fds, Instant::now() + bound);
+        if sent.is_err() {
+            self.book().pending.remove(&seq);
+        }
+        sent
+    }
+
+    /// What request `seq` is about, and whether somebody waits for its answer.
+    pub(crate) fn purpose(&self, seq: u64) -> Option<(Purpose, bool)> {
+        let book = self.book();
+        book.pending
+            .get(&seq)
+            .map(|pending| (pending.purpose, pending.reply.is_some()))
+    }
+
+    /// True while something that the keeper sent is unanswered.
+    pub(crate) fn has_background(&self) -> bool {
+        self.book()
+            .pending
+            .values()
+            .any(|pending| pending.reply.is_none())
+    }
+
+    /// Hands an answer out.
+    pub(crate) fn answer(&self, seq: u64, reply: Reply) {
+        let mut book = self.book();
+        match book.pending.get_mut(&seq) {
+            Some(Pending {
+                reply: Some(place), ..
+            }) => *place = Some(reply),
+            _ => {
+                book.pending.remove(&seq);
+            }
+        }
+        drop(book);
+        self.answered.notify_all();
+    }
+
+    /// The session is over: so is every request.
+    pub(crate) fn fail_all(&self) {
+        let mut book = self.book();
+        book.pending.retain(|_, pending| match &mut pending.reply {
+            Some(place) => {
+                *place = Some(Reply::Lost);
+                true
+            }
+            None => false,
+        });
+        drop(book);
+        self.answered.notify_all();
+    }
+}
+
+impl Reply {
+    /// The answer of a request that has no result.
+    pub(crate) fn done(self) -> Result<(), Error> {
+        match self {
+            Reply::Done => Ok(()),
+            Reply::Failed { status, message } => Err(Error::Refused { status, message }),
+            Reply::Lost => Err(lost()),
+            Reply::Registered(_) => Err(Error::Protocol("a Registered for another request".into())),
+        }
+    }
+
+    /// The answer to a registration.
+    pub(crate) fn registered(self) -> Result<u32, Error> {
+        match self {
+            Reply::Registered(remote) => Ok(remote),
+            Reply::Done => Err(Error::Protocol("a Done for a Register".into())),
+            other => other.done().map(|()| 0),
+        }
+    }
+}
+
+fn lost() -> Error {
+    Error::Disconnected {
+        reason: "the session ended before the daemon's answer".into(),
+    }
+}

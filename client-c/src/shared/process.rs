@@ -1,0 +1,131 @@
+//! The few system calls about processes that have no safe wrapper.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Once;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Raised in each forked child, so that a client can tell cheaply that it is not its own process.
+static FORKS: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn count_fork() {
+    FORKS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Remembers the process it was made in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HomeProcess {
+    forks: u32,
+    pid: u32,
+}
+
+impl HomeProcess {
+    /// This process.
+    pub(crate) fn here() -> HomeProcess {
+        static HOOK: Once = Once::new();
+        HOOK.call_once(|| {
+            // SAFETY: the hook only adds to an atomic, which is allowed in the child of a process
+            // with threads. Should it not be installed for want of memory, forks go undetected.
+            unsafe { libc::pthread_atfork(None, None, Some(count_fork)) };
+        });
+        HomeProcess {
+            forks: FORKS.load(Ordering::Relaxed),
+            pid: std::process::id(),
+        }
+    }
+
+    /// True in the process that made this, false in its forks. One load.
+    #[inline]
+    pub(crate) fn is_here(self) -> bool {
+        FORKS.load(Ordering::Relaxed) == self.forks
+    }
+
+    /// Process id.
+    pub(crate) fn pid(self) -> u32 {
+        self.pid
+    }
+}
+
+/// Runs `start` with all signals blocked, so that a thread it makes never runs the engine's signal
+/// handlers.
+pub(crate) fn without_signals<T>(start: impl FnOnce() -> T) -> T {
+    // SAFETY: both sets are plain data that the calls fill before they are read.
+    let saved = unsafe {
+        let mut all = std::mem::zeroed();
+        let mut saved = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut saved);
+        saved
+    };
+    let result = start();
+    // SAFETY: `saved` was filled above by the same thread.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &saved, std::ptr::null_mut()) };
+    result
+}
+
+/// Lets `pid` read and write this process's memory where Yama (`ptrace_scope` 1) would refuse it. A
+/// kernel without Yama refuses the call and needs none.
+pub(crate) fn allow_tracer(pid: u32) {
+    // SAFETY: takes a number and touches no memory of ours.
+    unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::c_ulong::from(pid), 0, 0, 0) };
+}
+
+/// Makes the command the leader of a session of its own, so that it outlives this one's terminal and
+/// gets none of its signals.
+pub(crate) fn detach(command: &mut Command) {
+    let start = || {
+        // SAFETY: takes nothing, and is async-signal-safe.
+        if unsafe { libc::setsid() } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the set is plain data that `sigemptyset` fills; both calls are
+        // async-signal-safe. A blocked signal would otherwise stay blocked in the daemon.
+        unsafe {
+            let mut none = std::mem::zeroed();
+            libc::sigemptyset(&mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+        }
+        Ok(())
+    };
+    // SAFETY: the closure makes async-signal-safe calls only and allocates nothing.
+    unsafe { command.pre_exec(start) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fork_is_not_home() {
+        let home = HomeProcess::here();
+        assert!(home.is_here());
+        // SAFETY: the child looks at an atomic and exits without running anything else.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let code = i32::from(home.is_here());
+            // SAFETY: ends the child at once.
+            unsafe { libc::_exit(code) };
+        }
+        let mut status = 0;
+        // SAFETY: `status` is a valid place, `child` is a child of this process.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(libc::WEXITSTATUS(status), 0);
+        assert!(home.is_here());
+    }
+
+    #[test]
+    fn signals_are_blocked_inside_and_as_before_outside() {
+        let blocked = || {
+            // SAFETY: the set is plain data that the call fills.
+            unsafe {
+                let mut now = std::mem::zeroed();
+                libc::pthread_sigmask(libc::SIG_SETMASK, std::ptr::null(), &mut now);
+                libc::sigismember(&now, libc::SIGUSR1) == 1
+            }
+        };
+        assert!(!blocked());
+        assert!(without_signals(blocked));
+        assert!(!blocked());
+    }
+}
