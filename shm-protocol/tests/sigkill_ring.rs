@@ -6,6 +6,7 @@
 
 mod common;
 
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use common::{Random, ring_pair};
@@ -13,8 +14,12 @@ use pegaflow_shm::ring::{Body, Consumer, Producer, PushError, RawRing, SharedPro
 
 const CAPACITY: u32 = 16;
 
-/// Longest life of a producer after it started to produce.
+/// Longest life of a producer after its first message.
 const MAX_LIFE_NS: u64 = 300_000;
+
+/// The same for a producer of two threads: a gap shows when one is stopped inside a push and the other runs on,
+/// for which the scheduler must have switched between them.
+const MAX_SHARED_LIFE_NS: u64 = 6_000_000;
 
 fn trials() -> u64 {
     match std::env::var("PEGAFLOW_KILL_TRIALS") {
@@ -70,10 +75,11 @@ impl Child {
     }
 }
 
-/// Consumes while the producer lives for a random time, kills it, and consumes what it left. `seen` gets every
+/// Consumes while the producer lives for `life_ns` more, kills it, and consumes what it left. `seen` gets every
 /// message.
 fn kill_at_random(
     child: Child,
+    life_ns: u64,
     random: &mut Random,
     consumer: &mut Consumer<RawRing>,
     mut seen: impl FnMut(&Body),
@@ -84,7 +90,7 @@ fn kill_at_random(
         }
     }
     let start = Instant::now();
-    let life = Duration::from_nanos(random.below(MAX_LIFE_NS));
+    let life = Duration::from_nanos(life_ns);
     // Sometimes a consumer that pauses, so that producers also die on a full ring.
     let pauses = random.below(4) == 0;
     while start.elapsed() < life {
@@ -122,7 +128,8 @@ fn a_killed_producer_leaves_whole_messages_in_order_and_then_nothing() {
         });
         let mut consumer = Consumer::new(pair.consuming.clone());
         let mut expected = 0;
-        kill_at_random(child, &mut random, &mut consumer, |body| {
+        let life_ns = random.below(MAX_LIFE_NS);
+        kill_at_random(child, life_ns, &mut random, &mut consumer, |body| {
             assert_eq!(decode(body), (1, expected), "lost, repeated or reordered");
             expected += 1;
         });
@@ -137,7 +144,7 @@ fn produce_shared(producer: &SharedProducer<RawRing>, who: u64) {
     let mut number = 0;
     loop {
         let batch: [Body; 3] = core::array::from_fn(|ahead| message(who, number + ahead as u64));
-        let count = if number % 2 == 0 { 1 } else { 3 };
+        let count = if number.is_multiple_of(2) { 1 } else { 3 };
         match producer.try_push_n(&batch[..count]) {
             Ok(()) => number += count as u64,
             Err(PushError::Full) => std::hint::spin_loop(),
@@ -156,12 +163,19 @@ fn a_killed_shared_producer_leaves_whole_messages_and_at_most_a_gap_that_shows()
         let child = Child::start(move || {
             let producer = SharedProducer::new(producing);
             let other = producer.clone();
-            std::thread::spawn(move || produce_shared(&other, 2));
+            let both = Arc::new(Barrier::new(2));
+            let meet = both.clone();
+            std::thread::spawn(move || {
+                meet.wait();
+                produce_shared(&other, 2);
+            });
+            both.wait();
             produce_shared(&producer, 1);
         });
         let mut consumer = Consumer::new(pair.consuming.clone());
         let mut expected = [0; 2];
-        kill_at_random(child, &mut random, &mut consumer, |body| {
+        let life_ns = random.below(MAX_SHARED_LIFE_NS);
+        kill_at_random(child, life_ns, &mut random, &mut consumer, |body| {
             let (who, number) = decode(body);
             let expected = &mut expected[who as usize - 1];
             assert_eq!(number, *expected, "lost, repeated or reordered");
