@@ -1,0 +1,228 @@
+//! The control side: sockets, sessions, liveness. It moves no block and owns no cache state.
+//!
+//! One task per connection runs on a single-threaded runtime, next to the HTTP pages and the timers. A
+//! client can break its own session and nothing else: its messages are checked before the lane hears of
+//! them, what it does not read is bounded, and its end is noticed by its socket and its pidfd.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | [`lock`] | lock files with the holder's process id |
+//! | [`node_dir`] | the node's folder: made, checked, locked, swept |
+//! | [`listener`] | the session socket and the right to it |
+//! | [`peer`] | user, process and pidfd of a connection |
+//! | `packet` | one message in, bounded messages out |
+//! | `handshake` | Hello, segments, bells, Welcome |
+//! | `session` | one session's messages and its end |
+//! | `regions` | the session's KV memory |
+//! | `register` | checks of a registration |
+//! | `links` | `sessions/<id>.c2d` and `.d2c` |
+//! | `hub` | events and notices to the sessions' tasks |
+
+#![forbid(unsafe_code)]
+
+mod handshake;
+mod hub;
+mod links;
+pub mod listener;
+pub mod lock;
+pub mod node_dir;
+mod packet;
+pub mod peer;
+mod regions;
+mod register;
+mod session;
+mod watch;
+
+#[cfg(test)]
+pub(crate) mod fake_lane;
+#[cfg(test)]
+mod tests;
+
+pub use handshake::hex;
+pub use hub::MAX_WAITING_NOTICES;
+pub use packet::{MAX_WAITING_MESSAGES, Overflow};
+pub use regions::{MAX_REGION_BYTES, MAX_REGIONS};
+pub use register::MAX_REGISTRATIONS;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use pegaflow_shm::BootId;
+use pegaflow_shm::control::DaemonMessage;
+use pegaflow_shm::node::{Counter, NodeWriter};
+use pegaflow_shm::seqpacket;
+use pegaflow_shm::status::Status;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use crate::lane::api::{LaneEvent, LaneHandle, Refusal, SessionId};
+use listener::Listener;
+use packet::PacketSocket;
+use peer::{AllowList, Peer};
+
+/// How long a connection may take to say Hello.
+pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pause after a connection could not be accepted for want of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What the control side needs to know.
+#[derive(Clone, Debug)]
+pub struct ControlOptions {
+    /// Name of the node.
+    pub node: String,
+    /// Boot id.
+    pub boot_id: BootId,
+    /// Who may connect.
+    pub allowed: AllowList,
+    /// Most connections, sessions and those on the way to one.
+    pub max_sessions: u32,
+    /// How long a connection may take to say Hello.
+    pub hello_timeout: Duration,
+    /// Life of a lease when the query names none.
+    pub lease_ttl: Duration,
+    /// Bytes of an extent: no page can be larger.
+    pub extent_bytes: u64,
+    /// Folder of the links to the sessions' segments.
+    pub sessions_dir: PathBuf,
+}
+
+/// What all connections share.
+struct Shared {
+    options: ControlOptions,
+    lane: LaneHandle,
+    node: NodeWriter,
+    hub: hub::Hub,
+    session_ids: AtomicU64,
+    places: Arc<Semaphore>,
+}
+
+impl Shared {
+    fn next_session(&self) -> SessionId {
+        self.session_ids.fetch_add(1, Ordering::Relaxed) + 1
+    }
+}
+
+/// The daemon's sessions.
+#[derive(Clone)]
+pub struct Control {
+    shared: Arc<Shared>,
+}
+
+impl Control {
+    /// No sessions yet.
+    pub fn new(options: ControlOptions, lane: LaneHandle, node: NodeWriter) -> Control {
+        let places = Arc::new(Semaphore::new(options.max_sessions as usize));
+        let (hub, session_ids) = (hub::Hub::default(), AtomicU64::new(0));
+        Control {
+            shared: Arc::new(Shared {
+                options,
+                lane,
+                node,
+                hub,
+                session_ids,
+                places,
+            }),
+        }
+    }
+
+    /// Accepts connections until the future is dropped.
+    pub async fn accept(&self, listener: &Listener) {
+        loop {
+            match listener.accept().await {
+                Ok(connection) => self.admit(connection),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Passes the lane's events on until the lane has ended.
+    pub async fn deliver(&self, events: &mut mpsc::UnboundedReceiver<LaneEvent>) {
+        while let Some(event) = events.recv().await {
+            self.shared.hub.deliver(event);
+        }
+    }
+
+    /// Shows every client that no new work is taken.
+    pub fn announce_draining(&self) {
+        self.shared.hub.tell_all(&hub::Notice::Draining);
+    }
+
+    /// Closes every session and waits until all are gone; true if they went within the limit.
+    pub async fn close_all(&self, limit: Duration) -> bool {
+        // Connections that have not said Hello hold places, too, but end by their own time limit.
+        self.shared.hub.tell_all(&hub::Notice::Stop);
+        let all = self.shared.options.max_sessions;
+        let gone = self.shared.places.acquire_many(all);
+        tokio::time::timeout(limit, gone).await.is_ok()
+    }
+
+    fn admit(&self, connection: OwnedFd) {
+        let shared = &self.shared;
+        let admitted = Peer::identify(connection.as_fd(), &shared.options.allowed)
+            .and_then(|peer| Ok((peer, self.place()?)));
+        match admitted {
+            Ok((peer, place)) => {
+                tokio::spawn(connect(shared.clone(), connection, peer, place));
+            }
+            Err(refusal) => refuse(shared, connection, refusal),
+        }
+    }
+
+    fn place(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+        self.shared.places.clone().try_acquire_owned().map_err(|_| {
+            let most = self.shared.options.max_sessions;
+            let text = format!("{most} sessions are connected: end some, or raise --max-sessions");
+            Refusal::new(Status::Limit, text)
+        })
+    }
+}
+
+async fn connect(
+    shared: Arc<Shared>,
+    connection: OwnedFd,
+    peer: Peer,
+    place: OwnedSemaphorePermit,
+) {
+    let socket = match PacketSocket::new(connection) {
+        Ok(socket) => socket,
+        Err(error) => {
+            tracing::warn!(%error, "a connection cannot be watched");
+            return;
+        }
+    };
+    match handshake::open_session(&shared, socket, peer).await {
+        Ok(session) => session.run().await,
+        Err((socket, refusal)) => {
+            note_refusal(&shared, &refusal);
+            let Refusal { status, message } = refusal;
+            // The client may be gone already; the log has the reason.
+            let _ = socket.send_now(&DaemonMessage::Refused { status, message }, &[]);
+            socket.close();
+        }
+    }
+    drop(place);
+}
+
+fn refuse(shared: &Shared, connection: OwnedFd, refusal: Refusal) {
+    note_refusal(shared, &refusal);
+    let Refusal { status, message } = refusal;
+    // As above.
+    let _ = seqpacket::send(
+        connection.as_fd(),
+        &DaemonMessage::Refused { status, message },
+        &[],
+    );
+    if let Ok(socket) = PacketSocket::new(connection) {
+        socket.close();
+    }
+}
+
+fn note_refusal(shared: &Shared, refusal: &Refusal) {
+    shared.node.add(Counter::SessionsRefused, 1);
+    tracing::warn!(status = %refusal.status, reason = %refusal.message, "connection refused");
+}

@@ -1,0 +1,133 @@
+//! The connected socket of a session on the runtime: receive one message, send without ever waiting.
+
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use pegaflow_shm::control::DaemonMessage;
+use pegaflow_shm::seqpacket::{self, PacketError};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
+use serde::de::DeserializeOwned;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::watch::watch;
+
+/// Messages that wait for a client to read; one more, and its session ends.
+pub const MAX_WAITING_MESSAGES: usize = 64;
+/// Packets thrown away when a session ends; a client's socket buffer holds fewer.
+const MAX_DISCARDED_PACKETS: usize = 4096;
+
+/// The client does not read its socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{MAX_WAITING_MESSAGES} messages wait for the client to read its socket")]
+pub struct Overflow;
+
+/// A connected session socket.
+pub(super) struct PacketSocket {
+    fd: AsyncFd<OwnedFd>,
+    waiting: VecDeque<DaemonMessage>,
+}
+
+impl PacketSocket {
+    pub(super) fn new(fd: OwnedFd) -> io::Result<PacketSocket> {
+        let fd = watch(fd, Interest::READABLE | Interest::WRITABLE)?;
+        Ok(PacketSocket {
+            fd,
+            waiting: VecDeque::new(),
+        })
+    }
+
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.get_ref().as_fd()
+    }
+
+    /// The next message. Nothing is lost when the future is dropped.
+    pub(super) async fn receive<M: DeserializeOwned>(
+        &self,
+    ) -> Result<(M, Vec<OwnedFd>), PacketError> {
+        loop {
+            let mut ready = self.fd.readable().await.map_err(runtime_gone)?;
+            match seqpacket::receive(self.as_fd()) {
+                Err(error) if error.would_block() => ready.clear_ready(),
+                other => return other,
+            }
+        }
+    }
+
+    /// Sends a message with descriptors now; for the first message, when the socket is empty.
+    pub(super) fn send_now(
+        &self,
+        message: &DaemonMessage,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), PacketError> {
+        seqpacket::send(self.as_fd(), message, fds)
+    }
+
+    /// Sends a message, or keeps it until the client has read others.
+    pub(super) fn send(&mut self, message: DaemonMessage) -> Result<(), Overflow> {
+        if self.waiting.len() >= MAX_WAITING_MESSAGES {
+            return Err(Overflow);
+        }
+        self.waiting.push_back(message);
+        self.flush();
+        Ok(())
+    }
+
+    /// True while messages wait.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Waits until the client may have read something; then [`Self::flush`]. Only while messages wait.
+    pub(super) async fn writable(&self) {
+        // An error here is one of the runtime; the next send or receive says what.
+        let _ = self.fd.writable().await;
+    }
+
+    /// Sends what the socket takes. A socket that is closed takes everything: the reading side says so.
+    pub(super) fn flush(&mut self) {
+        while let Some(message) = self.waiting.front() {
+            match seqpacket::send(self.as_fd(), message, &[]) {
+                Err(error) if error.would_block() => {
+                    // Tells the runtime, so that `writable` waits for the client to read.
+                    let full: io::Result<()> = self.fd.try_io(Interest::WRITABLE, |_| {
+                        Err(io::ErrorKind::WouldBlock.into())
+                    });
+                    debug_assert!(full.is_err());
+                    return;
+                }
+                Ok(()) | Err(PacketError::Closed) => {}
+                Err(error) => tracing::debug!(%error, "a message to a client is lost"),
+            }
+            self.waiting.pop_front();
+        }
+    }
+
+    /// Closes so that the client can still read what was sent: a socket closed with unread packets would
+    /// give it a connection reset first.
+    pub(super) fn close(self) {
+        let fd = self.fd.into_inner();
+        if shutdown(&fd, Shutdown::Read).is_err() {
+            return;
+        }
+        let mut scrap = [0u8; 1];
+        for _ in 0..MAX_DISCARDED_PACKETS {
+            match recv(&fd, &mut scrap, RecvFlags::DONTWAIT | RecvFlags::TRUNC) {
+                Ok((_, bytes)) if bytes > 0 => {}
+                _ => return,
+            }
+        }
+    }
+}
+
+fn runtime_gone(error: io::Error) -> PacketError {
+    PacketError::Io(
+        error
+            .raw_os_error()
+            .map_or(Errno::IO, Errno::from_raw_os_error),
+    )
+}

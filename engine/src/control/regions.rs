@@ -1,0 +1,140 @@
+//! The KV memory of one session: shared regions and the process's own address space.
+
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use bytesize::ByteSize;
+use pegaflow_shm::control::MemoryRef;
+use pegaflow_shm::status::Status;
+
+use super::peer::Peer;
+use crate::copy::{ClientMemory, MemoryError, ProcessMemory, RegionMapping};
+use crate::lane::api::Refusal;
+
+/// Most regions of one session.
+pub const MAX_REGIONS: usize = 256;
+/// Most bytes of one session's regions; all sessions together then fit the address space.
+pub const MAX_REGION_BYTES: u64 = 256 << 30;
+
+struct Region {
+    mapping: Arc<RegionMapping>,
+    /// Registrations that use it.
+    users: usize,
+}
+
+/// What a session may copy from and to.
+#[derive(Default)]
+pub(super) struct Memory {
+    regions: HashMap<u32, Region>,
+    bytes: u64,
+    process: Option<Arc<ProcessMemory>>,
+}
+
+impl Memory {
+    /// Maps a region.
+    pub(super) fn add(&mut self, region: u32, bytes: u64, fds: &[OwnedFd]) -> Result<(), Refusal> {
+        let [fd] = fds else {
+            let text = format!(
+                "{} descriptors came with region {region}: send its memfd",
+                fds.len()
+            );
+            return Err(Refusal::new(Status::InvalidArgument, text));
+        };
+        if self.regions.contains_key(&region) {
+            let text =
+                format!("region {region} exists already: remove it first, or choose another id");
+            return Err(Refusal::new(Status::InvalidArgument, text));
+        }
+        if self.regions.len() >= MAX_REGIONS {
+            let text = format!("the session has {MAX_REGIONS} regions, no more fit: remove some");
+            return Err(Refusal::new(Status::Limit, text));
+        }
+        if bytes > MAX_REGION_BYTES - self.bytes {
+            let text = format!(
+                "region {region} of {bytes} bytes on top of {} exceeds the {} of one session: use \
+                 fewer, or plain process memory",
+                self.bytes,
+                ByteSize(MAX_REGION_BYTES)
+            );
+            return Err(Refusal::new(Status::Limit, text));
+        }
+        let mapping = RegionMapping::map(fd.as_fd(), bytes).map_err(refuse_memory)?;
+        self.bytes += bytes;
+        self.regions.insert(region, Region { mapping, users: 0 });
+        Ok(())
+    }
+
+    /// Takes a region back.
+    pub(super) fn remove(&mut self, region: u32) -> Result<(), Refusal> {
+        let Some(found) = self.regions.get(&region) else {
+            let text = format!("there is no region {region} in this session");
+            return Err(Refusal::new(Status::InvalidArgument, text));
+        };
+        if found.users > 0 {
+            let text = format!(
+                "region {region} is used by {} registrations: unregister them first",
+                found.users
+            );
+            return Err(Refusal::new(Status::InvalidArgument, text));
+        }
+        self.bytes -= found.mapping.bytes();
+        self.regions.remove(&region);
+        Ok(())
+    }
+
+    /// Size of a region in bytes.
+    pub(super) fn region_bytes(&self, region: u32) -> Option<u64> {
+        self.regions.get(&region).map(|found| found.mapping.bytes())
+    }
+
+    /// Counts a registration that uses these regions in (or out).
+    pub(super) fn count_user(&mut self, regions: &[u32], joins: bool) {
+        for region in regions {
+            if let Some(found) = self.regions.get_mut(region) {
+                found.users = if joins {
+                    found.users + 1
+                } else {
+                    found.users.saturating_sub(1)
+                };
+            }
+        }
+    }
+
+    /// The memory that a layout names, if the session has it.
+    pub(super) fn resolve(&self, memory: MemoryRef) -> Option<ClientMemory> {
+        match memory {
+            MemoryRef::Region(region) => {
+                let found = self.regions.get(&region)?;
+                Some(ClientMemory::Region(found.mapping.clone()))
+            }
+            MemoryRef::Process => self.process.clone().map(ClientMemory::Process),
+        }
+    }
+
+    /// Takes hold of the process's own memory, once.
+    pub(super) fn open_process(&mut self, peer: &Peer) -> Result<(), Refusal> {
+        if self.process.is_some() {
+            return Ok(());
+        }
+        let pidfd = peer.pidfd.try_clone().map_err(|error| {
+            let text = format!("the daemon has no descriptor left: {error}");
+            Refusal::new(Status::SystemError, text)
+        })?;
+        let process = ProcessMemory::open(peer.pid, pidfd).map_err(refuse_memory)?;
+        self.process = Some(Arc::new(process));
+        Ok(())
+    }
+}
+
+fn refuse_memory(error: MemoryError) -> Refusal {
+    let status = match error {
+        MemoryError::NotPermitted { .. } => Status::PermissionDenied,
+        MemoryError::Region { .. } | MemoryError::Process { .. } => Status::SystemError,
+        MemoryError::OwnerGone { .. } => Status::Disconnected,
+        _ => Status::InvalidArgument,
+    };
+    Refusal::new(status, error.to_string())
+}

@@ -1,0 +1,294 @@
+//! One session's task: its messages one after the other, its end whatever the cause.
+
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use pegaflow_shm::control::{ClientMessage, DaemonMessage, RegisterSpec};
+use pegaflow_shm::mapping::Mapping;
+use pegaflow_shm::segment::{STATE_OFFSET, SessionState};
+use pegaflow_shm::seqpacket::PacketError;
+use pegaflow_shm::status::Status;
+use pegaflow_shm::sync::Ordering;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+
+use super::Shared;
+use super::hub::Notice;
+use super::links::SegmentLinks;
+use super::packet::{Overflow, PacketSocket};
+use super::peer::{self, Peer};
+use super::regions::Memory;
+use super::register::{self, MAX_REGISTRATIONS};
+use super::watch::watch;
+use crate::lane::api::{CloseReason, LaneEvent, Refusal, SessionId};
+
+/// Why a session's task ends.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    Left,
+    Died,
+    Faulted(String),
+    Stopping,
+}
+
+impl From<Overflow> for End {
+    fn from(overflow: Overflow) -> End {
+        End::Faulted(overflow.to_string())
+    }
+}
+
+/// A session that the lane serves.
+pub(super) struct Session {
+    shared: Arc<Shared>,
+    id: SessionId,
+    peer: Peer,
+    socket: PacketSocket,
+    notices: mpsc::Receiver<Notice>,
+    d2c: Arc<Mapping>,
+    links: SegmentLinks,
+    memory: Memory,
+    /// Regions that each registration uses.
+    registrations: HashMap<u32, Vec<u32>>,
+}
+
+impl Session {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        id: SessionId,
+        peer: Peer,
+        socket: PacketSocket,
+        notices: mpsc::Receiver<Notice>,
+        d2c: Arc<Mapping>,
+        links: SegmentLinks,
+    ) -> Session {
+        let (memory, registrations) = (Memory::default(), HashMap::new());
+        Session {
+            shared,
+            id,
+            peer,
+            socket,
+            notices,
+            d2c,
+            links,
+            memory,
+            registrations,
+        }
+    }
+
+    /// Serves until the client leaves, dies, breaks the protocol, or the daemon stops.
+    pub(super) async fn run(mut self) {
+        let end = match self.watch_process() {
+            Ok(process) => self.serve(process).await,
+            Err(error) => End::Faulted(format!("the client's process cannot be watched: {error}")),
+        };
+        self.finish(end).await;
+    }
+
+    fn watch_process(&self) -> std::io::Result<AsyncFd<OwnedFd>> {
+        watch(self.peer.pidfd.try_clone()?, Interest::READABLE)
+    }
+
+    async fn serve(&mut self, process: AsyncFd<OwnedFd>) -> End {
+        loop {
+            let step = tokio::select! {
+                received = self.socket.receive::<ClientMessage>() => match received {
+                    Ok((message, fds)) => self.handle(message, fds).await,
+                    Err(PacketError::Closed) => Err(self.left_or_died()),
+                    Err(error) => Err(End::Faulted(error.to_string())),
+                },
+                notice = self.notices.recv() => self.take_notice(notice),
+                _ = process.readable() => Err(End::Died),
+                () = self.socket.writable(), if self.socket.is_waiting() => {
+                    self.socket.flush();
+                    Ok(())
+                }
+            };
+            if let Err(end) = step {
+                return end;
+            }
+            // A client that sends without pause gets no more than its turn.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn left_or_died(&self) -> End {
+        let mut fds = [PollFd::new(&self.peer.pidfd, PollFlags::IN)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let ended = matches!(poll(&mut fds, Some(&now)), Ok(1..));
+        if ended || peer::is_exiting(self.peer.pid) {
+            End::Died
+        } else {
+            End::Left
+        }
+    }
+
+    async fn handle(&mut self, message: ClientMessage, fds: Vec<OwnedFd>) -> Result<(), End> {
+        if !fds.is_empty() && !matches!(message, ClientMessage::AddRegion { .. }) {
+            let text = format!(
+                "{} descriptors came with a message that takes none",
+                fds.len()
+            );
+            return Err(End::Faulted(text));
+        }
+        let (seq, result) = match message {
+            ClientMessage::Hello(_) => {
+                return Err(End::Faulted("Hello came a second time".into()));
+            }
+            ClientMessage::AddRegion { seq, region, bytes } => (
+                seq,
+                self.memory
+                    .add(region, bytes, &fds)
+                    .map(|()| DaemonMessage::Done { seq }),
+            ),
+            ClientMessage::RemoveRegion { seq, region } => (
+                seq,
+                self.memory
+                    .remove(region)
+                    .map(|()| DaemonMessage::Done { seq }),
+            ),
+            ClientMessage::Register { seq, registration } => {
+                let registered = self.register(*registration).await;
+                let answer = |registration| DaemonMessage::Registered { seq, registration };
+                (seq, registered.map(answer))
+            }
+            ClientMessage::Unregister { seq, registration } => {
+                let unregistered = self.unregister(registration).await;
+                (seq, unregistered.map(|()| DaemonMessage::Done { seq }))
+            }
+        };
+        let answer = result.unwrap_or_else(|Refusal { status, message }| {
+            tracing::debug!(session = self.id, seq, %status, %message, "request refused");
+            DaemonMessage::Failed {
+                seq,
+                status,
+                message,
+            }
+        });
+        Ok(self.socket.send(answer)?)
+    }
+
+    async fn register(&mut self, spec: RegisterSpec) -> Result<u32, Refusal> {
+        if self.registrations.len() >= MAX_REGISTRATIONS {
+            let text = format!(
+                "the session has {MAX_REGISTRATIONS} registrations, no more fit: unregister some"
+            );
+            return Err(Refusal::new(Status::Limit, text));
+        }
+        let extent_bytes = self.shared.options.extent_bytes;
+        let checked = register::check(spec, &mut self.memory, &self.peer, extent_bytes)?;
+        let (instance, rank) = (
+            checked.registration.spec.instance.clone(),
+            checked.registration.spec.rank,
+        );
+        let id = self
+            .shared
+            .lane
+            .register(self.id, checked.registration)
+            .await?;
+        self.memory.count_user(&checked.regions, true);
+        self.registrations.insert(id, checked.regions);
+        tracing::info!(session = self.id, registration = id, %instance, ?rank, "registered");
+        Ok(id)
+    }
+
+    async fn unregister(&mut self, registration: u32) -> Result<(), Refusal> {
+        if !self.registrations.contains_key(&registration) {
+            let text = format!("there is no registration {registration} in this session");
+            return Err(Refusal::new(Status::UnknownRegistration, text));
+        }
+        self.shared.lane.unregister(self.id, registration).await?;
+        if let Some(regions) = self.registrations.remove(&registration) {
+            self.memory.count_user(&regions, false);
+        }
+        tracing::info!(session = self.id, registration, "unregistered");
+        Ok(())
+    }
+
+    fn take_notice(&mut self, notice: Option<Notice>) -> Result<(), End> {
+        match notice {
+            Some(Notice::Lane(LaneEvent::Ready {
+                registration,
+                namespace,
+                ..
+            })) => Ok(self.socket.send(DaemonMessage::Ready {
+                registration,
+                namespace,
+            })?),
+            Some(Notice::Lane(LaneEvent::NotReady { registration, .. })) => {
+                Ok(self.socket.send(DaemonMessage::NotReady { registration })?)
+            }
+            Some(Notice::Lane(LaneEvent::Fault { message, .. })) => Err(End::Faulted(message)),
+            Some(Notice::Draining) => {
+                self.show(SessionState::Draining);
+                Ok(())
+            }
+            Some(Notice::Stop) => Err(End::Stopping),
+            None => Err(End::from(Overflow)),
+        }
+    }
+
+    /// Shows the session's state in the segment that the client reads.
+    fn show(&self, state: SessionState) {
+        match self.d2c.atomic_u32(STATE_OFFSET) {
+            Ok(word) => word.store(state as u32, Ordering::Release),
+            Err(error) => tracing::error!(session = self.id, %error, "the state cannot be shown"),
+        }
+    }
+
+    /// Tells the client, then the lane; memory is let go of only after the lane's answer.
+    async fn finish(mut self, end: End) {
+        let (reason, closing) = match &end {
+            End::Left => (CloseReason::Left, None),
+            End::Died => (CloseReason::Died, None),
+            End::Faulted(text) => (
+                CloseReason::Faulted,
+                Some((Status::ProtocolError, text.clone())),
+            ),
+            End::Stopping => {
+                let text = "the daemon is shutting down".to_owned();
+                (CloseReason::Stopping, Some((Status::Draining, text)))
+            }
+        };
+        match &end {
+            End::Faulted(text) => tracing::warn!(
+                session = self.id,
+                pid = self.peer.pid,
+                reason = %text,
+                "session closed for breaking the protocol"
+            ),
+            other => {
+                tracing::info!(session = self.id, pid = self.peer.pid, reason = ?other, "session ends")
+            }
+        }
+        if let Some((status, message)) = closing {
+            // A client that does not read finds the reason in the daemon's log.
+            let _ = self.socket.send(DaemonMessage::Closing { status, message });
+        }
+        self.shared.hub.leave(self.id);
+        self.show(SessionState::Closed);
+        let Session {
+            shared,
+            id,
+            socket,
+            memory,
+            links,
+            d2c,
+            ..
+        } = self;
+        socket.close();
+        if let Err(refusal) = shared.lane.close_session(id, reason).await {
+            tracing::error!(session = id, %refusal, "the lane did not close a session");
+        }
+        // No copy touches them any more.
+        drop((memory, links, d2c));
+        tracing::debug!(session = id, "session gone");
+    }
+}
