@@ -30,7 +30,6 @@ impl Cache {
     /// A free page of this size, evicting what must go.
     pub(super) fn make_room(
         &mut self,
-        domain: DomainId,
         page_bytes: u32,
         candidate: u64,
     ) -> Result<PageAddr, NoRoom> {
@@ -39,7 +38,10 @@ impl Cache {
             if let Some(page) = self.take_page(page_bytes) {
                 return Ok(page);
             }
-            let (victim_domain, victim) = self.pick_victim(domain).ok_or(NoRoom::NothingToEvict)?;
+            if self.drop_expired_unfinished() {
+                continue;
+            }
+            let (victim_domain, victim) = self.pick_victim().ok_or(NoRoom::NothingToEvict)?;
             self.admit(victim_domain, victim, candidate)?;
             match self.foreign_extent(victim_domain, victim, page_bytes) {
                 None => {
@@ -121,16 +123,13 @@ impl Cache {
         }
     }
 
-    /// The next victim: the own domain's unless another one holds more bytes.
-    fn pick_victim(&mut self, own: DomainId) -> Option<(DomainId, EntryId)> {
+    /// The next victim: of the domain that holds most, so that no user can crowd another one out.
+    fn pick_victim(&mut self) -> Option<(DomainId, EntryId)> {
         let sealed: u64 =
             self.domains.iter().map(|domain| u64::from(domain.index.writer.sealed_len())).sum();
-        if sealed <= self.pinned && self.unfinished.is_empty() {
+        if sealed <= self.pinned {
             // Every member of every policy is leased: do not look at each of them for each block.
             return None;
-        }
-        if self.drop_expired_unfinished() {
-            return self.victim_of(own).or_else(|| self.victim_elsewhere(own));
         }
         let heaviest = (0..self.domains.len()).max_by_key(|domain| self.domains[*domain].bytes)?;
         self.victim_of(heaviest).or_else(|| self.victim_elsewhere(heaviest))

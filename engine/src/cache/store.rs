@@ -101,7 +101,7 @@ impl Cache {
             Shard::Empty => {
                 // The block itself must not be taken while room for its shard is made.
                 self.domains[scope.domain].block_mut(entry).copying += 1;
-                let page = self.make_room(scope.domain, scope.page_bytes, key_hash(hash));
+                let page = self.make_room(scope.page_bytes, key_hash(hash));
                 self.domains[scope.domain].block_mut(entry).copying -= 1;
                 match page {
                     Ok(page) => self.begin_copy(scope, entry, page),
@@ -112,7 +112,7 @@ impl Cache {
     }
 
     fn offer_new(&mut self, scope: &ShardScope, hash: &BlockHash) -> Offer {
-        let page = match self.make_room(scope.domain, scope.page_bytes, key_hash(hash)) {
+        let page = match self.make_room(scope.page_bytes, key_hash(hash)) {
             Ok(page) => page,
             Err(why) => return why.into(),
         };

@@ -28,6 +28,8 @@ use crate::registry::Registry;
 
 /// Submissions taken from one session before the next one's turn.
 const BATCH: usize = 32;
+/// Marks the lane's own wake-up among the bells; sessions have ids from 1.
+pub(super) const LANE_WAKE: u64 = 0;
 /// Idle rounds between two looks at the clock.
 const CLOCK_ROUNDS: u32 = 16;
 
@@ -51,6 +53,8 @@ pub(super) struct Lane {
     pub wake: Arc<LaneWake>,
     pub epoll: OwnedFd,
     pub draining: Option<Vec<Reply<()>>>,
+    /// A client rang without a submission to read: a ring may have a gap, so look by the clock.
+    pub suspect_gap: bool,
     /// Private copy of the chunk at hand.
     pub chunk: Vec<u8>,
     pub blocks: Vec<u32>,
@@ -194,6 +198,7 @@ impl Lane {
 
     /// Sleeps until a client, a copy thread, a command or the clock has something.
     fn sleep(&mut self) {
+        self.settle_drain();
         self.publish(Instant::now());
         self.wake.park();
         for session in self.sessions.iter_mut().flatten() {
@@ -204,7 +209,9 @@ impl Lane {
         if !waiting {
             self.tally.add(Counter::LaneParks, 1);
             let limit = self.sleep_limit(Instant::now());
-            self.wait(limit);
+            let rung = self.wait(limit);
+            self.suspect_gap |=
+                rung && !self.sessions.iter().flatten().any(|session| session.has_submission());
         }
         for session in self.sessions.iter_mut().flatten() {
             session.disarm();
@@ -212,7 +219,8 @@ impl Lane {
         self.wake.unpark();
     }
 
-    fn wait(&self, limit: Option<Duration>) {
+    /// True when a client's bell ended the wait.
+    fn wait(&self, limit: Option<Duration>) -> bool {
         let limit = limit.map(|limit| Timespec {
             tv_sec: limit.as_secs() as i64,
             tv_nsec: i64::from(limit.subsec_nanos()),
@@ -225,5 +233,6 @@ impl Lane {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }
+        events.iter().any(|event| event.data.u64() != LANE_WAKE)
     }
 }

@@ -20,7 +20,7 @@ use crate::copy::{CopyOptions, CopyWorkers};
 use crate::lane::api::{LaneEvent, LaneHandle};
 use crate::lane::load::SeenBlocks;
 use crate::lane::options::LaneOptions;
-use crate::lane::run::Lane;
+use crate::lane::run::{LANE_WAKE, Lane};
 use crate::lane::tally::Tally;
 use crate::lane::tasks::TaskTable;
 use crate::lane::upkeep::{Clocks, NamespaceTable};
@@ -75,7 +75,7 @@ pub fn start(
         move || copy_wake.wake_if_parked(),
     )?;
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-    epoll::add(&epoll, wake.fd(), epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+    epoll::add(&epoll, wake.fd(), epoll::EventData::new_u64(LANE_WAKE), epoll::EventFlags::IN)?;
     let node = options.node.clone();
     node.set(Gauge::PoolBytes, opened.cache.pool().pool_bytes());
     node.set(Gauge::PoolExtents, u64::from(opened.cache.pool().stats().extents));
@@ -108,6 +108,7 @@ pub fn start(
         wake,
         epoll,
         draining: None,
+        suspect_gap: false,
         chunk: Vec::new(),
         blocks: Vec::new(),
         seen_blocks: SeenBlocks::default(),
@@ -118,6 +119,15 @@ pub fn start(
         options,
     };
     lane.publish(Instant::now());
-    let thread = std::thread::Builder::new().name("lane".into()).spawn(move || lane.run())?;
+    let thread = std::thread::Builder::new().name("lane".into()).spawn(move || run(lane))?;
     Ok(StartedLane { handle, events: event_receiver, thread })
+}
+
+/// A lane that panics may have left private state half changed. Shared memory is consistent at every
+/// instruction, so the daemon ends at once and the next one takes the sealed blocks over.
+fn run(lane: Lane) {
+    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| lane.run())).is_err() {
+        tracing::error!("the lane panicked: the daemon aborts, its pool stays for the next one");
+        std::process::abort();
+    }
 }

@@ -145,6 +145,7 @@ impl Lane {
         }
         if any {
             self.hand_out_backlog();
+            self.settle_drain();
         }
         any
     }

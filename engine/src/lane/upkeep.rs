@@ -58,7 +58,6 @@ impl Lane {
         if now.duration_since(self.clocks.published) >= PUBLISH_TICK {
             self.publish(now);
         }
-        self.settle_drain();
     }
 
     /// How long the lane may sleep; `None` until it is woken.
@@ -66,10 +65,8 @@ impl Lane {
         let lease = self.leases.next_deadline().map(|at| {
             at.saturating_duration_since(now).max(SHORT_TICK)
         });
-        let waiting = self.sessions.iter().flatten().any(|session| {
-            session.stalled_since.is_some() || session.is_stalled() || !session.requests.is_empty()
-        });
-        let patience = (waiting || self.cache.figures().unfinished > 0).then_some(LONG_TICK);
+        let listing = self.sessions.iter().flatten().any(|session| !session.requests.is_empty());
+        let patience = (listing || self.suspect_gap || self.cache.figures().unfinished > 0).then_some(LONG_TICK);
         match (lease, patience) {
             (Some(lease), Some(patience)) => Some(lease.min(patience)),
             (lease, patience) => lease.or(patience),
@@ -79,11 +76,14 @@ impl Lane {
     /// Ends sessions whose ring has a gap, or that left a list unfinished, for too long.
     fn check_patience(&mut self, now: Instant) {
         let mut faults = Vec::new();
+        self.suspect_gap = false;
         for session in self.sessions.iter_mut().flatten() {
             if session.faulted || session.closing.is_some() {
                 continue;
             }
-            if !session.is_stalled() {
+            let stalled = session.is_stalled();
+            self.suspect_gap |= stalled;
+            if !stalled {
                 session.stalled_since = None;
             } else if now.duration_since(*session.stalled_since.get_or_insert(now)) > PATIENCE {
                 faults.push((session.id, SessionFault::Stalled(PATIENCE.as_secs())));
