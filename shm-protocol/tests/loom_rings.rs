@@ -304,6 +304,61 @@ fn a_consumer_that_comes_late_takes_no_old_lap_for_a_fault() {
     });
 }
 
+#[test]
+fn a_producer_that_comes_late_takes_no_old_progress_for_a_fault() {
+    model(2, || {
+        let ring = Arc::new(HeapRing::new(CAPACITY));
+        let producer = SharedProducer::new(ring.clone());
+        let mut consumer = Consumer::new(ring);
+        let push_times = |times: u64| {
+            let producer = producer.clone();
+            thread::spawn(move || {
+                (0..times)
+                    .filter(|number| match producer.try_push(&message(*number)) {
+                        Ok(()) => true,
+                        Err(PushError::Full) => false,
+                        Err(error) => panic!("{error}"),
+                    })
+                    .count() as u64
+            })
+        };
+        let busy = push_times(4);
+        let late = push_times(1);
+        for _ in 0..4 {
+            consumer.try_pop().unwrap().map(number_of);
+        }
+        let pushed = busy.join().unwrap() + late.join().unwrap();
+        assert_eq!(producer.position(), pushed);
+    });
+}
+
+#[test]
+fn consumers_that_report_out_of_order_never_take_progress_back() {
+    model(3, || {
+        let ring = Arc::new(HeapRing::new(CAPACITY));
+        let mut producer = Producer::new(ring.clone());
+        let consumer = SharedConsumer::new(ring);
+        for number in 0..u64::from(CAPACITY) {
+            producer.try_push(&message(number)).unwrap();
+        }
+        let threads: Vec<_> = (0..2)
+            .map(|_| {
+                let consumer = consumer.clone();
+                thread::spawn(move || consumer.try_pop().unwrap().map(number_of))
+            })
+            .collect();
+        let mut push = |number| match producer.try_push(&message(number)) {
+            Ok(()) | Err(PushError::Full) => {}
+            Err(error) => panic!("{error}"),
+        };
+        (2..5).for_each(&mut push);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        (5..8).for_each(&mut push);
+    });
+}
+
 /// Producer A claims position 0 and dies after `words` of its body; producer B publishes position 1.
 fn producer_that_stops_after(words: usize) {
     model(3, move || {
