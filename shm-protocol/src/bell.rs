@@ -1,7 +1,7 @@
 //! Doorbells: how a side that sleeps is woken, and how a busy one costs its peer no system call.
 //!
-//! The sleeper owns a word, `sleep_epoch`, in its own segment: 0 while it is awake, else the number of this
-//! sleep. The waker reads it after publishing and rings a descriptor, once per sleep.
+//! The sleeper owns a word, `sleep_epoch`, in its own segment: 0 while it is awake, else the number
+//! of this sleep. The waker reads it after publishing and rings a descriptor, once per sleep.
 //!
 //! ```text
 //! sleeper                                  waker
@@ -12,20 +12,22 @@
 //! S5 epoch := 0        (relaxed)
 //! ```
 //!
-//! No wake-up is lost. Sequentially consistent fences are totally ordered. If S2 comes before W2, then W3 sees
-//! S1's store or a later one; if W2 comes before S2, then S3 sees W1's message. So the waker rings, or the
-//! sleeper does not sleep (or both: an idle wake-up). With release and acquire alone, both sides could read the
-//! old value. A descriptor that was rung stays readable until the sleeper comes round, so one ring per
-//! epoch is enough, and the next sleep has another epoch. (`SYNC: bell`)
+//! No wake-up is lost. Sequentially consistent fences are totally ordered. If S2 comes before W2,
+//! then W3 sees S1's store or a later one; if W2 comes before S2, then S3 sees W1's message. So the
+//! waker rings, or the sleeper does not sleep (or both: an idle wake-up). With release and acquire
+//! alone, both sides could read the old value. A descriptor that was rung stays readable until the
+//! sleeper comes round, so one ring per epoch is enough, and the next sleep has another epoch.
+//! (`SYNC: bell`)
 //!
 //! The fence costs the waker 11–37 ns per message in a stream, so publish a batch, then ask once.
 //!
-//! The epoch has 32 bits and skips 0. A waker that did not ring for exactly 2^32 - 1 sleeps would take the next
-//! one for the one it rang last; sleepers must anyway wake up on a bounded timeout, because a peer may die.
+//! The epoch has 32 bits and skips 0. A waker that did not ring for exactly 2^32 - 1 sleeps would
+//! take the next one for the one it rang last; sleepers must anyway wake up on a bounded timeout,
+//! because a peer may die.
 //!
-//! When an owner dies: a dead sleeper leaves an epoch, and the waker rings it once; a dead waker leaves the
-//! sleeper to its timeout and to the end of the session's socket. A hostile epoch makes the waker ring at most
-//! once per call.
+//! When an owner dies: a dead sleeper leaves an epoch, and the waker rings it once; a dead waker
+//! leaves the sleeper to its timeout and to the end of the session's socket. A hostile epoch makes
+//! the waker ring at most once per call.
 
 #![forbid(unsafe_code)]
 
@@ -61,8 +63,8 @@ impl<W: Deref<Target = AtomicU32>> Sleeper<W> {
         Self { word, epoch: AWAKE }
     }
 
-    /// Announces a sleep and returns its epoch. Between this and the sleep, look at every ring once more; if
-    /// there is anything, do not sleep. In any case [`Self::disarm`] afterwards.
+    /// Announces a sleep and returns its epoch. Between this and the sleep, look at every ring once
+    /// more; if there is anything, do not sleep. In any case [`Self::disarm`] afterwards.
     #[inline]
     pub fn arm(&mut self) -> u32 {
         self.epoch = self.epoch.checked_add(1).unwrap_or(AWAKE + 1);
@@ -113,8 +115,8 @@ impl<W: Deref<Target = AtomicU32>> Waker<W> {
 
 /// The side that wakes, for several threads of one process.
 ///
-/// The thread that gets `true` rings for all who published before the sleeper's epoch was seen; at worst two
-/// threads ring for one sleep.
+/// The thread that gets `true` rings for all who published before the sleeper's epoch was seen; at
+/// worst two threads ring for one sleep.
 #[derive(Debug)]
 pub struct SharedWaker<W> {
     word: W,

@@ -1,14 +1,15 @@
 //! The one door to atomics, fences and spin hints.
 //!
-//! Everything that two threads or two processes synchronise on is spelled through this module, so that
-//! `--cfg loom` swaps in loom's models and the very same algorithm text is explored exhaustively.
+//! Everything that two threads or two processes synchronise on is spelled through this module, so
+//! that `--cfg loom` swaps in loom's models and the very same algorithm text is explored
+//! exhaustively.
 //!
-//! Under loom an atomic is a heap object with a history, not four or eight bytes in a mapping. Code that
-//! lays atomics over mapped memory (`mapping`, `ring::RawRing`) is therefore compiled only without loom;
-//! the algorithms reach their words through traits and do not notice.
+//! Under loom an atomic is a heap object with a history, not four or eight bytes in a mapping. Code
+//! that lays atomics over mapped memory (`mapping`, `ring::RawRing`) is therefore compiled only
+//! without loom; the algorithms reach their words through traits and do not notice.
 //!
-//! Convention: each release store and the acquire load that pairs with it carry the same `SYNC: <name>`
-//! label in a comment, so that either side leads to the other by a text search.
+//! Convention: each release store and the acquire load that pairs with it carry the same `SYNC:
+//! <name>` label in a comment, so that either side leads to the other by a text search.
 
 #![forbid(unsafe_code)]
 

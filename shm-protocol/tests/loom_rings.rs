@@ -1,7 +1,8 @@
-//! Loom models of the rings and the doorbell. Build with `RUSTFLAGS="--cfg loom"` and run in release.
+//! Loom models of the rings and the doorbell. Build with `RUSTFLAGS="--cfg loom"` and run in
+//! release.
 //!
-//! Each model explores every execution within a bound on preemptions (see each `model` call), at capacity 2
-//! and over at least three laps, so that every slot is reused twice.
+//! Each model explores every execution within a bound on preemptions (see each `model` call), at
+//! capacity 2 and over at least three laps, so that every slot is reused twice.
 
 #![cfg(loom)]
 
@@ -25,7 +26,8 @@ fn model(preemptions: usize, body: impl Fn() + Sync + Send + 'static) {
     builder.check(body);
 }
 
-/// A message whose second word is told by its first, so that a torn one shows. Loom copies two words.
+/// A message whose second word is told by its first, so that a torn one shows. Loom copies two
+/// words.
 fn message(number: u64) -> Body {
     let mut body = [0; BODY_WORDS];
     body[0] = number;
@@ -38,8 +40,8 @@ fn number_of(body: Body) -> u64 {
     body[0]
 }
 
-/// A ring on which one producer dies: from position `dies_at` on, what it writes goes nowhere, except the first
-/// `words` body words of that position.
+/// A ring on which one producer dies: from position `dies_at` on, what it writes goes nowhere,
+/// except the first `words` body words of that position.
 struct DyingRing {
     real: Arc<HeapRing>,
     nowhere: Slot,
@@ -161,8 +163,8 @@ fn push_all(producer: &SharedProducer<Arc<HeapRing>>, who: u64, count: u64) {
     }
 }
 
-/// Two laps by one thread, so that the concurrent part of a model with three threads is short and yet runs on
-/// slots that were used before, into the fourth lap.
+/// Two laps by one thread, so that the concurrent part of a model with three threads is short and
+/// yet runs on slots that were used before, into the fourth lap.
 fn two_laps(push: impl Fn(&Body) -> Result<(), PushError>, mut pop: impl FnMut() -> Option<Body>) {
     for number in 0..2 * u64::from(CAPACITY) {
         push(&message(number)).unwrap();
@@ -289,7 +291,8 @@ fn a_consumer_that_comes_late_takes_no_old_lap_for_a_fault() {
             producer.try_push(&message(number)).unwrap();
             consumer.try_pop().unwrap().unwrap();
         }
-        // It knows the first lap only; the other thread runs it through the second and into the third.
+        // It knows the first lap only; the other thread runs it through the second and into the
+        // third.
         let late = consumer.clone();
         let late = thread::spawn(move || u64::from(late.try_pop().unwrap().is_some()));
         let busy = consumer.clone();
@@ -359,7 +362,8 @@ fn consumers_that_report_out_of_order_never_take_progress_back() {
     });
 }
 
-/// Producer A claims position 0 and dies after `words` of its body; producer B publishes position 1.
+/// Producer A claims position 0 and dies after `words` of its body; producer B publishes position
+/// 1.
 fn producer_that_stops_after(words: usize) {
     model(3, move || {
         let ring = Arc::new(HeapRing::new(CAPACITY));

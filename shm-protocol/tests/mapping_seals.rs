@@ -29,8 +29,8 @@ fn plain_memfd(bytes: u64, seals: SealFlags) -> OwnedFd {
 }
 
 fn map_shared(fd: &OwnedFd, protection: ProtFlags) -> Result<(), Errno> {
-    // SAFETY: a fresh mapping at an address of the kernel's choice touches no existing memory; it is left
-    // mapped until the test process ends.
+    // SAFETY: a fresh mapping at an address of the kernel's choice touches no existing memory; it
+    // is left mapped until the test process ends.
     let mapped = unsafe {
         mmap(
             std::ptr::null_mut(),

@@ -1,5 +1,5 @@
-//! A peer that writes anything anywhere: the other side answers a message, nothing, or a fault, and never
-//! panics, hangs or moves by more than it returned.
+//! A peer that writes anything anywhere: the other side answers a message, nothing, or a fault, and
+//! never panics, hangs or moves by more than it returned.
 
 #![cfg(all(not(loom), not(miri)))]
 

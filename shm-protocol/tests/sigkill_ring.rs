@@ -17,8 +17,8 @@ const CAPACITY: u32 = 16;
 /// Longest life of a producer after its first message.
 const MAX_LIFE_NS: u64 = 300_000;
 
-/// The same for a producer of two threads: a gap shows when one is stopped inside a push and the other runs on,
-/// for which the scheduler must have switched between them.
+/// The same for a producer of two threads: a gap shows when one is stopped inside a push and the
+/// other runs on, for which the scheduler must have switched between them.
 const MAX_SHARED_LIFE_NS: u64 = 6_000_000;
 
 fn trials() -> u64 {
@@ -46,8 +46,9 @@ struct Child(libc::pid_t);
 
 impl Child {
     fn start(produce: impl FnOnce()) -> Self {
-        // SAFETY: the child runs `produce`, which only touches atomics of mappings made before (and may start
-        // threads, which glibc allows after a fork), and never returns into the test harness.
+        // SAFETY: the child runs `produce`, which only touches atomics of mappings made before (and
+        // may start threads, which glibc allows after a fork), and never returns into the test
+        // harness.
         let pid = unsafe { libc::fork() };
         assert!(pid >= 0, "fork failed");
         if pid == 0 {
@@ -75,8 +76,8 @@ impl Child {
     }
 }
 
-/// Consumes while the producer lives for `life_ns` more, kills it, and consumes what it left. `seen` gets every
-/// message.
+/// Consumes while the producer lives for `life_ns` more, kills it, and consumes what it left.
+/// `seen` gets every message.
 fn kill_at_random(
     child: Child,
     life_ns: u64,

@@ -1,8 +1,8 @@
 //! The descriptors behind a doorbell.
 //!
-//! Client to daemon: an eventfd, which the daemon watches edge-triggered and never reads. Daemon to client: a
-//! pipe, whose write end only the daemon holds; the non-blocking flag of an eventfd would be shared with the client,
-//! who could clear it and make the daemon's write block.
+//! Client to daemon: an eventfd, which the daemon watches edge-triggered and never reads. Daemon to
+//! client: a pipe, whose write end only the daemon holds; the non-blocking flag of an eventfd would
+//! be shared with the client, who could clear it and make the daemon's write block.
 
 #![forbid(unsafe_code)]
 
@@ -55,8 +55,8 @@ enum Kind {
     Pipe,
 }
 
-/// The end that is rung. Ringing never blocks as long as nobody else clears the descriptor's non-blocking flag:
-/// give a pipe's write end to no one.
+/// The end that is rung. Ringing never blocks as long as nobody else clears the descriptor's
+/// non-blocking flag: give a pipe's write end to no one.
 ///
 /// A process that rings a pipe must ignore SIGPIPE (Rust programs do from the start).
 #[derive(Debug)]
@@ -150,8 +150,8 @@ impl BellListener {
         Self { fd }
     }
 
-    /// Sleeps until the bell is rung (true) or `timeout` has passed (false), then takes the rings. A signal ends
-    /// the sleep early, as if the time had passed.
+    /// Sleeps until the bell is rung (true) or `timeout` has passed (false), then takes the rings.
+    /// A signal ends the sleep early, as if the time had passed.
     ///
     /// # Errors
     /// [`BellError::PeerGone`] once the ringing end of a pipe is closed, or a failed system call.
@@ -176,7 +176,8 @@ impl BellListener {
     pub fn drain(&self) -> Result<bool, BellError> {
         let mut bytes = [0; 512];
         let mut any = false;
-        // A pipe holds 64 KiB by default; what is left after as many reads is left for the next time.
+        // A pipe holds 64 KiB by default; what is left after as many reads is left for the next
+        // time.
         for _ in 0..128 {
             match read(&self.fd, &mut bytes) {
                 // The rings that were taken count; the next call tells about the end.

@@ -27,8 +27,8 @@ impl Default for Spinner {
 }
 
 impl Spinner {
-    /// Spins for up to `budget_ns`; not at all if this process has one CPU only (by affinity or by cgroup
-    /// quota), since there the peer runs only when the spinner does not.
+    /// Spins for up to `budget_ns`; not at all if this process has one CPU only (by affinity or by
+    /// cgroup quota), since there the peer runs only when the spinner does not.
     #[must_use]
     pub fn new(budget_ns: u64) -> Self {
         let cpus = available_parallelism().map_or(1, NonZero::get);

@@ -1,13 +1,14 @@
 //! Byte copies between private memory and memory that another process may be writing.
 //!
-//! A plain `memcpy` from racing memory is undefined: the compiler may read twice, or assume that what it read
-//! stays. Here the bytes move by an instruction that it cannot look into, or by volatile accesses.
+//! A plain `memcpy` from racing memory is undefined: the compiler may read twice, or assume that
+//! what it read stays. Here the bytes move by an instruction that it cannot look into, or by
+//! volatile accesses.
 
 /// Copies `length` bytes out of shared memory.
 ///
 /// # Safety
-/// `private` must be valid for writes of `length` bytes that nobody else accesses, `shared` must lead to
-/// `length` mapped readable bytes, and the two must not overlap.
+/// `private` must be valid for writes of `length` bytes that nobody else accesses, `shared` must
+/// lead to `length` mapped readable bytes, and the two must not overlap.
 #[inline]
 pub unsafe fn copy_from_shared(private: *mut u8, shared: *const u8, length: usize) {
     // SAFETY: passed on to the caller.
@@ -17,8 +18,8 @@ pub unsafe fn copy_from_shared(private: *mut u8, shared: *const u8, length: usiz
 /// Copies `length` bytes into shared memory.
 ///
 /// # Safety
-/// `shared` must lead to `length` mapped writable bytes, `private` must be valid for reads of `length` bytes
-/// that nobody writes meanwhile, and the two must not overlap.
+/// `shared` must lead to `length` mapped writable bytes, `private` must be valid for reads of
+/// `length` bytes that nobody writes meanwhile, and the two must not overlap.
 #[inline]
 pub unsafe fn copy_to_shared(shared: *mut u8, private: *const u8, length: usize) {
     // SAFETY: passed on to the caller.
@@ -28,8 +29,8 @@ pub unsafe fn copy_to_shared(shared: *mut u8, private: *const u8, length: usize)
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[inline]
 unsafe fn copy_opaque(target: *mut u8, source: *const u8, length: usize) {
-    // SAFETY: reads and writes exactly the two ranges the caller vouched for; the direction flag is clear by
-    // the calling convention. To the compiler this is one opaque memory operation.
+    // SAFETY: reads and writes exactly the two ranges the caller vouched for; the direction flag is
+    // clear by the calling convention. To the compiler this is one opaque memory operation.
     unsafe {
         core::arch::asm!(
             "rep movsb",
@@ -56,8 +57,8 @@ unsafe fn copy_volatile(target: *mut u8, source: *const u8, length: usize) {
     let alike = (target.addr() ^ source.addr()).is_multiple_of(WORD);
     while done < length {
         let word = alike && length - done >= WORD && (source.addr() + done).is_multiple_of(WORD);
-        // SAFETY: `done` (plus a word where a word is moved) is within the two ranges the caller vouched for,
-        // and a word is moved only where both addresses are aligned for it.
+        // SAFETY: `done` (plus a word where a word is moved) is within the two ranges the caller
+        // vouched for, and a word is moved only where both addresses are aligned for it.
         unsafe {
             if word {
                 let value = source.add(done).cast::<u64>().read_volatile();

@@ -59,8 +59,8 @@ pub enum MappingError {
     },
     /// The file is not one that lies in tmpfs memory.
     #[error(
-        "{purpose}: descriptor is on file system {found:#x}, not tmpfs ({expected:#x}); pass a memfd \
-         without MFD_HUGETLB"
+        "{purpose}: descriptor is on file system {found:#x}, not tmpfs ({expected:#x}); \
+         pass a memfd without MFD_HUGETLB"
     )]
     NotTmpfs {
         /// Which file.

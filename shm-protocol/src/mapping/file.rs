@@ -1,8 +1,8 @@
 //! Named files under `/dev/shm/pegaflow/<node>/`: node, index, pool, catalog.
 //!
-//! The daemon alone writes them; clients get read-only descriptors and tools open them read-only. They are not
-//! sealed (they have names and outlive the daemon): a reader trusts the daemon, by the 0700 directory, not to
-//! truncate a file that it has handed out.
+//! The daemon alone writes them; clients get read-only descriptors and tools open them read-only.
+//! They are not sealed (they have names and outlive the daemon): a reader trusts the daemon, by the
+//! 0700 directory, not to truncate a file that it has handed out.
 
 #![forbid(unsafe_code)]
 
@@ -32,8 +32,8 @@ pub struct NamedFile {
 }
 
 impl NamedFile {
-    /// Creates the file, which must not exist, with mode 0600 and `bytes` bytes, all of them holes: see
-    /// [`Self::reserve`].
+    /// Creates the file, which must not exist, with mode 0600 and `bytes` bytes, all of them holes:
+    /// see [`Self::reserve`].
     ///
     /// # Errors
     /// Zero bytes, not on tmpfs, or a failed system call (it exists, no permission).
@@ -101,7 +101,8 @@ impl NamedFile {
     /// Maps the whole file.
     ///
     /// # Errors
-    /// The size has changed since it was opened, the descriptor does not allow `access`, or no address space.
+    /// The size has changed since it was opened, the descriptor does not allow `access`, or no
+    /// address space.
     pub fn map(&self, access: Access) -> Result<Mapping, MappingError> {
         check_size(self.as_fd(), self.purpose, self.bytes)?;
         Mapping::map(self.as_fd(), self.purpose, self.bytes, access)
@@ -116,8 +117,8 @@ impl NamedFile {
         Mapping::map(self.as_fd(), self.purpose, expected_bytes, access)
     }
 
-    /// Allocates the pages of a range of bytes, so that a full tmpfs is an error here and not a SIGBUS at the
-    /// first touch.
+    /// Allocates the pages of a range of bytes, so that a full tmpfs is an error here and not a
+    /// SIGBUS at the first touch.
     ///
     /// # Errors
     /// The range lies outside the file, or there is no memory.

@@ -1,8 +1,9 @@
 //! Sealed memfds: segments (one writer) and KV regions (both sides write).
 //!
-//! Seals make promises that the kernel keeps whatever the creator does later: `SHRINK` and `GROW` fix the size
-//! (a truncated mapping would kill its reader with SIGBUS), `FUTURE_WRITE` leaves the creator's own mapping the
-//! only writable one (and forbids `write` and hole punching), `SEAL` fixes the set of seals.
+//! Seals make promises that the kernel keeps whatever the creator does later: `SHRINK` and `GROW`
+//! fix the size (a truncated mapping would kill its reader with SIGBUS), `FUTURE_WRITE` leaves the
+//! creator's own mapping the only writable one (and forbids `write` and hole punching), `SEAL`
+//! fixes the set of seals.
 
 #![forbid(unsafe_code)]
 
@@ -47,8 +48,8 @@ pub struct MemfdBuilder {
 }
 
 impl MemfdBuilder {
-    /// A session segment of `bytes` bytes: only the mapping made here can ever write it. `purpose` names it in
-    /// errors and in `/proc/*/maps`.
+    /// A session segment of `bytes` bytes: only the mapping made here can ever write it. `purpose`
+    /// names it in errors and in `/proc/*/maps`.
     #[must_use]
     pub fn segment(purpose: &'static str, bytes: u64) -> Self {
         let (maximum, seals) = (MAX_SEGMENT_BYTES, SEGMENT_SEALS);
@@ -74,15 +75,16 @@ impl MemfdBuilder {
         }
     }
 
-    /// Whether all pages are allocated now (the default), so that memory that is not there is an error here
-    /// and not a SIGBUS at the first touch.
+    /// Whether all pages are allocated now (the default), so that memory that is not there is an
+    /// error here and not a SIGBUS at the first touch.
     #[must_use]
     pub fn reserve(mut self, reserve: bool) -> Self {
         self.reserve = reserve;
         self
     }
 
-    /// Creates, reserves, maps and seals, in this order: a writable mapping can only be made before the seal.
+    /// Creates, reserves, maps and seals, in this order: a writable mapping can only be made before
+    /// the seal.
     ///
     /// # Errors
     /// Zero or too many bytes, or a system call that failed (no memory, no descriptor).
@@ -96,7 +98,8 @@ impl MemfdBuilder {
         } = *self;
         check_bytes(purpose, bytes, maximum)?;
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        // Kernels before 6.3 do not know the no-exec flag; those with `vm.memfd_noexec=2` insist on it.
+        // Kernels before 6.3 do not know the no-exec flag; those with `vm.memfd_noexec=2` insist on
+        // it.
         let fd = match memfd_create(purpose, flags | MemfdFlags::NOEXEC_SEAL) {
             Err(Errno::INVAL) => memfd_create(purpose, flags),
             other => other,
@@ -136,8 +139,8 @@ pub fn create_kv_region(
     MemfdBuilder::kv_region(purpose, bytes).create()
 }
 
-/// Maps a peer's session segment read-only after checking that it is a tmpfs memfd with [`SEGMENT_SEALS`] and
-/// exactly `expected_bytes` long.
+/// Maps a peer's session segment read-only after checking that it is a tmpfs memfd with
+/// [`SEGMENT_SEALS`] and exactly `expected_bytes` long.
 ///
 /// # Errors
 /// Any of these checks, `expected_bytes` above [`MAX_SEGMENT_BYTES`], or a failed system call.
@@ -151,8 +154,8 @@ pub fn open_peer_segment(
     Mapping::map(fd, purpose, expected_bytes, Access::ReadOnly)
 }
 
-/// Maps a peer's KV region read-write after checking that it is a tmpfs memfd with [`KV_REGION_SEALS`] and
-/// exactly `expected_bytes` long.
+/// Maps a peer's KV region read-write after checking that it is a tmpfs memfd with
+/// [`KV_REGION_SEALS`] and exactly `expected_bytes` long.
 ///
 /// # Errors
 /// Any of these checks, `expected_bytes` above [`MAX_KV_REGION_BYTES`], or a failed system call.
@@ -201,8 +204,8 @@ fn check_memfd(
     check_size(fd, purpose, expected)
 }
 
-/// Refuses whatever is not a regular file on tmpfs: a page of another file system can block or fail when it is
-/// touched.
+/// Refuses whatever is not a regular file on tmpfs: a page of another file system can block or fail
+/// when it is touched.
 pub(super) fn check_tmpfs_file(
     fd: BorrowedFd<'_>,
     purpose: &'static str,

@@ -1,12 +1,13 @@
 //! Mapped shared memory: making it, checking a peer's, reaching into it.
 //!
-//! A [`Mapping`] never hands out a slice or a plain reference, because the other process may write at any
-//! instant. There are three ways in, each with its offset checked: atomics ([`Mapping::atomic_u32`],
-//! [`Mapping::atomic_u64`]), copies that the compiler cannot look into ([`Mapping::copy_out`],
-//! [`Mapping::copy_in`]), and an address for copy engines ([`Mapping::ptr_at`]).
+//! A [`Mapping`] never hands out a slice or a plain reference, because the other process may write
+//! at any instant. There are three ways in, each with its offset checked: atomics
+//! ([`Mapping::atomic_u32`], [`Mapping::atomic_u64`]), copies that the compiler cannot look into
+//! ([`Mapping::copy_out`], [`Mapping::copy_in`]), and an address for copy engines
+//! ([`Mapping::ptr_at`]).
 //!
-//! A mapping must never fault, whatever the peer does to the file behind it. Hence the seals on memfds
-//! ([`memfd`]), the size check before mapping, and the reservation of every page before use.
+//! A mapping must never fault, whatever the peer does to the file behind it. Hence the seals on
+//! memfds ([`memfd`]), the size check before mapping, and the reservation of every page before use.
 //!
 //! When an owner dies: a memfd lives until its last descriptor and mapping are gone; a named file
 //! ([`file`]) stays until someone unlinks it.
@@ -42,7 +43,8 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Maps `bytes` bytes of `fd`, shared. The caller has made sure that the file has and keeps that size.
+    /// Maps `bytes` bytes of `fd`, shared. The caller has made sure that the file has and keeps
+    /// that size.
     pub(in crate::mapping) fn map(
         fd: BorrowedFd<'_>,
         purpose: &'static str,
@@ -72,7 +74,8 @@ impl Mapping {
         })
     }
 
-    /// Zeroed memory of this process only, with the accessors of a shared mapping: for tests and tools.
+    /// Zeroed memory of this process only, with the accessors of a shared mapping: for tests and
+    /// tools.
     ///
     /// # Errors
     /// Zero bytes, or no address space.
@@ -132,21 +135,21 @@ impl Mapping {
         }
     }
 
-    /// The 4-byte word at byte `offset`. In a read-only mapping, use relaxed loads (and a fence where order
-    /// matters) only: a store faults.
+    /// The 4-byte word at byte `offset`. In a read-only mapping, use relaxed loads (and a fence
+    /// where order matters) only: a store faults.
     ///
     /// # Errors
     /// `offset` is misaligned or the word lies outside the mapping.
     #[inline]
     pub fn atomic_u32(&self, offset: usize) -> Result<&AtomicU32, MappingError> {
         let word = self.aligned_ptr(offset, 4, 4)?.cast::<AtomicU32>();
-        // SAFETY: aligned and inside the mapping, which outlives the reference; the peer may write it at any
-        // time, which an atomic allows.
+        // SAFETY: aligned and inside the mapping, which outlives the reference; the peer may write
+        // it at any time, which an atomic allows.
         Ok(unsafe { word.as_ref() })
     }
 
-    /// The 8-byte word at byte `offset`. In a read-only mapping, use relaxed loads (and a fence where order
-    /// matters) only: a store faults.
+    /// The 8-byte word at byte `offset`. In a read-only mapping, use relaxed loads (and a fence
+    /// where order matters) only: a store faults.
     ///
     /// # Errors
     /// `offset` is misaligned or the word lies outside the mapping.
@@ -157,20 +160,22 @@ impl Mapping {
         Ok(unsafe { word.as_ref() })
     }
 
-    /// Copies `out.len()` bytes from byte `offset` on. If the peer writes meanwhile, `out` holds some mixture
-    /// of old and new bytes: validate the copy, then use only the copy.
+    /// Copies `out.len()` bytes from byte `offset` on. If the peer writes meanwhile, `out` holds
+    /// some mixture of old and new bytes: validate the copy, then use only the copy.
     ///
     /// # Errors
     /// The range lies outside the mapping.
     #[inline]
     pub fn copy_out(&self, offset: usize, out: &mut [u8]) -> Result<(), MappingError> {
         let source = self.ptr_at(offset, out.len())?;
-        // SAFETY: `source` has `out.len()` mapped bytes, and `out` is private memory that cannot overlap.
+        // SAFETY: `source` has `out.len()` mapped bytes, and `out` is private memory that cannot
+        // overlap.
         unsafe { copy_from_shared(out.as_mut_ptr(), source, out.len()) };
         Ok(())
     }
 
-    /// Copies `bytes` to byte `offset` on. Nothing is published by it: that takes a release store after.
+    /// Copies `bytes` to byte `offset` on. Nothing is published by it: that takes a release store
+    /// after.
     ///
     /// # Errors
     /// The range lies outside the mapping, or the mapping is read-only.
@@ -178,14 +183,14 @@ impl Mapping {
     pub fn copy_in(&self, offset: usize, bytes: &[u8]) -> Result<(), MappingError> {
         self.require_writable()?;
         let target = self.ptr_at(offset, bytes.len())?;
-        // SAFETY: `target` has `bytes.len()` mapped writable bytes, and `bytes` is private memory that cannot
-        // overlap.
+        // SAFETY: `target` has `bytes.len()` mapped writable bytes, and `bytes` is private memory
+        // that cannot overlap.
         unsafe { copy_to_shared(target, bytes.as_ptr(), bytes.len()) };
         Ok(())
     }
 
-    /// Address of `length` bytes at byte `offset`, for copy engines and system calls. Never null; never make a
-    /// plain Rust reference of it.
+    /// Address of `length` bytes at byte `offset`, for copy engines and system calls. Never null;
+    /// never make a plain Rust reference of it.
     ///
     /// # Errors
     /// The range lies outside the mapping.
@@ -204,11 +209,13 @@ impl Mapping {
                 });
             }
         }
-        // SAFETY: `offset` is at most the mapping's length, so the result stays in (or one past) the mapping.
+        // SAFETY: `offset` is at most the mapping's length, so the result stays in (or one past)
+        // the mapping.
         Ok(unsafe { self.map.as_mut_ptr().add(offset) })
     }
 
-    /// [`Self::ptr_at`], and `offset` must be a multiple of `alignment` (a power of two of at most a page).
+    /// [`Self::ptr_at`], and `offset` must be a multiple of `alignment` (a power of two of at most
+    /// a page).
     ///
     /// # Errors
     /// The range lies outside the mapping or is misaligned.

@@ -17,7 +17,8 @@ macro_rules! shared_word {
         }
 
         impl $name {
-            /// The word at byte `offset` of `mapping`. Only loads are possible if that is read-only.
+            /// The word at byte `offset` of `mapping`. Only loads are possible if that is
+            /// read-only.
             ///
             /// # Errors
             /// `offset` is misaligned or the word lies outside the mapping.
@@ -27,8 +28,8 @@ macro_rules! shared_word {
             }
         }
 
-        // SAFETY: the pointer is valid for as long as `_keep_alive`, which moves along, and leads to an
-        // atomic, which any thread may access.
+        // SAFETY: the pointer is valid for as long as `_keep_alive`, which moves along, and leads
+        // to an atomic, which any thread may access.
         unsafe impl Send for $name {}
         // SAFETY: as for `Send`.
         unsafe impl Sync for $name {}
@@ -38,8 +39,8 @@ macro_rules! shared_word {
 
             #[inline]
             fn deref(&self) -> &$atomic {
-                // SAFETY: `new` checked bounds and alignment, `_keep_alive` keeps it mapped, and an atomic
-                // may be written by the peer at any time.
+                // SAFETY: `new` checked bounds and alignment, `_keep_alive` keeps it mapped, and an
+                // atomic may be written by the peer at any time.
                 unsafe { self.word.as_ref() }
             }
         }

@@ -4,16 +4,17 @@
 
 use thiserror::Error;
 
-/// The peer wrote a word that no correct peer writes. The session must end; nothing else is affected.
+/// The peer wrote a word that no correct peer writes. The session must end; nothing else is
+/// affected.
 ///
-/// The handle that reported a fault has not moved and stays safe to call, but what it answers afterwards
-/// means nothing.
+/// The handle that reported a fault has not moved and stays safe to call, but what it answers
+/// afterwards means nothing.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum RingFault {
     /// The slot of `position` is neither published for it nor waiting for it.
     #[error(
-        "slot of position {position} has sequence {found}, neither {expected} (empty) nor published; \
-         close the session"
+        "slot of position {position} has sequence {found}, neither {expected} (empty) nor \
+         published; close the session"
     )]
     Sequence {
         /// Position that the consumer wanted to read.
@@ -38,8 +39,8 @@ pub enum RingFault {
     },
     /// The consumer's progress went backwards.
     #[error(
-        "peer says it consumed {found} messages after having said {expected}, at position {position}; \
-         close the session"
+        "peer says it consumed {found} messages after having said {expected}, at position \
+         {position}; close the session"
     )]
     ConsumedBackwards {
         /// The producer's position.

@@ -1,32 +1,35 @@
 //! Rings of 64-byte slots, sequence number inside the slot.
 //!
-//! A ring has one producing process and one consuming process. The slots lie in the producer's segment,
-//! which the consumer maps read-only; the consumer's progress (`consumed`) lies in the consumer's segment,
-//! which the producer maps read-only. Everything else (positions, masks, caches) is private memory, so
-//! nothing that a peer writes is ever used as an index: it is only compared.
+//! A ring has one producing process and one consuming process. The slots lie in the producer's
+//! segment, which the consumer maps read-only; the consumer's progress (`consumed`) lies in the
+//! consumer's segment, which the producer maps read-only. Everything else (positions, masks,
+//! caches) is private memory, so nothing that a peer writes is ever used as an index: it is only
+//! compared.
 //!
 //! * Slot of position `p` is `p & (capacity - 1)`.
 //! * `seq == p + 1`: position `p` is published.
 //! * `seq == p + 1 - capacity` (or 0 on the first lap): not yet published.
 //! * anything else: a [`RingFault`]. The session is over; the handle stays safe to call.
 //!
-//! [`spsc`] serves one thread per side, [`mpmc`] several threads of one process per side. Both speak the
-//! same format, so each side picks its handle without the other knowing.
+//! [`spsc`] serves one thread per side, [`mpmc`] several threads of one process per side. Both
+//! speak the same format, so each side picks its handle without the other knowing.
 //!
-//! When an owner dies: a producer killed at any instruction leaves whole messages followed by nothing. A
-//! shared producer may also leave a position that was claimed and never published in front of published
-//! ones; the consumer's `stalled()` tells, and the session ends after a bound. A consumer killed at any
-//! instruction leaves the producer with a ring that fills up and answers [`PushError::Full`].
+//! When an owner dies: a producer killed at any instruction leaves whole messages followed by
+//! nothing. A shared producer may also leave a position that was claimed and never published in
+//! front of published ones; the consumer's `stalled()` tells, and the session ends after a bound. A
+//! consumer killed at any instruction leaves the producer with a ring that fills up and answers
+//! [`PushError::Full`].
 //!
 //! Synchronisation pairs:
 //!
-//! * `SYNC: ring-publish`: the producer's release store of `seq`, the consumer's acquire fence after it
-//!   read that value. Orders the body words.
-//! * `SYNC: ring-consumed`: the consumer's release store of `consumed`, the producer's acquire fence after
-//!   it read that value. Orders the consumer's reads of a body before the producer's next writes of it.
+//! * `SYNC: ring-publish`: the producer's release store of `seq`, the consumer's acquire fence
+//!   after it read that value. Orders the body words.
+//! * `SYNC: ring-consumed`: the consumer's release store of `consumed`, the producer's acquire
+//!   fence after it read that value. Orders the consumer's reads of a body before the producer's
+//!   next writes of it.
 //!
-//! Loads of the peer's words are relaxed loads followed by an acquire fence, because Rust promises only for
-//! relaxed loads that they work on memory that is mapped read-only.
+//! Loads of the peer's words are relaxed loads followed by an acquire fence, because Rust promises
+//! only for relaxed loads that they work on memory that is mapped read-only.
 
 mod fault;
 mod heap;
@@ -61,8 +64,8 @@ pub const fn is_valid_capacity(capacity: u32) -> bool {
 
 /// The memory one ring lies in, as seen by one side.
 ///
-/// Implementations must answer the same capacity and the same words on every call. A slot's contents and
-/// `consumed` may change at any time and to any value.
+/// Implementations must answer the same capacity and the same words on every call. A slot's
+/// contents and `consumed` may change at any time and to any value.
 pub trait RingMemory {
     /// Number of slots; valid by [`is_valid_capacity`].
     fn capacity(&self) -> u32;
@@ -117,7 +120,8 @@ struct Geometry {
 
 impl Geometry {
     /// # Panics
-    /// If the memory's capacity is not valid. That is the caller's own configuration, never peer data.
+    /// If the memory's capacity is not valid. That is the caller's own configuration, never peer
+    /// data.
     fn of(memory: &impl RingMemory) -> Self {
         let capacity = memory.capacity();
         assert!(
@@ -151,7 +155,8 @@ impl Geometry {
         if quarter == 0 { 1 } else { quarter }
     }
 
-    /// Judges a sequence value that is not `position + 1`: `Ok` is "not yet", anything else a fault.
+    /// Judges a sequence value that is not `position + 1`: `Ok` is "not yet", anything else a
+    /// fault.
     fn judge_unpublished(self, position: u64, found: u64) -> Result<(), RingFault> {
         let expected = self.empty_seq(position);
         if found == expected {
@@ -164,8 +169,8 @@ impl Geometry {
         })
     }
 
-    /// True when `position` is unpublished although a later one is published: a producer claimed it and
-    /// has not (yet) come back. Reads at most `capacity` slots.
+    /// True when `position` is unpublished although a later one is published: a producer claimed it
+    /// and has not (yet) come back. Reads at most `capacity` slots.
     fn stalled_at(self, memory: &impl RingMemory, position: u64) -> bool {
         use crate::sync::{Ordering, fence};
         let head = memory.slot(self.index(position));
@@ -177,8 +182,8 @@ impl Geometry {
             if memory.slot(self.index(later)).seq.load(Ordering::Relaxed) != later + 1 {
                 continue;
             }
-            // The head was read before the later slot: read it again, ordered after, so that a producer
-            // which published both in order is not mistaken for one that left a gap.
+            // The head was read before the later slot: read it again, ordered after, so that a
+            // producer which published both in order is not mistaken for one that left a gap.
             fence(Ordering::Acquire); // SYNC: ring-publish
             return head.seq.load(Ordering::Relaxed) != position + 1;
         }

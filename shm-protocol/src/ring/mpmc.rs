@@ -1,12 +1,13 @@
 //! Several threads of ONE process on a side of a ring.
 //!
-//! The threads of a side share a private position word and move it by compare-and-swap; the shared memory
-//! sees the same format as from the [`spsc`](super::spsc) handles. Never share a side across processes: the
-//! position word is private memory.
+//! The threads of a side share a private position word and move it by compare-and-swap; the shared
+//! memory sees the same format as from the [`spsc`](super::spsc) handles. Never share a side across
+//! processes: the position word is private memory.
 //!
-//! Producers claim first, then write, then publish; a thread that vanishes in between leaves a gap, which
-//! the consumer finds by `stalled()`. Consumers read first, then claim: a copy whose claim fails is thrown
-//! away, and the position word never runs ahead of what has been read completely, so any thread may report it.
+//! Producers claim first, then write, then publish; a thread that vanishes in between leaves a gap,
+//! which the consumer finds by `stalled()`. Consumers read first, then claim: a copy whose claim
+//! fails is thrown away, and the position word never runs ahead of what has been read completely,
+//! so any thread may report it.
 
 #![forbid(unsafe_code)]
 
@@ -125,11 +126,11 @@ impl<M: RingMemory> ProducerState<M> {
     fn claim(&self, count: u64) -> Result<u64, PushError> {
         let mut position = self.position.0.load(Ordering::Relaxed);
         loop {
-            // Acquire: whoever put this value there had acquired it from the consumer, so the consumer's
-            // reads of the slots it frees come before this thread's writes.
+            // Acquire: whoever put this value there had acquired it from the consumer, so the
+            // consumer's reads of the slots it frees come before this thread's writes.
             let mut consumed = self.consumed.0.load(Ordering::Acquire); // SYNC: ring-consumed-cache
-            // `consumed` may even be ahead of a stale `position`; then the compare-and-swap below fails and
-            // brings the fresh one.
+            // `consumed` may even be ahead of a stale `position`; then the compare-and-swap below
+            // fails and brings the fresh one.
             if position + count > consumed + self.geometry.capacity {
                 consumed = self.reload_consumed(consumed)?;
                 if position + count > consumed + self.geometry.capacity {
@@ -142,7 +143,8 @@ impl<M: RingMemory> ProducerState<M> {
                     continue;
                 }
             }
-            // Relaxed: the word hands out numbers; the slots carry the data, and `consumed` orders reuse.
+            // Relaxed: the word hands out numbers; the slots carry the data, and `consumed` orders
+            // reuse.
             match self.position.0.compare_exchange_weak(
                 position,
                 position + count,
@@ -158,8 +160,9 @@ impl<M: RingMemory> ProducerState<M> {
         }
     }
 
-    /// Reads and validates the consumer's word. `known` was loaded from the cache with acquire before, so by
-    /// coherence a correct consumer's word cannot be seen below it, whatever other threads do.
+    /// Reads and validates the consumer's word. `known` was loaded from the cache with acquire
+    /// before, so by coherence a correct consumer's word cannot be seen below it, whatever other
+    /// threads do.
     #[cold]
     fn reload_consumed(&self, known: u64) -> Result<u64, RingFault> {
         let found = self.memory.consumed().load(Ordering::Relaxed);
@@ -245,8 +248,9 @@ impl<M: RingMemory> SharedConsumer<M> {
             let seq = slot.seq.load(Ordering::Relaxed);
             fence(Ordering::Acquire); // SYNC: ring-publish
             if seq != position + 1 {
-                // If another thread has read this position meanwhile, the slot may belong to the next lap
-                // already. The fence makes that thread's move visible whenever its effect was.
+                // If another thread has read this position meanwhile, the slot may belong to the
+                // next lap already. The fence makes that thread's move visible whenever its effect
+                // was.
                 let now = state.position.0.load(Ordering::Acquire); // SYNC: ring-position
                 if now != position {
                     position = now;
@@ -257,8 +261,8 @@ impl<M: RingMemory> SharedConsumer<M> {
                 return Ok(None);
             }
             let body = slot.read();
-            // Release: the copy above comes before the claim. Acquire: so do the copies of those who
-            // claimed before, which a report of this position vouches for.
+            // Release: the copy above comes before the claim. Acquire: so do the copies of those
+            // who claimed before, which a report of this position vouches for.
             match state.position.0.compare_exchange_weak(
                 position,
                 position + 1,

@@ -16,14 +16,15 @@ pub struct RawRing {
     _keep_alive: [Arc<Mapping>; 2],
 }
 
-// SAFETY: the pointers stay valid until `_keep_alive` drops, wherever the value lives, and lead only to
-// atomics, which any thread may access.
+// SAFETY: the pointers stay valid until `_keep_alive` drops, wherever the value lives, and lead
+// only to atomics, which any thread may access.
 unsafe impl Send for RawRing {}
 // SAFETY: as for `Send`; shared access offers nothing but references to atomics.
 unsafe impl Sync for RawRing {}
 
 impl RawRing {
-    /// The producer's view: its own slots, writable, and the peer's `consumed` word. Offsets in bytes.
+    /// The producer's view: its own slots, writable, and the peer's `consumed` word. Offsets in
+    /// bytes.
     ///
     /// # Errors
     /// An offset outside its mapping or misaligned, or slots in a read-only mapping.
@@ -41,7 +42,8 @@ impl RawRing {
         Self::over(slots, slots_offset, capacity, consumed, consumed_offset)
     }
 
-    /// The consumer's view: the peer's slots and its own `consumed` word, writable. Offsets in bytes.
+    /// The consumer's view: the peer's slots and its own `consumed` word, writable. Offsets in
+    /// bytes.
     ///
     /// # Errors
     /// An offset outside its mapping or misaligned, or `consumed` in a read-only mapping.
@@ -77,17 +79,17 @@ impl RawRing {
         let word = consumed
             .aligned_ptr(consumed_offset, 8, 8)?
             .cast::<AtomicU64>();
-        // SAFETY: `aligned_ptr` checked that `capacity` slots from `first` and the word lie, aligned, inside
-        // their mappings, and the two `Arc`s keep those mapped.
+        // SAFETY: `aligned_ptr` checked that `capacity` slots from `first` and the word lie,
+        // aligned, inside their mappings, and the two `Arc`s keep those mapped.
         Ok(unsafe { Self::new(first, capacity, word, [slots.clone(), consumed.clone()]) })
     }
 
     /// A ring over raw memory.
     ///
     /// # Safety
-    /// `slots` must lead to `capacity` contiguous slots and `consumed` to a word, all mapped for as long as
-    /// `keep_alive` is held, and accessed by this process only through atomics. Whoever produces needs the
-    /// slots writable, whoever consumes the word.
+    /// `slots` must lead to `capacity` contiguous slots and `consumed` to a word, all mapped for as
+    /// long as `keep_alive` is held, and accessed by this process only through atomics. Whoever
+    /// produces needs the slots writable, whoever consumes the word.
     ///
     /// # Panics
     /// If `capacity` is not valid by [`is_valid_capacity`].
@@ -120,14 +122,16 @@ impl RingMemory for RawRing {
     fn slot(&self, index: u32) -> &Slot {
         // The mask costs nothing next to the access and keeps a wrong index inside the ring.
         let index = (index & (self.capacity - 1)) as usize;
-        // SAFETY: `new`'s caller vouched for `capacity` slots here, `index` is below the capacity (a power
-        // of two), and a slot is all atomics, so a peer that writes meanwhile breaks no rule of references.
+        // SAFETY: `new`'s caller vouched for `capacity` slots here, `index` is below the capacity
+        // (a power of two), and a slot is all atomics, so a peer that writes meanwhile breaks no
+        // rule of references.
         unsafe { self.slots.add(index).as_ref() }
     }
 
     #[inline]
     fn consumed(&self) -> &AtomicU64 {
-        // SAFETY: `new`'s caller vouched for the word; it is an atomic, so the peer may write meanwhile.
+        // SAFETY: `new`'s caller vouched for the word; it is an atomic, so the peer may write
+        // meanwhile.
         unsafe { self.consumed.as_ref() }
     }
 }

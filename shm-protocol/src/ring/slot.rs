@@ -13,8 +13,8 @@ pub type Body = [u64; BODY_WORDS];
 /// Bytes of a slot.
 pub const SLOT_BYTES: usize = 64;
 
-/// Words that are really copied. Each atomic access multiplies the executions that loom explores, and two
-/// words show a torn message as well as seven.
+/// Words that are really copied. Each atomic access multiplies the executions that loom explores,
+/// and two words show a torn message as well as seven.
 const COPIED_WORDS: usize = if cfg!(loom) { 2 } else { BODY_WORDS };
 
 /// A ring entry as it lies in shared memory. Zeroed memory is a slot that was never published.

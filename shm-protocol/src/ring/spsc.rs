@@ -189,7 +189,8 @@ impl<M: RingMemory> Consumer<M> {
 
     /// Takes the next message, if one is published.
     ///
-    /// Progress is told to the producer every quarter of a lap and whenever the ring is found empty.
+    /// Progress is told to the producer every quarter of a lap and whenever the ring is found
+    /// empty.
     ///
     /// # Errors
     /// A [`RingFault`] if the slot's sequence word is impossible; the consumer does not move.
@@ -209,7 +210,8 @@ impl<M: RingMemory> Consumer<M> {
         Ok(Some(body))
     }
 
-    /// True when [`Self::try_pop`] has something to say: a message or a fault. Costs one relaxed load.
+    /// True when [`Self::try_pop`] has something to say: a message or a fault. Costs one relaxed
+    /// load.
     #[inline]
     pub fn ready(&self) -> bool {
         let seq = self
@@ -220,9 +222,10 @@ impl<M: RingMemory> Consumer<M> {
         self.geometry.judge_unpublished(self.position, seq).is_err()
     }
 
-    /// True when the next message is missing although a later one is there: a producing thread claimed a
-    /// slot and has not published it. Normal for the moment that a push takes; a thread or process that
-    /// vanished if it lasts. Reads up to a whole lap of slots, so ask on a timer, not in a poll loop.
+    /// True when the next message is missing although a later one is there: a producing thread
+    /// claimed a slot and has not published it. Normal for the moment that a push takes; a thread
+    /// or process that vanished if it lasts. Reads up to a whole lap of slots, so ask on a timer,
+    /// not in a poll loop.
     pub fn stalled(&self) -> bool {
         self.geometry.stalled_at(&self.memory, self.position)
     }

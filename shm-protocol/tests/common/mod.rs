@@ -1,5 +1,5 @@
-//! A ring over two sealed memfds, as one session has it: slots in the producer's segment, `consumed` in the
-//! consumer's, and each side with a read-only mapping of the other's.
+//! A ring over two sealed memfds, as one session has it: slots in the producer's segment,
+//! `consumed` in the consumer's, and each side with a read-only mapping of the other's.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
