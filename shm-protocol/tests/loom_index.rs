@@ -5,6 +5,8 @@
 #![cfg(loom)]
 #![forbid(unsafe_code)]
 
+use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
+
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
@@ -40,34 +42,59 @@ fn explore_with(preemption_bound: Option<usize>, model: impl Fn() + Sync + Send 
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = preemption_bound;
     builder.max_branches = 100_000;
-    builder.check(model);
+    let executions = std::sync::Arc::new(Counter::new(0));
+    let counted = executions.clone();
+    builder.check(move || {
+        counted.fetch_add(1, Relaxed);
+        model();
+    });
+    // Guards against a model whose threads never get to race.
+    let executions = executions.load(Relaxed);
+    assert!(executions >= 20, "only {executions} executions explored");
 }
 
-fn entry() -> Arc<EntryWords> {
-    Arc::new(core::array::from_fn(|_| AtomicU64::new(0)))
+/// Runs both sides as threads of their own and waits for them. Accesses of the model's first
+/// thread are not always seen as races by loom, so neither side runs there.
+fn race(write: impl FnOnce() + 'static, read: impl FnOnce() + 'static) {
+    let reader = thread::spawn(read);
+    let writer = thread::spawn(write);
+    reader.join().unwrap();
+    writer.join().unwrap();
 }
 
-/// The first word of a mixture decides how far a reader gets, so several cuts are tried.
+fn flag() -> (Arc<AtomicU64>, Arc<AtomicU64>) {
+    let flag = Arc::new(AtomicU64::new(0));
+    (flag.clone(), flag)
+}
+
+fn entry() -> (Arc<EntryWords>, Arc<EntryWords>) {
+    let entry = Arc::new(core::array::from_fn(|_| AtomicU64::new(0)));
+    (entry.clone(), entry)
+}
+
+fn sealed_entry() -> (Arc<EntryWords>, Arc<EntryWords>) {
+    let (entry, same) = entry();
+    publish(&entry, &A);
+    seal(&entry);
+    (entry, same)
+}
+
 fn a_mixture_is_never_a_hit(mixture: KeyWords) {
-    explore(move || {
-        let entry = entry();
-        publish(&entry, &A);
-        seal(&entry);
-        let writer = thread::spawn({
-            let entry = entry.clone();
+    explore_switches(move || {
+        let (entry, shared) = sealed_entry();
+        race(
             move || {
                 vacate(&entry);
                 publish(&entry, &B);
                 seal(&entry);
-            }
-        });
-        assert!(
-            !is_sealed_match(&entry, &mixture),
-            "a torn key was accepted"
+            },
+            move || {
+                assert!(
+                    !is_sealed_match(&shared, &mixture),
+                    "a torn key was accepted"
+                )
+            },
         );
-        writer.join().unwrap();
-        assert!(is_sealed_match(&entry, &B));
-        assert!(!is_sealed_match(&entry, &A));
     });
 }
 
@@ -103,58 +130,55 @@ fn a_key_torn_in_its_hash_is_never_a_hit() {
 #[test]
 fn a_key_withdrawn_before_the_lookup_is_never_a_hit() {
     explore_switches(|| {
-        let entry = entry();
-        publish(&entry, &A);
-        seal(&entry);
-        let gone = Arc::new(AtomicU64::new(0));
-        let writer = thread::spawn({
-            let (entry, gone) = (entry.clone(), gone.clone());
+        let (entry, shared) = sealed_entry();
+        let (gone, was_gone) = flag();
+        race(
             move || {
                 unseal(&entry);
                 gone.store(1, Ordering::Release);
                 vacate(&entry);
                 publish(&entry, &B);
-            }
-        });
-        let was_gone = gone.load(Ordering::Acquire) == 1;
-        let is_hit = is_sealed_match(&entry, &A);
-        assert!(!(was_gone && is_hit), "a withdrawn key was accepted");
-        // B is never sealed.
-        assert!(!is_sealed_match(&entry, &B));
-        writer.join().unwrap();
+            },
+            move || {
+                let was_gone = was_gone.load(Ordering::Acquire) == 1;
+                let is_hit = is_sealed_match(&shared, &A);
+                assert!(!(was_gone && is_hit), "a withdrawn key was accepted");
+                assert!(
+                    !is_sealed_match(&shared, &B),
+                    "a key was accepted that nobody sealed"
+                );
+            },
+        );
     });
 }
 
 #[test]
 fn a_hit_sees_everything_that_was_written_before_sealing() {
     explore(|| {
-        let entry = entry();
-        let page = Arc::new(AtomicU64::new(0));
-        let writer = thread::spawn({
-            let (entry, page) = (entry.clone(), page.clone());
+        let (entry, shared) = entry();
+        let (page, page_seen) = flag();
+        race(
             move || {
                 publish(&entry, &A);
                 page.store(1, Ordering::Relaxed);
                 seal(&entry);
-            }
-        });
-        if is_sealed_match(&entry, &A) {
-            assert_eq!(page.load(Ordering::Relaxed), 1);
-        }
-        writer.join().unwrap();
+            },
+            move || {
+                if is_sealed_match(&shared, &A) {
+                    assert_eq!(page_seen.load(Ordering::Relaxed), 1);
+                }
+            },
+        );
     });
 }
 
 #[test]
 fn a_key_that_is_resealed_is_never_accepted_across_another_keys_tenure() {
     explore_switches(|| {
-        let entry = entry();
-        publish(&entry, &A);
-        seal(&entry);
-        let gone = Arc::new(AtomicU64::new(0));
-        let back = Arc::new(AtomicU64::new(0));
-        let writer = thread::spawn({
-            let (entry, gone, back) = (entry.clone(), gone.clone(), back.clone());
+        let (entry, shared) = sealed_entry();
+        let (gone, was_gone) = flag();
+        let (back, is_back) = flag();
+        race(
             move || {
                 vacate(&entry);
                 gone.store(1, Ordering::Release);
@@ -163,17 +187,15 @@ fn a_key_that_is_resealed_is_never_accepted_across_another_keys_tenure() {
                 publish(&entry, &A);
                 back.store(1, Ordering::Relaxed);
                 seal(&entry);
-            }
-        });
-        let was_gone = gone.load(Ordering::Acquire) == 1;
-        if is_sealed_match(&entry, &A) && was_gone {
-            assert_eq!(
-                back.load(Ordering::Relaxed),
-                1,
-                "accepted before it was sealed again"
-            );
-        }
-        writer.join().unwrap();
+            },
+            move || {
+                let was_gone = was_gone.load(Ordering::Acquire) == 1;
+                if is_sealed_match(&shared, &A) && was_gone {
+                    let is_back = is_back.load(Ordering::Relaxed) == 1;
+                    assert!(is_back, "accepted before it was sealed again");
+                }
+            },
+        );
     });
 }
 
@@ -201,15 +223,15 @@ fn insert_sealed(writer: &mut Writer, number: u8) -> EntryId {
     id
 }
 
-#[test]
-fn a_lookup_during_reuse_of_an_entry_hits_only_what_is_sealed_meanwhile() {
-    explore_switches(|| {
+/// The writer removes block 1 and gives its entry to block 2, while `look` looks; `look` gets
+/// whether block 1 was gone before, and a flag that is set before block 2 is sealed.
+fn reuse_an_entry(look: impl Fn(&Reader, bool, &AtomicU64) + Copy + Send + Sync + 'static) {
+    explore_switches(move || {
         let (_memory, mut writer, reader) = index(2, 1);
         let first = insert_sealed(&mut writer, 1);
-        let gone = Arc::new(AtomicU64::new(0));
-        let coming = Arc::new(AtomicU64::new(0));
-        let thread = thread::spawn({
-            let (gone, coming) = (gone.clone(), coming.clone());
+        let (gone, was_gone) = flag();
+        let (coming, is_coming) = flag();
+        race(
             move || {
                 writer.remove(first).unwrap();
                 gone.store(1, Ordering::Release);
@@ -217,50 +239,46 @@ fn a_lookup_during_reuse_of_an_entry_hits_only_what_is_sealed_meanwhile() {
                 assert_eq!(second, first);
                 coming.store(1, Ordering::Relaxed);
                 writer.seal(second).unwrap();
-            }
-        });
-        let was_gone = gone.load(Ordering::Acquire) == 1;
-        assert!(
-            !(was_gone && reader.contains(&key(1))),
-            "a removed block was a hit"
+            },
+            move || look(&reader, was_gone.load(Ordering::Acquire) == 1, &is_coming),
         );
-        if reader.contains(&key(2)) {
-            assert_eq!(
-                coming.load(Ordering::Relaxed),
-                1,
-                "a block was a hit before its sealing"
-            );
-        }
-        thread.join().unwrap();
-        assert!(reader.contains(&key(2)) && !reader.contains(&key(1)));
     });
 }
 
 #[test]
-fn a_batch_during_reuse_of_an_entry_hits_only_what_is_sealed_meanwhile() {
-    explore_switches(|| {
-        let (_memory, mut writer, reader) = index(2, 1);
-        let first = insert_sealed(&mut writer, 1);
-        let gone = Arc::new(AtomicU64::new(0));
-        let thread = thread::spawn({
-            let gone = gone.clone();
-            move || {
-                writer.remove(first).unwrap();
-                gone.store(1, Ordering::Release);
-                insert_sealed(&mut writer, 2);
-            }
-        });
-        let was_gone = gone.load(Ordering::Acquire) == 1;
-        let mut bitmap = [0];
-        reader.membership(1, 0, &[[1; 32]], &mut bitmap);
-        assert!(!(was_gone && bitmap[0] != 0), "a removed block was a hit");
-        thread.join().unwrap();
-        assert_eq!(reader.prefix_len(1, 0, &[[2; 32], [1; 32]]), 1);
+fn a_lookup_of_a_removed_block_is_never_a_hit() {
+    reuse_an_entry(|reader, was_gone, _| {
+        assert!(
+            !(reader.contains(&key(1)) && was_gone),
+            "a removed block was a hit"
+        );
     });
 }
 
-/// Inserts keys 0, 1, .. until the lines count `passed` keys past them; the last one inserted is
-/// then past its home.
+#[test]
+fn a_lookup_of_a_block_before_its_sealing_is_never_a_hit() {
+    reuse_an_entry(|reader, _, is_coming| {
+        if reader.contains(&key(2)) {
+            assert_eq!(
+                is_coming.load(Ordering::Relaxed),
+                1,
+                "a hit before the sealing"
+            );
+        }
+    });
+}
+
+#[test]
+fn a_batch_with_a_removed_block_never_hits_it() {
+    reuse_an_entry(|reader, was_gone, _| {
+        let mut bitmap = [0];
+        reader.membership(1, 0, &[[1; 32]], &mut bitmap);
+        assert!(!(bitmap[0] != 0 && was_gone), "a removed block was a hit");
+    });
+}
+
+/// Inserts keys `from`, `from + 1`, .. until the two lines count `passed` keys past them; the last
+/// one inserted is then past its home.
 fn insert_until_passed(writer: &mut Writer, memory: &HeapMemory, from: u8, passed: u64) -> u8 {
     const LINES: usize = HEADER_BYTES / 8;
     for number in from.. {
@@ -279,19 +297,18 @@ fn a_stable_block_past_a_full_line_stays_visible_while_others_come_and_go() {
         let (memory, mut writer, reader) = index(14, 2);
         let stable = insert_until_passed(&mut writer, &memory, 0, 1);
         let other = insert_until_passed(&mut writer, &memory, stable + 1, 2);
-        let thread = thread::spawn(move || {
-            // The counter on the stable key's way goes down, up, and down again, and a slot of
-            // its home line empties.
-            let id = writer.find(&key(other)).unwrap();
-            writer.remove(id).unwrap();
-            let id = writer.insert(&key(other)).unwrap();
-            writer.remove(id).unwrap();
-            writer.remove(EntryId(0)).unwrap();
-        });
-        assert!(
-            reader.contains(&key(stable)),
-            "a sealed block was hidden by changes to others"
+        race(
+            move || {
+                // The counter on the stable key's way goes down, up, and down again.
+                let id = writer.find(&key(other)).unwrap();
+                writer.remove(id).unwrap();
+                let id = writer.insert(&key(other)).unwrap();
+                writer.remove(id).unwrap();
+            },
+            move || {
+                let is_hit = reader.contains(&key(stable));
+                assert!(is_hit, "a sealed block was hidden by changes to others");
+            },
         );
-        thread.join().unwrap();
     });
 }

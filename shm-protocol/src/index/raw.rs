@@ -110,10 +110,9 @@ mod mapped {
         /// # Safety
         /// As [`RawReadMemory::new`], and the bytes must be writable.
         pub unsafe fn new(base: NonNull<u8>, bytes: usize, owner: O) -> Self {
-            // SAFETY: the caller's promise includes this one.
-            Self {
-                inner: unsafe { RawReadMemory::new(base, bytes, owner) },
-            }
+            // SAFETY: the caller's promise includes the one that is needed here.
+            let inner = unsafe { RawReadMemory::new(base, bytes, owner) };
+            Self { inner }
         }
     }
 

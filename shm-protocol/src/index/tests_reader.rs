@@ -69,7 +69,7 @@ fn membership_sets_exactly_the_sealed_blocks_bits() {
     for count in [0usize, 1, 31, 33, 63, 64, 65, 200, 320] {
         let mut bitmap = [u64::MAX; 6];
         let hits = reader.membership(NAMESPACE, GROUP, &hashes(0..count as u64), &mut bitmap);
-        let is_hit = |i: usize| i < count.min(300) && i % 3 != 0 && i % 5 != 0;
+        let is_hit = |i: usize| i < count.min(300) && ![0, 3, 5, 6, 9, 10, 12].contains(&(i % 15));
         for i in 0..bitmap.len() * 64 {
             assert_eq!(
                 bitmap[i / 64] >> (i % 64) & 1 == 1,
