@@ -1,0 +1,67 @@
+//! Finding the programs under test, and building them if nobody has.
+
+#![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The daemon.
+pub fn pegaflowd() -> PathBuf {
+    folder().join("pegaflowd")
+}
+
+/// The tool.
+pub fn pegactl() -> PathBuf {
+    folder().join("pegactl")
+}
+
+/// The repository's root.
+pub fn repository() -> PathBuf {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests
+        .parent()
+        .expect("the tests folder lies in the repository")
+        .to_owned()
+}
+
+/// Folder of this build's programs, such as `target/debug`.
+///
+/// # Panics
+/// The build fails, or this program does not lie in a target folder.
+pub fn folder() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| match std::env::var_os("PEGAFLOW_BIN_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        None => build(),
+    })
+}
+
+/// Builds the workspace's programs in the profile and target folder of the running test.
+fn build() -> PathBuf {
+    let test = std::env::current_exe().expect("path of this program");
+    let folder = test
+        .ancestors()
+        .skip(1)
+        .find(|folder| !folder.ends_with("deps") && !folder.ends_with("examples"))
+        .expect("the test lies in a target folder")
+        .to_owned();
+    let target = folder.parent().expect("a profile's folder has a parent");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command
+        .args(["build", "--quiet", "--workspace", "--bins", "--target-dir"])
+        .arg(target);
+    if folder.ends_with("release") {
+        command.arg("--release");
+    }
+    let status = command
+        .current_dir(repository())
+        .status()
+        .expect("cargo runs");
+    assert!(
+        status.success(),
+        "building the programs under test failed: {status}"
+    );
+    folder
+}

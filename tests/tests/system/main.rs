@@ -1,0 +1,24 @@
+//! Whole-system tests: real daemon, real processes, real signals. One file per concept; a test's
+//! name is the guarantee that it tries to break.
+
+#![forbid(unsafe_code)]
+
+mod bytes;
+mod footprint;
+mod groups;
+mod hostile;
+mod kills;
+mod leases;
+mod limits;
+mod metrics;
+mod namespaces;
+mod ranks;
+mod registration;
+mod restart;
+mod saves;
+mod shutdown;
+mod startup;
+mod users;
+
+/// The program of [`pegaflow_tests::WorkerProcess`].
+const WORKER: &str = env!("CARGO_BIN_EXE_worker-process");
