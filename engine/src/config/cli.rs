@@ -17,7 +17,7 @@ pub(super) const CHECK_FLAG: &str = "check";
 const ABOUT: &str = "The PegaFlow node daemon: keeps the KV-cache blocks of this host's engines";
 const AFTER: &str = "\
 A flag beats the environment variable in brackets, which beats the file, which beats the default.
-The file is TOML with the flags' names as keys, such as: pool-size = \"8GiB\"
+The file is TOML with the flags' names, underscores for dashes, such as: pool_size = \"8GiB\"
 
 Exit status: 0 stopped as asked, 1 failed while running, 2 configuration refused.
 PEGAFLOW_SHM_DIR names another tmpfs folder than /dev/shm/pegaflow.";

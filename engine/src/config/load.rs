@@ -102,7 +102,7 @@ impl Loaded {
         }
         for option in OPTIONS {
             let value = self.config.show(option.name);
-            let line = format!("{} = {value}", option.name);
+            let line = format!("{} = {value}", option.name.replace('-', "_"));
             text.push_str(&format!("{line:<44} # {}\n", self.origin(option.name)));
         }
         text
@@ -247,7 +247,8 @@ fn read_file(
         }
     };
     for (key, value) in &table {
-        let Some(option) = OPTIONS.iter().find(|option| option.name == key) else {
+        let dashed = key.replace('_', "-");
+        let Some(option) = OPTIONS.iter().find(|option| option.name == dashed) else {
             let hint = nearest(key, OPTIONS.iter().map(|option| option.name));
             errors.push(ConfigError::UnknownKey {
                 key: key.clone(),
@@ -257,16 +258,22 @@ fn read_file(
             continue;
         };
         let origin = Origin::File(file());
+        let refused = |problem: &str| ConfigError::Value {
+            option: option.name,
+            value: value.to_string(),
+            origin: origin.clone(),
+            problem: problem.to_owned(),
+        };
         match value_text(option, value) {
+            Some(_) if sources.contains_key(option.name) => {
+                errors.push(refused("given with dashes and with underscores: keep one"));
+            }
             Some(text) => {
                 sources.insert(option.name, Source { origin, text });
             }
-            None => errors.push(ConfigError::Value {
-                option: option.name,
-                value: value.to_string(),
-                origin,
-                problem: "give a text, a whole number, true or false (a list for allow-uid)".into(),
-            }),
+            None => errors.push(refused(
+                "give a text, a whole number, true or false (a list for allow-uid)",
+            )),
         }
     }
 }

@@ -55,7 +55,7 @@ fn help_names_default_and_variable_of_every_option() {
 
 #[test]
 fn a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default() {
-    let file = file("spin-us = 1\nmax-leases = 11\nlease-ttl = \"1s\"\n");
+    let file = file("spin_us = 1\nmax-leases = 11\nlease_ttl = \"1s\"\n");
     let env = [
         ("PEGAFLOW_CONFIG", path(&file)),
         ("PEGAFLOW_SPIN_US", "2"),
@@ -244,12 +244,12 @@ fn each_bad_value_is_named_with_its_option_and_the_way_out() {
 
 #[test]
 fn all_errors_come_at_once() {
-    let file = file("pool_size = 1\nfrobnicate = 2\nnode = \"..\"\nlease-ttl = 1.5\n");
+    let file = file("pol_size = 1\nfrobnicate = 2\nnode = \"..\"\nlease-ttl = 1.5\n");
     let flags = ["--config", path(&file), "--copy-threads=0", "--http=x"];
     let errors = errors(&flags);
     assert_eq!(errors.len(), 6, "{errors:#?}");
     let all = errors.join("\n");
-    assert!(all.contains("unknown option `pool_size`"), "{all}");
+    assert!(all.contains("unknown option `pol_size`"), "{all}");
     assert!(all.contains("did you mean `pool-size`?"), "{all}");
     assert!(all.contains("unknown option `frobnicate`"), "{all}");
 }
@@ -301,4 +301,11 @@ fn the_effective_configuration_reads_back_as_itself_and_names_origins() {
     let file = file(&text);
     let again = load_with(&["--config", path(&file)], &[]).unwrap();
     assert_eq!(again.config, loaded.config);
+}
+
+#[test]
+fn one_option_under_two_spellings_is_refused() {
+    let file = file("max-leases = 1\nmax_leases = 2\n");
+    let errors = errors(&["--config", path(&file)]);
+    assert!(errors[0].contains("keep one"), "{errors:?}");
 }

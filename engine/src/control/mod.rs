@@ -42,7 +42,6 @@ pub use handshake::hex;
 pub use hub::MAX_WAITING_NOTICES;
 pub use packet::{MAX_WAITING_MESSAGES, Overflow};
 pub use regions::{MAX_REGION_BYTES, MAX_REGIONS};
-pub use register::MAX_REGISTRATIONS;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -82,8 +81,6 @@ pub struct ControlOptions {
     pub hello_timeout: Duration,
     /// Life of a lease when the query names none.
     pub lease_ttl: Duration,
-    /// Bytes of an extent: no page can be larger.
-    pub extent_bytes: u64,
     /// Folder of the links to the sessions' segments.
     pub sessions_dir: PathBuf,
 }

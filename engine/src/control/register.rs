@@ -6,7 +6,6 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use bytesize::ByteSize;
 use pegaflow_shm::control::{
     GroupLayout, MAX_GROUPS, MAX_NAME_BYTES, MAX_WORLD_SIZE, MemoryRef, RegisterSpec,
 };
@@ -18,21 +17,17 @@ use crate::copy::BoundLayout;
 use crate::lane::api::{NewRegistration, Refusal, RegisteredGroup};
 use crate::layout::ValidLayout;
 
-/// Most registrations of one session.
-pub const MAX_REGISTRATIONS: usize = 64;
-
 /// A checked registration and the regions it uses.
 pub(super) struct Checked {
     pub(super) registration: NewRegistration,
     pub(super) regions: Vec<u32>,
 }
 
-/// Checks a registration; `extent_bytes` bounds its pages.
+/// Checks a registration and finds its memory.
 pub(super) fn check(
     spec: RegisterSpec,
     memory: &mut Memory,
     peer: &Peer,
-    extent_bytes: u64,
 ) -> Result<Checked, Refusal> {
     check_name("instance", &spec.instance)?;
     spec.namespace
@@ -43,7 +38,7 @@ pub(super) fn check(
     let mut groups = Vec::with_capacity(spec.groups.len());
     let mut regions = BTreeSet::new();
     for group in &spec.groups {
-        groups.push(check_group(group, memory, peer, extent_bytes)?);
+        groups.push(check_group(group, memory, peer)?);
         let used = group
             .segments
             .iter()
@@ -127,20 +122,10 @@ fn check_group(
     group: &GroupLayout,
     memory: &mut Memory,
     peer: &Peer,
-    extent_bytes: u64,
 ) -> Result<RegisteredGroup, Refusal> {
     let bad = |text: String| Refusal::new(Status::BadLayout, text);
     let layout = ValidLayout::new(group, |region| memory.region_bytes(region))
         .map_err(|error| bad(error.to_string()))?;
-    if layout.page_bytes() > extent_bytes {
-        return Err(bad(format!(
-            "group {}: a page of {} bytes does not fit an extent of {}: start pegaflowd with a \
-             larger --extent-size (and --pool-size), or use smaller blocks",
-            group.group,
-            layout.page_bytes(),
-            ByteSize(extent_bytes)
-        )));
-    }
     if layout
         .parts()
         .iter()

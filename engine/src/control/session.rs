@@ -23,7 +23,7 @@ use super::links::SegmentLinks;
 use super::packet::{Overflow, PacketSocket};
 use super::peer::{self, Peer};
 use super::regions::Memory;
-use super::register::{self, MAX_REGISTRATIONS};
+use super::register;
 use super::watch::watch;
 use crate::lane::api::{CloseReason, LaneEvent, Refusal, SessionId};
 
@@ -176,14 +176,7 @@ impl Session {
     }
 
     async fn register(&mut self, spec: RegisterSpec) -> Result<u32, Refusal> {
-        if self.registrations.len() >= MAX_REGISTRATIONS {
-            let text = format!(
-                "the session has {MAX_REGISTRATIONS} registrations, no more fit: unregister some"
-            );
-            return Err(Refusal::new(Status::Limit, text));
-        }
-        let extent_bytes = self.shared.options.extent_bytes;
-        let checked = register::check(spec, &mut self.memory, &self.peer, extent_bytes)?;
+        let checked = register::check(spec, &mut self.memory, &self.peer)?;
         let (instance, rank) = (
             checked.registration.spec.instance.clone(),
             checked.registration.spec.rank,

@@ -1,0 +1,21 @@
+//! The HTTP pages: `/metrics` for Prometheus, `/health` for probes.
+//!
+//! Both are made from the node file and a heartbeat, without asking the lane: they answer while it is busy.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | [`exposition`] | the text of `/metrics` |
+//! | [`health`] | phase of the daemon, age of the lane's last sign of life |
+//! | `server` | connections, bounded; routes |
+
+#![forbid(unsafe_code)]
+
+pub mod exposition;
+pub mod health;
+mod server;
+
+#[cfg(test)]
+mod tests;
+
+pub use health::{Health, Phase};
+pub use server::{HttpError, HttpServer, MAX_HTTP_CONNECTIONS};
