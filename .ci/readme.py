@@ -1,100 +1,73 @@
 #!/usr/bin/env python3
 """Runs what the README shows, so that the README stays true.
 
-Every fenced block tagged `sh` runs with `bash -euo pipefail` in the repository's root; a block tagged
-`c NAME` is first written to NAME in a scratch folder, which the shell blocks see as $README_DIR.
-A block after the comment `<!-- not run: why -->` is skipped, and the reason printed. A daemon that
-a block starts is stopped at the end: blocks share one private node and socket.
+The fenced blocks tagged `sh` run as one script, `bash -euo pipefail`, first in the repository's root.
+A block tagged `c NAME` is saved as NAME in a scratch folder, where the script goes on from there.
+The script has a home folder, a node name and a socket of its own, so that neither the user's files
+nor the machine's daemon are touched. `--done COMMAND` leaves out blocks of just that command, which
+the caller has run already.
 """
 
+import argparse
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FENCE = re.compile(
-    r"(?P<skip><!-- not run: (?P<why>[^>]*) -->\n)?```(?P<tag>sh|c (?P<name>\S+))\n(?P<body>.*?)```\n",
-    re.DOTALL,
-)
-LIMIT_SECONDS = 900
+FENCE = re.compile(r"```(?P<tag>sh|c (?P<name>\S+))\n(?P<body>.*?)```\n", re.DOTALL)
+LIMIT_SECONDS = 1200
 
 
 def environment(folder):
-    """Names that belong to this run alone, so that a daemon of the machine is left in peace."""
-    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+    home = Path(os.environ.get("HOME", "/"))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PEGAFLOW_")}
     return {
-        **os.environ,
-        "README_DIR": str(folder),
-        "CARGO_TARGET_DIR": str(target),
+        **kept,
+        "HOME": str(folder),
+        "CARGO_HOME": os.environ.get("CARGO_HOME", str(home / ".cargo")),
+        "RUSTUP_HOME": os.environ.get("RUSTUP_HOME", str(home / ".rustup")),
+        "CARGO_TARGET_DIR": os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target")),
         "PEGAFLOW_NODE": f"readme-{os.getpid()}",
         "PEGAFLOW_SOCKET": str(folder / "pegaflow.sock"),
-        "PREFIX": str(folder / "prefix"),
-        "PATH": f"{folder / 'prefix' / 'bin'}:{os.environ['PATH']}",
-        "PKG_CONFIG_PATH": str(folder / "prefix" / "lib" / "pkgconfig"),
-        "LD_LIBRARY_PATH": str(folder / "prefix" / "lib"),
     }
 
 
-def stop_daemon(env):
-    """Ends the daemon of this run's node, which its node file names, and removes its files."""
-    folder = Path(env.get("PEGAFLOW_SHM_DIR", "/dev/shm/pegaflow")) / env["PEGAFLOW_NODE"]
-    pid = None
-    for process in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"PEGAFLOW_NODE={env['PEGAFLOW_NODE']}".encode() not in process.read_bytes():
-                continue
-            command = (process.parent / "comm").read_text().strip()
-        except OSError:
-            continue
-        if command == "pegaflowd":
-            pid = int(process.parent.name)
-            os.kill(pid, signal.SIGTERM)
-    if pid is not None:
-        for _ in range(100):
-            if not Path(f"/proc/{pid}").exists():
-                break
-            signal.sigtimedwait([], 0.1)
-    if folder.is_dir():
-        for file in sorted(folder.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
-        folder.rmdir()
-
-
-def run_block(body, env):
-    print("\n".join(f"$ {line}" for line in body.strip().splitlines()), flush=True)
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", body], cwd=ROOT, env=env,
-        stdin=subprocess.DEVNULL, timeout=LIMIT_SECONDS, check=False,
-    )
-    return done.returncode
+def script(folder, done):
+    """The README's blocks as one shell script, and how many of them there are."""
+    lines = ["set -x"]
+    blocks = 0
+    # Whatever happens, the daemon that a block started in the background ends with the script.
+    lines.insert(0, "trap 'jobs -p | xargs --no-run-if-empty kill 2>/dev/null || true' EXIT")
+    for block in FENCE.finditer((ROOT / "README.md").read_text(encoding="utf-8")):
+        if block["name"]:
+            (folder / block["name"]).write_text(block["body"], encoding="utf-8")
+            lines.append(f"cd '{folder}'")
+        elif block["body"].strip() not in done:
+            lines.append(block["body"])
+            blocks += 1
+    return "\n".join(lines), blocks
 
 
 def main():
-    blocks = list(FENCE.finditer((ROOT / "README.md").read_text(encoding="utf-8")))
-    failed, ran = 0, 0
+    parser = argparse.ArgumentParser(description="run the README's commands")
+    parser.add_argument("--done", action="append", default=[], help="a command that has been run")
+    done = parser.parse_args().done
     with tempfile.TemporaryDirectory(prefix="pegaflow-readme-") as name:
         folder = Path(name)
         env = environment(folder)
-        try:
-            for block in blocks:
-                if block["name"]:
-                    (folder / block["name"]).write_text(block["body"], encoding="utf-8")
-                elif block["skip"]:
-                    print(f"not run ({block['why']}): {block['body'].splitlines()[0]}")
-                else:
-                    ran += 1
-                    status = run_block(block["body"], env)
-                    if status:
-                        failed += 1
-                        print(f"README block failed with status {status}", file=sys.stderr)
-        finally:
-            stop_daemon(env)
-    print(f"README: {ran} blocks run, {failed} failed")
-    return 1 if failed or not ran else 0
+        text, blocks = script(folder, done)
+        status = subprocess.run(
+            ["bash", "-meuo", "pipefail", "-c", text], cwd=ROOT, env=env,
+            stdin=subprocess.DEVNULL, timeout=LIMIT_SECONDS, check=False,
+        ).returncode
+        shm = Path(env.get("PEGAFLOW_SHM_DIR", "/dev/shm/pegaflow")) / env["PEGAFLOW_NODE"]
+        shutil.rmtree(shm, ignore_errors=True)
+    print(f"README: {blocks} blocks, status {status}")
+    return 1 if status or not blocks else 0
 
 
 if __name__ == "__main__":
