@@ -1,1 +1,25 @@
-//! Placeholder while the crate is being laid out.
+//! `pegactl`: looks at a PegaFlow node, measures it and exercises it.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`cli`] | the command line, exit statuses |
+//! | [`node`] | a node as its shared memory shows it |
+//! | [`status`], [`rings`], [`metrics`], [`top`] | tables and the live screen |
+//! | [`doctor`] | checks of the machine |
+//! | [`replay`] | a workload through engine processes, every loaded byte checked |
+//! | [`bench`] | latency and throughput against the machine's limits |
+//! | [`daemon`], [`children`] | processes of our own and their end |
+
+pub mod bench;
+pub mod children;
+pub mod cli;
+pub mod daemon;
+pub mod doctor;
+pub mod error;
+pub mod metrics;
+pub mod node;
+pub mod output;
+pub mod replay;
+pub mod rings;
+pub mod status;
+pub mod top;

@@ -1,1 +1,7 @@
-fn main() {}
+//! `pegactl`: look at, measure and exercise a PegaFlow node.
+
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    pegaflow_tools::cli::main()
+}
