@@ -432,6 +432,21 @@ fn a_single_producer_that_stops_leaves_whole_messages_and_then_nothing() {
 }
 
 #[test]
+fn a_single_producer_never_looks_stalled() {
+    model(3, || {
+        let ring = Arc::new(HeapRing::new(CAPACITY));
+        let producing = ring.clone();
+        let producer = thread::spawn(move || {
+            let mut producer = Producer::new(producing);
+            (0..2).for_each(|number| producer.try_push(&message(number)).unwrap());
+        });
+        let consumer = Consumer::new(ring);
+        assert!(!consumer.stalled());
+        producer.join().unwrap();
+    });
+}
+
+#[test]
 fn a_slow_producer_is_not_mistaken_for_a_fault() {
     model(3, || {
         let ring = Arc::new(HeapRing::new(CAPACITY));
