@@ -26,6 +26,9 @@ use crate::shared::timespec;
 /// Longest sleep without looking up.
 const LONGEST_SLEEP: Duration = Duration::from_secs(10);
 
+/// Refusals after which a session counts as up although a registration is not back.
+const PATIENCE: u32 = 6;
+
 /// Starts the keeper of a client whose first session is up.
 pub(crate) fn spawn(shared: Arc<Shared>) -> Result<JoinHandle<()>, Error> {
     let backoff = Backoff::new(&shared);
@@ -34,6 +37,7 @@ pub(crate) fn spawn(shared: Arc<Shared>) -> Result<JoinHandle<()>, Error> {
         backoff,
         sessions: 1,
         retry_at: None,
+        refusals: 0,
     };
     let builder = std::thread::Builder::new().name("pega-keeper".to_owned());
     without_signals(|| builder.spawn(move || keeper.run()))
@@ -47,6 +51,8 @@ struct Keeper {
     sessions: u64,
     /// When to register again what the present daemon refused.
     retry_at: Option<Instant>,
+    /// Registrations that the present daemon refused, counting every attempt.
+    refusals: u32,
 }
 
 impl Keeper {
@@ -157,6 +163,7 @@ impl Keeper {
     fn failed(&mut self, session: &Session, seq: u64, status: Status, message: String) {
         if let Some((Purpose::Register(id), false)) = self.shared.control.purpose(seq) {
             self.shared.refused(id, status, message.clone());
+            self.refusals += 1;
             // Another client may still hold the rank, or a limit: that can pass.
             self.retry_at = Some(Instant::now() + self.backoff.next());
         }
@@ -170,7 +177,7 @@ impl Keeper {
     }
 
     fn reconnect(&mut self) {
-        self.retry_at = None;
+        (self.retry_at, self.refusals) = (None, 0);
         let pause = self.backoff.next();
         self.sleep(pause);
         if self.shared.is_closing() {
@@ -237,8 +244,12 @@ impl Keeper {
         }
     }
 
-    /// Says that the session is up once nothing is left to be answered.
+    /// Says that the session is up once nothing is left to be answered. A refusal is often that of
+    /// our own last session, which the daemon is still ending: that is waited for a few times.
     fn announce(&mut self, session: &Session) {
+        if self.retry_at.is_some() && self.refusals < PATIENCE {
+            return;
+        }
         if !self.shared.control.has_background() && self.shared.announce(session.number) {
             self.backoff.reset();
         }

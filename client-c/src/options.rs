@@ -90,10 +90,14 @@ impl Options {
             .map_err(|fault| Error::argument("node", node.clone(), fault.to_string()))?;
         let from_env = std::env::var_os("PEGAFLOW_SOCKET").is_some();
         let socket_is_explicit = self.socket.is_some() || from_env;
-        let socket = self
+        let named = self
             .socket
             .clone()
             .unwrap_or_else(|| paths::socket_path(&node));
+        // A daemon that is started for it gets the path and works in another folder.
+        let socket = std::path::absolute(&named).map_err(|error| {
+            Error::argument("socket", named.display().to_string(), error.to_string())
+        })?;
         let client_name = resolve_name(&self.client_name)?;
         let shape = self.shape()?;
         check_slots("completion_slots", self.completion_slots)?;

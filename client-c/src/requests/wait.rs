@@ -31,16 +31,33 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
 impl Shared {
     pub(crate) fn poll(&self, out: &mut [Completion]) -> usize {
+        let mut filled = 0;
+        self.take_finished(out.len(), |completion| {
+            out[filled] = completion;
+            filled += 1;
+        });
+        self.resolve(&mut out[..filled]);
+        filled
+    }
+
+    /// [`Self::poll`] for a caller that keeps a list.
+    pub(crate) fn poll_list(&self, limit: usize, out: &mut Vec<Completion>) {
+        self.take_finished(limit, |completion| out.push(completion));
+        self.resolve(out);
+    }
+
+    /// Hands over at most `limit` completions, their bitmaps not yet copied.
+    fn take_finished(&self, limit: usize, mut sink: impl FnMut(Completion)) {
         if self.check_process().is_err() {
-            return 0;
+            return;
         }
         let mut wakes = Wakes::default();
         let mut inner = self.lock();
         self.collect(&mut inner, Collector::Poller, &mut wakes);
-        let mut taken = take_ready(&mut inner, out);
-        if taken == 0 && !out.is_empty() && self.fd_mode.load(Ordering::Relaxed) {
+        let mut taken = take_ready(&mut inner, limit, &mut sink);
+        if taken == 0 && limit > 0 && self.fd_mode.load(Ordering::Relaxed) {
             inner = self.before_sleep(inner, &mut wakes);
-            taken = take_ready(&mut inner, out);
+            taken = take_ready(&mut inner, limit, &mut sink);
         }
         if taken > 0 && inner.fd_armed {
             inner.fd_armed = false;
@@ -53,8 +70,6 @@ impl Shared {
         }
         drop(inner);
         self.deliver(wakes);
-        self.resolve(&mut out[..taken]);
-        taken
     }
 
     /// Makes the completion descriptor unreadable until something new comes.
@@ -309,13 +324,13 @@ impl Turn {
     }
 }
 
-fn take_ready(inner: &mut Inner, out: &mut [Completion]) -> usize {
+fn take_ready(inner: &mut Inner, limit: usize, sink: &mut impl FnMut(Completion)) -> usize {
     let mut taken = 0;
-    for place in out {
+    while taken < limit {
         let Some(completion) = inner.table.take_next() else {
             break;
         };
-        *place = completion;
+        sink(completion);
         taken += 1;
     }
     taken

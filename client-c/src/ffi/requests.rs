@@ -1,0 +1,147 @@
+//! Probes and submissions.
+
+use std::ffi::c_int;
+
+use super::guard::exports;
+use super::pointers::{array, array_mut, handle, null, put};
+use super::types::*;
+use crate::requests::Draft;
+use crate::{BlockHash, Error, RegistrationId, RequestId};
+
+exports! {
+    /// Length of the cached prefix, by reading memory.
+    try fn pega_probe(
+        client: *mut pega_client, registration: u32, group: u16,
+        hashes: *const pega_hash, count: usize, hits: *mut u32,
+    ) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes, a place for the answer.
+        unsafe {
+            let (client, hashes) = (&handle(client)?.client, read_hashes(hashes, count)?);
+            put(hits, client.probe(RegistrationId(registration), group, hashes)?, "hits")?;
+        }
+        Ok(0)
+    }
+
+    /// Which blocks are cached, by reading memory.
+    try fn pega_probe_membership(
+        client: *mut pega_client, registration: u32, group: u16,
+        hashes: *const pega_hash, count: usize,
+        bitmap: *mut u64, bitmap_words: usize, hits: *mut u32,
+    ) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes, `bitmap_words` words, a
+        // place for the answer.
+        unsafe {
+            let (client, hashes) = (&handle(client)?.client, read_hashes(hashes, count)?);
+            let bitmap = array_mut(bitmap, bitmap_words, "bitmap")?;
+            let id = RegistrationId(registration);
+            put(hits, client.probe_membership(id, group, hashes, bitmap)?, "hits")?;
+        }
+        Ok(0)
+    }
+
+    /// Pins cached blocks.
+    try fn pega_query(
+        client: *mut pega_client, registration: u32, group: u16, key: u64,
+        hashes: *const pega_hash, count: usize, ttl_ms: u64,
+        bitmap: *mut u64, bitmap_words: usize, request: *mut u64,
+    ) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes; `bitmap` is only
+        // remembered here.
+        let hashes = unsafe { read_hashes(hashes, count)? };
+        if group != 0 && (bitmap.is_null() || bitmap_words < count.div_ceil(64)) {
+            let value = format!("{bitmap:p} of {bitmap_words} words for {count} positions");
+            let way_out = "a query of another group than 0 needs a bit for each hash";
+            return Err(Error::argument("bitmap", value, way_out));
+        }
+        let draft = Draft::query(RegistrationId(registration), group, key, hashes, ttl_ms);
+        let cookie = bitmap.expose_provenance() as u64;
+        // SAFETY: as above, and a place for the answer.
+        unsafe { submit(client, draft.with_cookie(cookie), request) }
+    }
+
+    /// Copies a lease's pages into the engine's blocks.
+    try fn pega_load(
+        client: *mut pega_client, registration: u32, group: u16, lease: u64, first: u32,
+        blocks: *const u32, count: usize, request: *mut u64,
+    ) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, `count` ids, a place for the answer.
+        unsafe {
+            let blocks = array(blocks, count, "blocks")?;
+            let draft = Draft::load(RegistrationId(registration), group, lease, first, blocks);
+            submit(client, draft, request)
+        }
+    }
+
+    /// Copies blocks into the pool.
+    try fn pega_save(
+        client: *mut pega_client, registration: u32, group: u16,
+        hashes: *const pega_hash, blocks: *const u32, count: usize, request: *mut u64,
+    ) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes and ids, a place for the
+        // answer.
+        unsafe {
+            let (hashes, blocks) = (read_hashes(hashes, count)?, array(blocks, count, "blocks")?);
+            let draft = Draft::save(RegistrationId(registration), group, hashes, blocks);
+            submit(client, draft, request)
+        }
+    }
+
+    /// Gives a lease back.
+    try fn pega_release(
+        client: *mut pega_client, registration: u32, lease: u64, request: *mut u64,
+    ) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, a place for the answer.
+        unsafe { submit(client, Draft::release(RegistrationId(registration), lease), request) }
+    }
+
+    /// Extends a lease.
+    try fn pega_renew(
+        client: *mut pega_client, registration: u32, lease: u64, ttl_ms: u64, request: *mut u64,
+    ) -> c_int {
+        let draft = Draft::renew(RegistrationId(registration), lease, ttl_ms);
+        // SAFETY: by the header: a handle of `pega_connect`, a place for the answer.
+        unsafe { submit(client, draft, request) }
+    }
+
+    /// Asks to cancel a request.
+    try fn pega_cancel(
+        client: *mut pega_client, cancelled: u64, request: *mut u64,
+    ) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, a place for the answer.
+        unsafe { submit(client, Draft::cancel(RequestId(cancelled)), request) }
+    }
+
+    /// Does nothing, there and back.
+    try fn pega_nop(client: *mut pega_client, request: *mut u64) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, a place for the answer.
+        unsafe { submit(client, Draft::nop(), request) }
+    }
+}
+
+/// # Safety
+/// `client` is a handle of `pega_connect`, `request` NULL or writable.
+unsafe fn submit(
+    client: *mut pega_client,
+    draft: Draft<'_>,
+    request: *mut u64,
+) -> Result<c_int, Error> {
+    if request.is_null() {
+        return Err(null("request"));
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        let id = handle(client)?.client.shared().submit(&draft)?;
+        put(request, id.0, "request")?;
+    }
+    Ok(0)
+}
+
+/// # Safety
+/// As for [`array`].
+unsafe fn read_hashes<'a>(
+    hashes: *const pega_hash,
+    count: usize,
+) -> Result<&'a [BlockHash], Error> {
+    // SAFETY: the caller's promise; a `pega_hash` is 32 bytes and nothing else.
+    unsafe { array(hashes.cast::<BlockHash>(), count, "hashes") }
+}
