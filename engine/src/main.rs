@@ -36,7 +36,11 @@ fn main() -> ExitCode {
     match daemon::run(&loaded) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error}");
+            if tracing::enabled!(tracing::Level::ERROR) {
+                tracing::error!("{error}");
+            } else {
+                eprintln!("error: {error}");
+            }
             ExitCode::from(FAILED)
         }
     }

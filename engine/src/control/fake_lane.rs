@@ -4,7 +4,6 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, mpsc};
-use std::thread::JoinHandle;
 
 use pegaflow_shm::mapping::create_segment;
 use pegaflow_shm::status::Status;
@@ -30,7 +29,6 @@ pub(crate) struct FakeLane {
     pub(crate) handle: LaneHandle,
     pub(crate) events: tokio_mpsc::UnboundedSender<LaneEvent>,
     pub(crate) seen: Arc<Mutex<Vec<Seen>>>,
-    pub(crate) thread: JoinHandle<()>,
 }
 
 impl FakeLane {
@@ -40,13 +38,12 @@ impl FakeLane {
         let (events, receiver) = tokio_mpsc::unbounded_channel();
         let seen = Arc::new(Mutex::new(Vec::new()));
         let log = seen.clone();
-        let thread = std::thread::spawn(move || serve(&inbox, &log));
+        std::thread::spawn(move || serve(&inbox, &log));
         (
             FakeLane {
                 handle,
                 events,
                 seen,
-                thread,
             },
             receiver,
         )

@@ -20,9 +20,6 @@ mod node_file;
 mod progress;
 mod signals;
 
-#[cfg(test)]
-mod tests;
-
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
