@@ -1,5 +1,7 @@
 //! The program `pegaflowd` as an operator meets it: options, errors, start, stop, restart.
 
+#![forbid(unsafe_code)]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixDatagram;

@@ -1,9 +1,9 @@
 //! The daemon's configuration: one table of options for flags, environment, file and defaults.
 //!
-//! A flag beats the environment, which beats the file, which beats the default. Nothing is ignored in
-//! silence: an unknown key, a value out of range or two values that contradict each other end the start,
-//! and all of them are reported at once. [`Loaded::effective_toml`] prints what came of it and where each
-//! value came from; fed back with `--config`, it gives the same configuration.
+//! A flag beats the environment, which beats the file, which beats the default. Nothing is ignored
+//! in silence: an unknown key, a value out of range or two values that contradict each other end
+//! the start, and all of them are reported at once. [`Loaded::effective_toml`] prints what came of
+//! it and where each value came from; fed back with `--config`, it gives the same configuration.
 //!
 //! | file | what it does |
 //! | --- | --- |

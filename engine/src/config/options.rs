@@ -1,4 +1,5 @@
-//! The table of all options. A new option is one entry here and, if it has limits, a line in `check`.
+//! The table of all options. A new option is one entry here and, if it has limits, a line in
+//! `check`.
 
 #![forbid(unsafe_code)]
 

@@ -49,8 +49,8 @@ impl Hub {
         self.mailboxes().remove(&session);
     }
 
-    /// Puts an event into the mailbox of its session, if that is still there. A full mailbox is taken away,
-    /// which the session's task sees.
+    /// Puts an event into the mailbox of its session, if that is still there. A full mailbox is
+    /// taken away, which the session's task sees.
     pub(super) fn deliver(&self, event: LaneEvent) {
         let (LaneEvent::Ready { session, .. }
         | LaneEvent::NotReady { session, .. }

@@ -77,7 +77,8 @@ pub struct SocketClaim {
 }
 
 impl SocketClaim {
-    /// Makes the folder (0711 when other users may connect, else 0700), checks it and takes the lock.
+    /// Makes the folder (0711 when other users may connect, else 0700), checks it and takes the
+    /// lock.
     ///
     /// # Errors
     /// See [`ListenError`].

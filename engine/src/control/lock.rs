@@ -1,7 +1,7 @@
 //! Lock files: at most one daemon per socket and per node folder, even after a crash.
 //!
-//! The kernel drops the lock when its holder dies, so a stale file never keeps anybody out. The file
-//! itself is never removed: a lock on an unlinked file would protect nothing.
+//! The kernel drops the lock when its holder dies, so a stale file never keeps anybody out. The
+//! file itself is never removed: a lock on an unlinked file would protect nothing.
 
 #![forbid(unsafe_code)]
 

@@ -1,8 +1,9 @@
 //! The control side: sockets, sessions, liveness. It moves no block and owns no cache state.
 //!
-//! One task per connection runs on a single-threaded runtime, next to the HTTP pages and the timers. A
-//! client can break its own session and nothing else: its messages are checked before the lane hears of
-//! them, what it does not read is bounded, and its end is noticed by its socket and its pidfd.
+//! One task per connection runs on a single-threaded runtime, next to the HTTP pages and the
+//! timers. A client can break its own session and nothing else: its messages are checked before the
+//! lane hears of them, what it does not read is bounded, and its end is noticed by its socket and
+//! its pidfd.
 //!
 //! | file | what it does |
 //! | --- | --- |

@@ -13,7 +13,8 @@ use rustix::process::geteuid;
 
 use super::lock::{LockError, LockFile};
 
-/// Permission bits of the folder of all nodes: each user may add a node, nobody may remove another's.
+/// Permission bits of the folder of all nodes: each user may add a node, nobody may remove
+/// another's.
 const ROOT_MODE: u32 = 0o1777;
 /// Permission bits of a node's folder.
 const NODE_MODE: u32 = 0o700;
@@ -77,8 +78,8 @@ pub struct NodeDir {
 }
 
 impl NodeDir {
-    /// Makes what is missing, refuses what is not safe, takes the lock and removes what a previous daemon's
-    /// sessions left.
+    /// Makes what is missing, refuses what is not safe, takes the lock and removes what a previous
+    /// daemon's sessions left.
     ///
     /// # Errors
     /// See [`NodeDirError`].
@@ -139,7 +140,8 @@ impl NodeDir {
     }
 }
 
-/// Opens a folder that one of `owners` has, making it if it is missing; a folder of our own gets `mode`.
+/// Opens a folder that one of `owners` has, making it if it is missing; a folder of our own gets
+/// `mode`.
 fn open_folder(path: &Path, mode: u32, owners: &[u32]) -> Result<OwnedFd, NodeDirError> {
     let failed = |operation| {
         let path = path.to_owned();
@@ -173,7 +175,8 @@ fn open_folder(path: &Path, mode: u32, owners: &[u32]) -> Result<OwnedFd, NodeDi
             own,
         });
     }
-    // The folder of all nodes keeps the mode that an operator gave it; a node's folder is ours alone.
+    // The folder of all nodes keeps the mode that an operator gave it; a node's folder is ours
+    // alone.
     let private = mode & 0o077 == 0;
     if made || (private && stat.st_mode & 0o7777 != mode) {
         fchmod(&fd, Mode::from_raw_mode(mode)).map_err(failed("setting the mode of"))?;

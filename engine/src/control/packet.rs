@@ -1,4 +1,5 @@
-//! The connected socket of a session on the runtime: receive one message, send without ever waiting.
+//! The connected socket of a session on the runtime: receive one message, send without ever
+//! waiting.
 
 #![forbid(unsafe_code)]
 
@@ -82,13 +83,15 @@ impl PacketSocket {
         !self.waiting.is_empty()
     }
 
-    /// Waits until the client may have read something; then [`Self::flush`]. Only while messages wait.
+    /// Waits until the client may have read something; then [`Self::flush`]. Only while messages
+    /// wait.
     pub(super) async fn writable(&self) {
         // An error here is one of the runtime; the next send or receive says what.
         let _ = self.fd.writable().await;
     }
 
-    /// Sends what the socket takes. A socket that is closed takes everything: the reading side says so.
+    /// Sends what the socket takes. A socket that is closed takes everything: the reading side says
+    /// so.
     pub(super) fn flush(&mut self) {
         while let Some(message) = self.waiting.front() {
             match seqpacket::send(self.as_fd(), message, &[]) {
@@ -107,8 +110,8 @@ impl PacketSocket {
         }
     }
 
-    /// Closes so that the client can still read what was sent: a socket closed with unread packets would
-    /// give it a connection reset first.
+    /// Closes so that the client can still read what was sent: a socket closed with unread packets
+    /// would give it a connection reset first.
     pub(super) fn close(self) {
         let fd = self.fd.into_inner();
         if shutdown(&fd, Shutdown::Read).is_err() {

@@ -88,8 +88,8 @@ fn system(call: &str, errno: NixErrno) -> Refusal {
     )
 }
 
-/// True if the process has ended or is about to: a process that dies closes its sockets before its pidfd
-/// becomes readable, but after the kernel has marked it as exiting.
+/// True if the process has ended or is about to: a process that dies closes its sockets before its
+/// pidfd becomes readable, but after the kernel has marked it as exiting.
 pub(super) fn is_exiting(pid: i32) -> bool {
     const PF_EXITING: u64 = 0x4;
     let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {

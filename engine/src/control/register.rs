@@ -1,5 +1,5 @@
-//! A registration as a client words it becomes one that the lane can take: names, numbers and layouts
-//! checked, memory found.
+//! A registration as a client words it becomes one that the lane can take: names, numbers and
+//! layouts checked, memory found.
 
 #![forbid(unsafe_code)]
 

@@ -4,12 +4,14 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Descriptors of one session: socket, pidfds, `/proc/<pid>/mem`, segments, bells, and room for a message's.
+/// Descriptors of one session: socket, pidfds, `/proc/<pid>/mem`, segments, bells, and room for a
+/// message's.
 const PER_SESSION: u64 = 16;
 /// Descriptors of the daemon itself: files, epolls, HTTP, index files.
 const OWN: u64 = 256;
 
-/// Raises the soft limit of descriptors as far as the sessions may need, and says so if that is too little.
+/// Raises the soft limit of descriptors as far as the sessions may need, and says so if that is too
+/// little.
 pub(super) fn raise_descriptors(max_sessions: u32) {
     let needed = OWN + PER_SESSION * u64::from(max_sessions);
     let found = getrlimit(Resource::Nofile);

@@ -1,8 +1,9 @@
 //! The daemon put together: claims, pages, lane, sessions, signals, and the way down.
 //!
-//! Order of the start: node folder locked, socket claimed, HTTP bound, node file written, lane started (the
-//! pool comes up; `/health` already answers), socket bound, ready. So nothing slow happens before an error
-//! that the operator can fix, and no client connects before it can be served.
+//! Order of the start: node folder locked, socket claimed, HTTP bound, node file written, lane
+//! started (the pool comes up; `/health` already answers), socket bound, ready. So nothing slow
+//! happens before an error that the operator can fix, and no client connects before it can be
+//! served.
 //!
 //! | file | what it does |
 //! | --- | --- |

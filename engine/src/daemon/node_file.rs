@@ -1,4 +1,5 @@
-//! The `node` file: made under another name and moved into place, so that no reader sees half a header.
+//! The `node` file: made under another name and moved into place, so that no reader sees half a
+//! header.
 
 #![forbid(unsafe_code)]
 

@@ -1,6 +1,7 @@
 //! The HTTP pages: `/metrics` for Prometheus, `/health` for probes.
 //!
-//! Both are made from the node file and a heartbeat, without asking the lane: they answer while it is busy.
+//! Both are made from the node file and a heartbeat, without asking the lane: they answer while it
+//! is busy.
 //!
 //! | file | what it does |
 //! | --- | --- |

@@ -25,7 +25,8 @@ use super::health::{Health, Phase};
 
 /// Connections served at a time; the next ones wait.
 pub const MAX_HTTP_CONNECTIONS: usize = 32;
-/// A connection that moves no byte for this long is closed, so that idle ones cannot use up the places.
+/// A connection that moves no byte for this long is closed, so that idle ones cannot use up the
+/// places.
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
 /// Pause after a connection could not be accepted for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
