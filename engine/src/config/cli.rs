@@ -67,7 +67,8 @@ fn argument(option: &OptionDef, defaults: &Config) -> Arg {
     let arg = Arg::new(option.name)
         .long(option.name)
         .value_name(option.value_name)
-        .help(help);
+        .help(help)
+        .allow_negative_numbers(matches!(option.shape, Shape::Single | Shape::List));
     match option.shape {
         Shape::Single => arg.value_parser(StringValueParser::new()),
         Shape::List => arg

@@ -20,6 +20,8 @@ const ROOT_MODE: u32 = 0o1777;
 const NODE_MODE: u32 = 0o700;
 /// Folder of the links to the sessions' segments.
 const SESSIONS: &str = "sessions";
+/// Begins the names of the index files.
+const INDEX_PREFIX: &str = "index-";
 
 /// A folder that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +121,31 @@ impl NodeDir {
     /// Folder of the links to the sessions' segments.
     pub fn sessions(&self) -> PathBuf {
         self.path.join(SESSIONS)
+    }
+
+    /// Removes the index files, which no later daemon adopts. Whoever has one mapped keeps it.
+    ///
+    /// # Errors
+    /// The folder cannot be listed, or a file cannot be removed.
+    pub fn remove_index_files(&self) -> Result<(), NodeDirError> {
+        let failed = |operation| {
+            move |source| NodeDirError::Io {
+                operation,
+                path: self.path.clone(),
+                source,
+            }
+        };
+        for entry in fs::read_dir(&self.path).map_err(failed("listing"))? {
+            let entry = entry.map_err(failed("listing"))?;
+            if entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with(INDEX_PREFIX)
+            {
+                fs::remove_file(entry.path()).map_err(failed("removing an index file in"))?;
+            }
+        }
+        Ok(())
     }
 
     fn sweep_sessions(&self) -> Result<(), NodeDirError> {
@@ -224,6 +251,22 @@ mod tests {
         let dir = NodeDir::open(&path).unwrap();
         assert_eq!(fs::read_dir(dir.sessions()).unwrap().count(), 0);
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, NODE_MODE);
+    }
+
+    #[test]
+    fn index_files_go_and_everything_else_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = NodeDir::open(&root.path().join("n1")).unwrap();
+        for name in ["index-0", "index-1000", "pool", "catalog"] {
+            fs::write(dir.path().join(name), "x").unwrap();
+        }
+        dir.remove_index_files().unwrap();
+        let left = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name());
+        let mut left: Vec<_> = left.collect();
+        left.sort();
+        assert_eq!(left, ["catalog", "lock", "pool", "sessions"]);
     }
 
     #[test]

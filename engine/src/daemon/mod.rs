@@ -306,6 +306,7 @@ async fn serve_sessions(
     if handle.stop().is_ok() && thread.join().is_err() {
         return Err(DaemonError::LaneEnded);
     }
+    node_dir.remove_index_files()?;
     drop((claim, node_dir));
     tracing::info!("stopped; sealed blocks stay in shared memory for the next start");
     Ok(())
