@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs what the README shows, so that the README stays true.
 
-The fenced blocks tagged `sh` run as one script, `bash -euo pipefail`, first in the repository's root.
+The fenced blocks tagged `sh` run as one script, `bash -euo pipefail`, from the repository's root.
 A block tagged `c NAME` is saved as NAME in a scratch folder, where the script goes on from there.
 The script has a home folder, a node name and a socket of its own, so that neither the user's files
 nor the machine's daemon are touched. `--done COMMAND` leaves out blocks of just that command, which

@@ -56,7 +56,7 @@ done
 [[ -S $socket ]] || { echo "pegaflowd did not open $socket within 30 s" >&2; exit 1; }
 
 echo '==> Replaying a workload: 2 engines x 2 ranks, every loaded byte verified'
-"$pegactl" replay --socket "$socket" --engines 2 --ranks 2 --page-bytes "$page_bytes"
+"$pegactl" --node "$node" replay --socket "$socket" --engines 2 --ranks 2 --page-bytes "$page_bytes"
 
 echo
 echo '==> pegactl status'

@@ -345,8 +345,9 @@ impl Daemon {
             let lasting = LASTING.iter().any(|file| name == **file);
             let empty_folder =
                 fs::read_dir(entry.path()).is_ok_and(|mut files| files.next().is_none());
-            // The last figures of the node stay readable for `pegactl`.
-            if !lasting && !empty_folder && name != "node" {
+            // The next start makes the indices anew; the node's last figures stay for `pegactl`.
+            let remade = name == "node" || name.to_string_lossy().starts_with("index-");
+            if !lasting && !empty_folder && !remade {
                 left.push(entry.path());
             }
         }
