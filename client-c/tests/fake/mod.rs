@@ -154,7 +154,10 @@ impl Fake {
         self.drop_sessions();
         if let Some(thread) = self.thread.take() {
             let joined = thread.join();
-            assert!(std::thread::panicking() || joined.is_ok(), "the fake panicked");
+            assert!(
+                std::thread::panicking() || joined.is_ok(),
+                "the fake panicked"
+            );
         }
     }
 }

@@ -421,6 +421,7 @@ impl Session {
                     .atomic_u64(SLOTS_OFFSET + slot * SLOT_BYTES)
                     .unwrap();
                 word.store(12345, Ordering::Release);
+                let _ = self.pipe.ring();
                 return;
             }
             Rudeness::ConsumedAhead => {

@@ -22,7 +22,7 @@ pub struct Store {
 
 impl Store {
     pub fn new(boot_id: BootId) -> Store {
-        let layout = IndexLayout::for_capacity(65_536).unwrap();
+        let layout = IndexLayout::for_capacity(262_144).unwrap();
         let name = format!(
             "/dev/shm/pegaflow-fake-{}-{}",
             std::process::id(),
@@ -38,7 +38,7 @@ impl Store {
         let memory = unsafe { RawMemory::new(base, mapping.len(), mapping.clone()) };
         let mut writer = IndexWriter::create(memory, layout, boot_id, 42).unwrap();
         writer
-            .reserve(65_536, |_| Ok::<(), std::io::Error>(()))
+            .reserve(262_144, |_| Ok::<(), std::io::Error>(()))
             .unwrap();
         Store {
             blocks: HashMap::new(),

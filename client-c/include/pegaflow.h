@@ -1,0 +1,497 @@
+/*
+ * pegaflow.h - C interface of the PegaFlow client library.
+ *
+ * SPDX-License-Identifier: Apache-2.0
+ *
+ * An inference engine uses this to save KV-cache blocks to the node's daemon (pegaflowd), to ask which
+ * blocks of a prompt are cached, and to load them back. docs/c-api.md explains the life of a client, a
+ * registration and a request, and has a complete program; this file says what each function does.
+ *
+ * Conventions
+ *   - Functions return 0 (or a count, where they say so) on success and a negative status, -PEGA_...,
+ *     on failure. pega_last_error() then has a sentence with names and values, per thread.
+ *   - All functions may be called from any thread at any time, on one client too, except that nothing
+ *     may use a client during or after pega_disconnect().
+ *   - No function blocks without a bound. "Never blocks" means: a short lock at most, no system call
+ *     that waits. Times are in milliseconds unless a name ends in _ns; sizes are in bytes.
+ *   - Texts are UTF-8 and end in a zero byte. Text arguments are copied. NULL stands for "not given"
+ *     where a function says so; elsewhere a NULL pointer gives -PEGA_INVALID_ARGUMENT.
+ *   - Structs that you fill begin with `size`: set it to sizeof the struct, and all that you do not set
+ *     to 0, which always means the default. So a program goes on working with a newer library.
+ *   - A client belongs to the process that made it. In a fork()ed child every call on it fails with
+ *     -PEGA_INVALID_ARGUMENT, except pega_disconnect(), which frees the child's copy and leaves the
+ *     parent's session alone.
+ */
+#ifndef PEGAFLOW_H
+#define PEGAFLOW_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---------------------------------------------------------------- constants */
+
+/* Version of this interface. It grows only; pega_abi_version() tells the library's. */
+#define PEGA_ABI_VERSION 1
+
+/* Status codes. Functions return them negated; completions carry them as they are. */
+#define PEGA_OK 0                    /* The operation succeeded. */
+#define PEGA_LOADING 1               /* Blocks are coming up from a slower tier: repeat the query. */
+#define PEGA_INVALID_ARGUMENT 2      /* An argument is malformed: see pega_last_error(). */
+#define PEGA_NOT_READY 3             /* Not all ranks of the instance have registered yet. */
+#define PEGA_UNKNOWN_REGISTRATION 4  /* No such registration: register first. */
+#define PEGA_UNKNOWN_GROUP 5         /* The registration has no such cache group. */
+#define PEGA_UNKNOWN_LEASE 6         /* The lease was consumed, released, or never given here. */
+#define PEGA_LEASE_EXPIRED 7         /* The lease ran past its time to live: query again. */
+#define PEGA_LEASE_CONSUMED 8        /* This worker has already loaded from the lease. */
+#define PEGA_BLOCK_OUT_OF_RANGE 9    /* A block id is not below the group's num_blocks. */
+#define PEGA_DUPLICATE_BLOCK 10      /* A block id occurs twice in one load. */
+#define PEGA_TOO_MANY 11             /* The list is longer than a named limit: split it. */
+#define PEGA_NO_SPACE 12             /* The pool is full of leased or unfinished blocks. */
+#define PEGA_SAVE_ONLY 13            /* The registration is save-only: it cannot query or load. */
+#define PEGA_NO_MEMORY 14            /* The registration has no KV memory: it cannot save or load. */
+#define PEGA_COPY_FAILED 15          /* A copy to or from KV memory failed; nothing became visible. */
+#define PEGA_CANCELLED 16            /* The request was cancelled; no copy of it runs any more. */
+#define PEGA_DRAINING 17             /* The daemon is shutting down and takes no new work. */
+#define PEGA_DISCONNECTED 18         /* The daemon is away: queries miss; the library reconnects. */
+#define PEGA_TIMEOUT 19              /* The bound for waiting ran out; the request goes on. */
+#define PEGA_AGAIN 20                /* No room now: poll completions, then submit again. */
+#define PEGA_VERSION_MISMATCH 21     /* No common protocol version: upgrade client or daemon. */
+#define PEGA_PERMISSION_DENIED 22    /* The daemon does not serve this user (--allow-uid). */
+#define PEGA_BAD_LAYOUT 23           /* The KV layout is impossible: see pega_last_error(). */
+#define PEGA_ALREADY_REGISTERED 24   /* A live session already holds this rank of the instance. */
+#define PEGA_NAMESPACE_MISMATCH 25   /* Ranks differ in namespace, world size or mode. */
+#define PEGA_PROTOCOL_ERROR 26       /* The other side broke the protocol; the session is over. */
+#define PEGA_SYSTEM_ERROR 27         /* A system call failed: see pega_last_error(). */
+#define PEGA_INTERNAL 28             /* A defect in PegaFlow: please report it with the log. */
+#define PEGA_NO_DAEMON 29            /* Nobody listens: start pegaflowd, or PEGAFLOW_AUTOSTART=1. */
+#define PEGA_LIMIT 30                /* A maximum of the daemon is reached (sessions, leases...). */
+#define PEGA_UNKNOWN_REQUEST 31      /* No such request, or its completion was consumed. */
+
+/* Operations, pega_completion.op. */
+#define PEGA_OP_NOP 1
+#define PEGA_OP_QUERY 2
+#define PEGA_OP_LOAD 3
+#define PEGA_OP_SAVE 4
+#define PEGA_OP_RELEASE 5
+#define PEGA_OP_RENEW 6
+#define PEGA_OP_CANCEL 7
+
+/* Why the first position of a query that is not a hit is none, pega_completion.reason. */
+#define PEGA_REASON_NONE 0          /* All positions are hits. */
+#define PEGA_REASON_ABSENT 1        /* Never saved, or evicted. */
+#define PEGA_REASON_INCOMPLETE 2    /* Some ranks' shards are in, others are not yet. */
+#define PEGA_REASON_IN_FLIGHT 3     /* Its last copy is still running. */
+#define PEGA_REASON_AFTER_MISS 4    /* After the first miss of a prefix query: not looked up. */
+#define PEGA_REASON_NO_LEASE 5      /* The lease table or the pin limit was full. */
+#define PEGA_REASON_DISCONNECTED 6  /* The daemon was away. */
+
+/* pega_state(). */
+#define PEGA_STATE_CONNECTED 1     /* A session is up. */
+#define PEGA_STATE_DISCONNECTED 2  /* The daemon is away; a reconnect is under way. */
+#define PEGA_STATE_CLOSED 3        /* The daemon is away; this client does not reconnect. */
+
+/* pega_registration.rank of a process without KV memory that only queries. */
+#define PEGA_SCHEDULER (-1)
+
+/* pega_registration.mode. */
+#define PEGA_MODE_READ_WRITE 0  /* Saves, queries and loads. */
+#define PEGA_MODE_SAVE_ONLY 1   /* Only saves: a prefill engine. */
+
+/* pega_segment.memory: the library finds out by the address. */
+#define PEGA_MEMORY_AUTO 0
+
+/* Switches in pega_options. */
+#define PEGA_DEFAULT 0
+#define PEGA_ON 1
+#define PEGA_OFF 2
+
+/* ---------------------------------------------------------------- structs */
+
+/* A connection to the node daemon that mends itself. */
+typedef struct pega_client pega_client;
+
+/* Name of a block inside its namespace and group: what the engine's hash function gave. */
+typedef struct pega_hash {
+    uint8_t bytes[32];
+} pega_hash;
+
+/* How to connect. 0 or NULL takes the default named here. */
+typedef struct pega_options {
+    uint32_t size;               /* sizeof(pega_options) */
+    uint32_t ring_slots;         /* Submission ring; a power of two, 16..32768 [1024]. */
+    const char *node;            /* Node name [$PEGAFLOW_NODE, else "default"]. */
+    const char *socket;          /* The daemon's socket [$PEGAFLOW_SOCKET, else by node name]. */
+    const char *client_name;     /* Name in tables, at most 128 bytes [program and pid]. */
+    const char *daemon;          /* Program for autostart [$PEGAFLOW_DAEMON, else searched]. */
+    uint64_t arena_bytes;        /* Room for lists under way; multiple of 16 KiB, <= 1 GiB [4 MiB]. */
+    uint64_t connect_timeout_ms; /* Bound of pega_connect(), autostart included [5000]. */
+    uint64_t control_timeout_ms; /* Bound of register, unregister, alloc_host [30000]. */
+    uint64_t spin_ns;            /* How long pega_wait() spins before it sleeps [40000]. */
+    uint32_t completion_slots;   /* Most requests not yet consumed; power of two, 16..32768 [1024]. */
+    uint32_t autostart;          /* Start a daemon if none listens [on if PEGAFLOW_AUTOSTART=1]. */
+    uint32_t reconnect;          /* Reconnect and re-register when the daemon was away [on]. */
+    uint32_t no_spin;            /* PEGA_ON: sleep at once [off]. */
+} pega_options;
+
+/*
+ * The domain in which a hash names one run of bytes. Two engines share blocks only if all of this and the
+ * sizes of their segments are equal. Texts are compared byte by byte, at most 1024 bytes each.
+ */
+typedef struct pega_namespace {
+    uint32_t size;              /* sizeof(pega_namespace) */
+    uint32_t block_tokens;      /* Tokens in a block. Required. */
+    const char *model;          /* Model name or path. Required. */
+    const char *revision;       /* Revision, LoRA set, quantisation: what changes KV values. */
+    const char *dtype;          /* Element type, such as "bfloat16". Required. */
+    const char *kv_layout;      /* Layout of a block inside its segments, such as "NHD". */
+    const char *topology;       /* Parallel topology beyond the world size, such as "tp4pp2". */
+    const char *hash_algorithm; /* Algorithm, seed and input of the hashes. Required. */
+    const char *salt;           /* Tenant or cache salt. */
+} pega_namespace;
+
+/*
+ * One strided array: block b has `bytes` bytes at address + b * block_stride. It lies either completely in
+ * memory of pega_alloc_host() (then the daemon reaches it without system calls) or completely outside
+ * (then through process_vm_readv and process_vm_writev).
+ */
+typedef struct pega_segment {
+    uint32_t size;         /* sizeof(pega_segment) */
+    uint32_t memory;       /* PEGA_MEMORY_AUTO */
+    void *address;         /* First byte of block 0. */
+    uint64_t block_stride; /* Bytes from one block to the next. */
+    uint64_t bytes;        /* Bytes of one block in this segment. */
+} pega_segment;
+
+/* KV memory of one cache group. A page is its segments' bytes one after the other, in this order. */
+typedef struct pega_group {
+    uint32_t size;                /* sizeof(pega_group) */
+    uint32_t group;               /* 0 for full attention; at most 65535. */
+    uint32_t num_blocks;          /* Block ids are 0..num_blocks-1. */
+    uint32_t num_segments;        /* 1..1024 */
+    const pega_segment *segments; /* In layer order. */
+} pega_group;
+
+/* A worker rank with its KV memory, or a scheduler without. */
+typedef struct pega_registration {
+    uint32_t size;            /* sizeof(pega_registration) */
+    uint32_t world_size;      /* Worker ranks of the instance, 1..128. */
+    int32_t rank;             /* 0..world_size-1, or PEGA_SCHEDULER. */
+    uint32_t mode;            /* PEGA_MODE_READ_WRITE or PEGA_MODE_SAVE_ONLY; the same for all ranks. */
+    const char *instance;     /* Name of the engine replica: its processes find each other by it. */
+    const pega_namespace *ns; /* The same for all ranks. */
+    const pega_group *groups; /* NULL for a scheduler. */
+    uint32_t num_groups;      /* 0 for a scheduler, else 1..64. */
+    uint32_t reserved;        /* 0 */
+} pega_registration;
+
+/*
+ * The answer to one request. Its size never changes: new fields take from `reserved`, and `size` says how
+ * much of it this library fills. Fields without a meaning for an operation are 0.
+ */
+typedef struct pega_completion {
+    uint32_t size;      /* Bytes filled in by the library. */
+    uint32_t op;        /* PEGA_OP_* */
+    uint32_t status;    /* PEGA_OK or a (positive) status. */
+    uint32_t reason;    /* Query: PEGA_REASON_* of the first position that is not a hit. */
+    uint64_t request;   /* The request. */
+    uint64_t lease;     /* Query: the lease, 0 without a hit. Release, renew: the lease named. */
+    uint32_t count;     /* Query: hits. Load: blocks loaded. Save: blocks newly stored. */
+    uint32_t skipped;   /* Save: already held or on their way in; not copied again. */
+    uint32_t dropped;   /* Save: not stored, for want of room or because a copy failed. */
+    uint32_t reserved0; /* 0 */
+    uint64_t bytes;     /* Bytes copied. */
+    uint64_t value;     /* What an error is about; query and renew: the lease's time to live in ms. */
+    uint64_t daemon_ns; /* Time between the daemon seeing the request and its answer. */
+    uint64_t reserved[3];
+} pega_completion;
+
+/* Counters of a client since it connected first. */
+typedef struct pega_stats {
+    uint32_t size;          /* sizeof(pega_stats) */
+    uint32_t state;         /* PEGA_STATE_* */
+    uint64_t submitted;     /* Requests accepted. */
+    uint64_t completed;     /* Completions, consumed or not. */
+    uint64_t failed;        /* Those with another status than PEGA_OK. */
+    uint64_t again;         /* Submissions refused with PEGA_AGAIN. */
+    uint64_t probes;        /* Probes answered. */
+    uint64_t probed_blocks; /* Blocks that probes asked about. */
+    uint64_t probe_hits;    /* Blocks that probes found. */
+    uint64_t loaded_bytes;  /* Bytes copied by loads. */
+    uint64_t saved_bytes;   /* Bytes copied by saves. */
+    uint64_t disconnects;   /* Sessions lost. */
+    uint64_t reconnects;    /* Sessions regained. */
+    uint64_t outstanding;   /* Requests not yet consumed at this moment. */
+} pega_stats;
+
+/* Longest lists that this client can submit at all; beyond, submissions fail with PEGA_TOO_MANY. */
+typedef struct pega_limits {
+    uint32_t size;              /* sizeof(pega_limits) */
+    uint32_t reserved;          /* 0 */
+    uint64_t query_hashes;      /* In one query of group 0. */
+    uint64_t membership_hashes; /* In one query of another group. */
+    uint64_t save_blocks;       /* In one save. */
+    uint64_t load_blocks;       /* In one load. */
+    uint64_t requests;          /* Requests not yet consumed. */
+} pega_limits;
+
+/* ---------------------------------------------------------------- versions and texts */
+
+/* Version of the library, such as "0.1.0". Never NULL; valid for ever. */
+const char *pega_version(void);
+
+/* PEGA_ABI_VERSION of the library; at least that of this header, or the library is too old. */
+uint32_t pega_abi_version(void);
+
+/*
+ * Why the last failing call of this thread failed: the thing, its value, the way out. Never NULL; ""
+ * before the first failure. Valid until this thread's next failing call.
+ */
+const char *pega_last_error(void);
+
+/* Short name of a status, positive or negative, such as "lease_expired". Never NULL; "unknown". */
+const char *pega_status_label(int status);
+
+/* A sentence on a status, positive or negative. Never NULL; "unknown". */
+const char *pega_status_text(int status);
+
+/* Short name of a PEGA_REASON_*. Never NULL; "unknown". */
+const char *pega_reason_label(uint32_t reason);
+
+/* Short name of a PEGA_OP_*. Never NULL; "unknown". */
+const char *pega_op_label(uint32_t op);
+
+/* ---------------------------------------------------------------- client */
+
+/*
+ * Writes the default options, with their values spelled out, for reading or changing.
+ *
+ * options  room for `size` bytes
+ * size     sizeof(pega_options)
+ *
+ * -PEGA_INVALID_ARGUMENT: NULL, or an impossible size.
+ */
+int pega_options_init(pega_options *options, uint32_t size);
+
+/*
+ * Connects to the node's daemon and, if the options or PEGAFLOW_AUTOSTART=1 say so, starts one where none
+ * listens. Starts a thread that keeps the client connected. Blocks up to connect_timeout_ms.
+ *
+ * options  NULL for all defaults
+ * client   gets the client, or NULL on failure
+ *
+ * -PEGA_NO_DAEMON: nobody listens, or autostart failed (the text names what was tried).
+ * -PEGA_VERSION_MISMATCH, -PEGA_PERMISSION_DENIED, -PEGA_LIMIT, -PEGA_DRAINING: the daemon refused.
+ * -PEGA_TIMEOUT: no answer in time.  -PEGA_PROTOCOL_ERROR: what answered is no PegaFlow daemon.
+ * -PEGA_INVALID_ARGUMENT, -PEGA_SYSTEM_ERROR.
+ */
+int pega_connect(const pega_options *options, pega_client **client);
+
+/*
+ * Ends the session, its registrations and leases, frees all memory of pega_alloc_host(), and frees the
+ * client. No other call on this client may run then or come after. Unfinished requests get no completion;
+ * the daemon ends their copies before it forgets the memory, but a load may still write for a moment:
+ * wait for loads, or unregister, before you reuse or unmap KV memory. NULL does nothing.
+ *
+ * Always 0.
+ */
+int pega_disconnect(pega_client *client);
+
+/*
+ * Whether a session is up: PEGA_STATE_CONNECTED, _DISCONNECTED or _CLOSED. Never blocks; costs one load.
+ */
+int pega_state(const pega_client *client);
+
+/* Reads the counters. Set stats->size before. Never blocks. */
+int pega_get_stats(const pega_client *client, pega_stats *stats);
+
+/* Reads the limits. Set limits->size before. Never blocks. */
+int pega_get_limits(const pega_client *client, pega_limits *limits);
+
+/* ---------------------------------------------------------------- memory and registrations */
+
+/*
+ * Allocates KV memory that the daemon maps too, so that copies need no system call: zeroed, page-aligned,
+ * populated. It stays valid across reconnections, until pega_free_host() or pega_disconnect(). Blocks up
+ * to control_timeout_ms.
+ *
+ * bytes   at least 1, at most 16 TiB
+ * memory  gets the address, or NULL on failure
+ *
+ * -PEGA_SYSTEM_ERROR: no memory (see `ulimit`, the cgroup, /dev/shm).  -PEGA_TIMEOUT, -PEGA_LIMIT.
+ */
+int pega_alloc_host(pega_client *client, uint64_t bytes, void **memory);
+
+/*
+ * Frees memory of pega_alloc_host(). NULL does nothing.
+ *
+ * -PEGA_INVALID_ARGUMENT: not such memory, or a registration still uses it.
+ */
+int pega_free_host(pega_client *client, void *memory);
+
+/*
+ * Registers a rank with its KV memory, or a scheduler. The id is good for the life of the client: after a
+ * reconnect the library registers again by itself. All memory must stay mapped until pega_unregister() or
+ * pega_disconnect() returned. Blocks up to control_timeout_ms.
+ *
+ * If a segment lies outside memory of pega_alloc_host(), the daemon is allowed to access this process
+ * with prctl(PR_SET_PTRACER), which replaces an earlier permission of that kind.
+ *
+ * spec          copied
+ * registration  gets the id, never 0
+ *
+ * -PEGA_INVALID_ARGUMENT, -PEGA_BAD_LAYOUT: the text names the field and its value.
+ * -PEGA_ALREADY_REGISTERED, -PEGA_NAMESPACE_MISMATCH, -PEGA_LIMIT: the daemon refused.
+ * -PEGA_DISCONNECTED: no daemon at the moment.  -PEGA_TIMEOUT: no answer in time; nothing is registered.
+ */
+int pega_register(pega_client *client, const pega_registration *spec, uint32_t *registration);
+
+/*
+ * Ends a registration once no copy touches its memory any more. Blocks up to control_timeout_ms.
+ *
+ * -PEGA_UNKNOWN_REGISTRATION.  -PEGA_TIMEOUT: copies still run; the registration stays, call again.
+ */
+int pega_unregister(pega_client *client, uint32_t registration);
+
+/*
+ * Waits until every rank of the registration's instance has registered: only then are there hits. After
+ * a reconnect this is so again once all ranks are back.
+ *
+ * -PEGA_TIMEOUT: timeout_ms ran out.  -PEGA_UNKNOWN_REGISTRATION.
+ */
+int pega_wait_ready(pega_client *client, uint32_t registration, uint64_t timeout_ms);
+
+/* ---------------------------------------------------------------- probes */
+
+/*
+ * Counts how many of `count` hashes, from the first on, are cached without a gap. Reads shared memory: no
+ * system call, no daemon. The answer is advice: only a query's lease holds the blocks. 0 hits while the
+ * daemon is away or the instance is incomplete. Never blocks.
+ *
+ * hits  gets the count
+ *
+ * -PEGA_UNKNOWN_REGISTRATION.
+ */
+int pega_probe(pega_client *client, uint32_t registration, uint16_t group, const pega_hash *hashes,
+               size_t count, uint32_t *hits);
+
+/*
+ * Sets bit i % 64 of bitmap[i / 64] for each cached hashes[i] and clears all other bits of the bitmap.
+ * Otherwise like pega_probe().
+ *
+ * bitmap        at least (count + 63) / 64 words
+ * bitmap_words  its length in words
+ * hits          gets the number of bits set
+ */
+int pega_probe_membership(pega_client *client, uint32_t registration, uint16_t group,
+                          const pega_hash *hashes, size_t count, uint64_t *bitmap,
+                          size_t bitmap_words, uint32_t *hits);
+
+/* ---------------------------------------------------------------- requests
+ *
+ * Each submits one request, gives it an id (never 0, never used twice by one client) and returns at once.
+ * Lists are copied before the return. The request ends with exactly one completion, which pega_poll() or
+ * pega_wait() hands out. None of them blocks. All can fail with
+ *
+ * -PEGA_AGAIN: ring, arena or credit has no room now: consume completions, then submit again.
+ * -PEGA_TOO_MANY: the list is longer than pega_get_limits() allows: split it.
+ * -PEGA_DISCONNECTED: no daemon at the moment (not pega_query(), which completes as a miss).
+ * -PEGA_NOT_READY: after a reconnect, the registration is not back yet; the same applies.
+ * -PEGA_UNKNOWN_REGISTRATION, -PEGA_INVALID_ARGUMENT.
+ */
+
+/*
+ * Pins cached blocks and answers with a lease on them: for group 0 the longest cached prefix of the list,
+ * for any other group every cached position. A repeated query with the same key and hashes gives the
+ * same lease and no second pin; the same key with other hashes replaces it. Without a hit there is no
+ * lease. While the daemon is away it completes at once: status PEGA_DISCONNECTED, count 0.
+ *
+ * key           the engine's name of its request, any value
+ * ttl_ms        time to live of the lease; 0 takes the daemon's default
+ * bitmap        group 0: NULL. Other groups: gets a bit for each position, as pega_probe_membership()
+ *               writes them, when the completion is consumed (all 0 unless its status is PEGA_OK). It must
+ *               stay valid until then, or until pega_disconnect() returned.
+ * bitmap_words  its length, at least (count + 63) / 64
+ * request       gets the id
+ */
+int pega_query(pega_client *client, uint32_t registration, uint16_t group, uint64_t key,
+               const pega_hash *hashes, size_t count, uint64_t ttl_ms, uint64_t *bitmap,
+               size_t bitmap_words, uint64_t *request);
+
+/*
+ * Copies pages of a lease into the engine's blocks: the lease's position first + i goes to blocks[i]. Each
+ * worker rank of the instance may load from a lease once; after the last one the lease is over. The blocks
+ * must not be touched until the completion. After another status than PEGA_OK their content is undefined.
+ *
+ * lease  of a query of any process of the instance
+ * first  position in the lease's list of hits
+ */
+int pega_load(pega_client *client, uint32_t registration, uint16_t group, uint64_t lease,
+              uint32_t first, const uint32_t *blocks, size_t count, uint64_t *request);
+
+/*
+ * Copies blocks[i] into the pool under the name hashes[i]. The blocks must hold their final bytes and must
+ * not change until the completion. A block becomes a hit once every rank has saved its shard. Blocks
+ * already held are skipped; for want of room some may be dropped: the completion counts both.
+ */
+int pega_save(pega_client *client, uint32_t registration, uint16_t group, const pega_hash *hashes,
+              const uint32_t *blocks, size_t count, uint64_t *request);
+
+/* Gives a lease back without loading. Completes with PEGA_UNKNOWN_LEASE if it is over already. */
+int pega_release(pega_client *client, uint32_t registration, uint64_t lease, uint64_t *request);
+
+/* Sets a lease's time to live to ttl_ms from now; 0 takes the daemon's default. */
+int pega_renew(pega_client *client, uint32_t registration, uint64_t lease, uint64_t ttl_ms,
+               uint64_t *request);
+
+/*
+ * Asks to cancel an unfinished request. Both complete: the cancelled one with PEGA_CANCELLED, or with its
+ * result if that was faster; in either case no copy of it runs any more.
+ *
+ * -PEGA_UNKNOWN_REQUEST: it is finished, or was never submitted here.
+ */
+int pega_cancel(pega_client *client, uint64_t cancelled, uint64_t *request);
+
+/* Does nothing, there and back: is the daemon alive, and how fast? */
+int pega_nop(pega_client *client, uint64_t *request);
+
+/* ---------------------------------------------------------------- completions */
+
+/*
+ * Hands out finished requests that no thread waits for with pega_wait(), oldest first. Never blocks.
+ *
+ * completions  room for `capacity` of them
+ *
+ * Returns how many were written, 0..capacity; 0 also arms pega_completion_fd().
+ */
+int pega_poll(pega_client *client, pega_completion *completions, size_t capacity);
+
+/*
+ * Waits for one request and hands out its completion. Spins for spin_ns, then sleeps. Several threads may
+ * wait at once, each for its own request.
+ *
+ * timeout_ms  0 only looks
+ *
+ * -PEGA_TIMEOUT: not finished yet; the request goes on and can be polled or waited for again.
+ * -PEGA_UNKNOWN_REQUEST: its completion was consumed, or it was never submitted here.
+ */
+int pega_wait(pega_client *client, uint64_t request, uint64_t timeout_ms,
+              pega_completion *completion);
+
+/*
+ * A descriptor for poll(2), epoll(7) or the engine's event loop, readable when pega_poll() has to be called.
+ * The rule: call pega_poll() until it returns 0, then sleep on the descriptor. It belongs to the client,
+ * stays the same across reconnections, and must not be read or closed.
+ *
+ * Returns the descriptor, or a negative status.
+ */
+int pega_completion_fd(pega_client *client);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* PEGAFLOW_H */
