@@ -70,7 +70,9 @@ fn argument(option: &OptionDef, defaults: &Config) -> Arg {
         .help(help)
         .allow_negative_numbers(matches!(option.shape, Shape::Single | Shape::List));
     match option.shape {
-        Shape::Single => arg.value_parser(StringValueParser::new()),
+        Shape::Single => arg
+            .value_parser(StringValueParser::new())
+            .overrides_with(option.name),
         Shape::List => arg
             .value_parser(StringValueParser::new())
             .action(ArgAction::Append),

@@ -133,6 +133,18 @@ fn the_last_of_two_opposite_flags_wins() {
 }
 
 #[test]
+fn the_last_of_two_equal_flags_wins_and_lists_gather() {
+    let flags = [
+        "--spin-us=1",
+        "--spin-us=2",
+        "--allow-uid=5",
+        "--allow-uid=6",
+    ];
+    let config = load_with(&flags, &[]).unwrap().config;
+    assert_eq!((config.spin_us, config.allow_uid), (2, vec![5, 6]));
+}
+
+#[test]
 fn none_is_another_word_for_no_admission_gate() {
     let loaded = load_with(&["--admission", "none"], &[]).unwrap();
     assert_eq!(loaded.config.admission, AdmissionKind::Off);

@@ -55,6 +55,7 @@ use pegaflow_shm::control::DaemonMessage;
 use pegaflow_shm::node::{Counter, NodeWriter};
 use pegaflow_shm::seqpacket;
 use pegaflow_shm::status::Status;
+use serde::de::IgnoredAny;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::lane::api::{LaneEvent, LaneHandle, Refusal, SessionId};
@@ -64,6 +65,10 @@ use peer::{AllowList, Peer};
 
 /// How long a connection may take to say Hello.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// Refused connections that are kept until their client has said Hello.
+const MAX_LINGERING_REFUSALS: usize = 32;
+/// How long they are kept at most.
+const REFUSAL_LINGER: Duration = Duration::from_secs(1);
 /// Pause after a connection could not be accepted for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -94,6 +99,7 @@ struct Shared {
     hub: hub::Hub,
     session_ids: AtomicU64,
     places: Arc<Semaphore>,
+    refusals: Arc<Semaphore>,
 }
 
 impl Shared {
@@ -112,6 +118,7 @@ impl Control {
     /// No sessions yet.
     pub fn new(options: ControlOptions, lane: LaneHandle, node: NodeWriter) -> Control {
         let places = Arc::new(Semaphore::new(options.max_sessions as usize));
+        let refusals = Arc::new(Semaphore::new(MAX_LINGERING_REFUSALS));
         let (hub, session_ids) = (hub::Hub::default(), AtomicU64::new(0));
         Control {
             shared: Arc::new(Shared {
@@ -121,6 +128,7 @@ impl Control {
                 hub,
                 session_ids,
                 places,
+                refusals,
             }),
         }
     }
@@ -206,18 +214,31 @@ async fn connect(
     drop(place);
 }
 
+/// Tells a connection that it does not become a session. The client is about to say Hello, and
+/// would find a closed socket before it reads the reason: so its first message is waited for.
 fn refuse(shared: &Shared, connection: OwnedFd, refusal: Refusal) {
     note_refusal(shared, &refusal);
     let Refusal { status, message } = refusal;
-    // As above.
+    // The client may be gone already; the log has the reason.
     let _ = seqpacket::send(
         connection.as_fd(),
         &DaemonMessage::Refused { status, message },
         &[],
     );
-    if let Ok(socket) = PacketSocket::new(connection) {
+    let Ok(socket) = PacketSocket::new(connection) else {
+        return;
+    };
+    let Ok(place) = shared.refusals.clone().try_acquire_owned() else {
         socket.close();
-    }
+        return;
+    };
+    let limit = shared.options.hello_timeout.min(REFUSAL_LINGER);
+    tokio::spawn(async move {
+        // Whatever comes, or nothing: it changes nothing.
+        let _ = tokio::time::timeout(limit, socket.receive::<IgnoredAny>()).await;
+        socket.close();
+        drop(place);
+    });
 }
 
 fn note_refusal(shared: &Shared, refusal: &Refusal) {

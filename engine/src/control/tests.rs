@@ -313,13 +313,37 @@ fn a_client_is_welcomed_found_by_name_and_forgotten_when_it_leaves() {
 
 #[test]
 fn a_user_off_the_list_is_refused_by_name_and_counted() {
-    let rig = Rig::with(|options| options.allowed = AllowList::only([4242]));
+    let rig = Rig::with(|options| {
+        options.allowed = AllowList::only([4242]);
+        options.hello_timeout = Duration::from_millis(50);
+    });
     let uid = rustix::process::geteuid().as_raw();
     let words = [format!("user {uid}"), format!("--allow-uid {uid}")];
     rig.connect()
         .is_refused(Status::PermissionDenied, &[&words[0], &words[1]]);
     assert_eq!(rig.node.counter(Counter::SessionsRefused), 1);
     assert!(rig.lane.seen().is_empty());
+}
+
+#[test]
+fn a_refused_client_that_says_hello_first_still_reads_why() {
+    let rig = Rig::with(|options| options.allowed = AllowList::only([4242]));
+    let client = rig.connect();
+    // Long enough for the refusal to be sent.
+    std::thread::sleep(Duration::from_millis(50));
+    let segment = c2d();
+    client.send_fds(&hello(), &[segment.as_fd()]);
+    client.is_refused(Status::PermissionDenied, &["--allow-uid"]);
+}
+
+#[test]
+fn a_refused_client_that_says_nothing_is_closed() {
+    let rig = Rig::with(|options| {
+        options.allowed = AllowList::only([4242]);
+        options.hello_timeout = Duration::from_millis(50);
+    });
+    rig.connect()
+        .is_refused(Status::PermissionDenied, &["--allow-uid"]);
 }
 
 #[test]
