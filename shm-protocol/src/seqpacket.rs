@@ -84,11 +84,14 @@ pub fn receive<M: DeserializeOwned>(
     let mut text = vec![0u8; MAX_MESSAGE_BYTES];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MESSAGE_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut reset = false;
     let received = loop {
         let mut slices = [IoSliceMut::new(&mut text)];
         match recvmsg(socket, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
             Ok(received) => break received,
             Err(Errno::INTR) => {}
+            // A peer that closed without reading everything raises this once, before its last words.
+            Err(Errno::CONNRESET) if !reset => reset = true,
             Err(Errno::CONNRESET) => return Err(PacketError::Closed),
             Err(error) => return Err(error.into()),
         }
@@ -138,6 +141,18 @@ mod tests {
         let garbage = receive::<ClientMessage>(right.as_fd());
         assert!(matches!(garbage, Err(PacketError::Malformed(_))));
         drop(left);
+        assert!(matches!(receive::<ClientMessage>(right.as_fd()), Err(PacketError::Closed)));
+    }
+
+    #[test]
+    fn the_last_words_of_a_peer_that_did_not_listen_are_heard() {
+        let (left, right) = pair();
+        let message = ClientMessage::Unregister { seq: 1, registration: 2 };
+        send(right.as_fd(), &message, &[]).unwrap();
+        send(left.as_fd(), &message, &[]).unwrap();
+        drop(left);
+        let (back, _): (ClientMessage, _) = receive(right.as_fd()).unwrap();
+        assert_eq!(back, message);
         assert!(matches!(receive::<ClientMessage>(right.as_fd()), Err(PacketError::Closed)));
     }
 

@@ -274,6 +274,11 @@ impl Daemon {
         eventually(|| self.counter(counter) >= value)
     }
 
+    /// Waits until a counter has this value.
+    pub fn counter_becomes(&self, counter: Counter, value: u64) -> bool {
+        eventually(|| self.counter(counter) == value)
+    }
+
     /// Waits until a gauge has this value.
     pub fn gauge_becomes(&self, gauge: Gauge, value: u64) -> bool {
         eventually(|| self.gauge(gauge) == value)

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 /// A field of `/proc/<pid>/status` in KiB, such as `RssAnon`.
@@ -30,6 +31,18 @@ pub fn cpu_nanos(pid: u32) -> Option<u64> {
         total += text.split_whitespace().next()?.parse::<u64>().ok()?;
     }
     Some(total)
+}
+
+/// Whether somebody listens on a Unix socket; a file that a dead process left does not count.
+pub fn listens(path: &Path) -> bool {
+    const ACCEPTS_CONNECTIONS: &str = "00010000";
+    let path = path.to_string_lossy();
+    fs::read_to_string("/proc/net/unix").is_ok_and(|text| {
+        text.lines().any(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            fields.get(3) == Some(&ACCEPTS_CONNECTIONS) && fields.get(7) == Some(&&*path)
+        })
+    })
 }
 
 /// Open descriptors of a process.

@@ -125,7 +125,9 @@ pub fn hello(c2d_bytes: u64) -> Hello {
 pub fn segment(shape: SegmentShape) -> (OwnedFd, Mapping) {
     let (fd, mapping) = create_segment("raw client", shape.total_bytes() as u64).expect("a memfd");
     let header = shape.header(C2D_MAGIC, [0; 16], 0);
-    mapping.copy_in(0, bytemuck::bytes_of(&header)).expect("the header fits");
+    mapping
+        .copy_in(0, bytemuck::bytes_of(&header))
+        .expect("the header fits");
     (fd, mapping)
 }
 

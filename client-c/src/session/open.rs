@@ -59,8 +59,10 @@ impl Session {
             c2d_bytes: shape.total_bytes() as u64,
             completion_slots: resolved.options.completion_slots,
         };
-        channel.send(&ClientMessage::Hello(hello), &[memfd.as_fd()], deadline)?;
+        let sent = channel.send(&ClientMessage::Hello(hello), &[memfd.as_fd()], deadline);
+        // A daemon that refuses this user closes at once; its reason can be read all the same.
         let (welcome, gifts) = await_welcome(&channel, deadline)?;
+        sent?;
         let daemon_pid = if peer_pid == 0 {
             welcome.daemon_pid
         } else {

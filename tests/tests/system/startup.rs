@@ -29,9 +29,11 @@ fn refused(arguments: &[&str], status: i32, words: &[&str]) {
     let node = private_node();
     let socket = std::env::temp_dir().join(format!("{node}.sock"));
     let socket = socket.to_str().expect("a path of text");
-    let common = ["--node", &node, "--socket", socket, "--http", "off"];
-    let mut all: Vec<&str> = common.to_vec();
+    let mut all = vec!["--node", &node, "--socket", socket];
     all.extend_from_slice(arguments);
+    if !arguments.contains(&"--http") {
+        all.extend_from_slice(&["--http", "off"]);
+    }
     let output = run(&all);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(status), "{arguments:?}: {said}");
