@@ -63,7 +63,7 @@ sed -e "s|@PREFIX@|$prefix|" -e "s|@VERSION@|$version|" -e "s|@LIBS_PRIVATE@|$li
     "$here/pegaflow.pc.in" > "$dist/lib/pkgconfig/pegaflow.pc"
 
 foreign=$(readelf --dyn-syms --wide "$shared" |
-    awk '$7 != "UND" && $4 ~ /FUNC|OBJECT|IFUNC/ && $5 != "LOCAL" { print $8 }' |
+    awk '$7 != "UND" && $7 != "ABS" && $4 ~ /FUNC|OBJECT|IFUNC/ && $5 != "LOCAL" { print $8 }' |
     grep -v '^pega_[a-z_]*@@PEGAFLOW_0\.1$' || true)
 if [[ -n $foreign ]]; then
     printf 'build-so.sh: exports that are not ours:\n%s\n' "$foreign" >&2
