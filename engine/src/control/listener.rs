@@ -96,13 +96,14 @@ impl SocketClaim {
                 source,
             },
         })?;
+        remove_stale(path)?;
         Ok(SocketClaim {
             path: path.to_owned(),
             _lock: lock,
         })
     }
 
-    /// Removes a stale socket and listens. Needs a tokio runtime.
+    /// Listens. Needs a tokio runtime.
     ///
     /// # Errors
     /// See [`ListenError`].
@@ -115,14 +116,6 @@ impl SocketClaim {
                 source,
             }
         };
-        match fs::symlink_metadata(path) {
-            Ok(found) if !found.file_type().is_socket() => {
-                return Err(ListenError::NotSocket { path: path.clone() });
-            }
-            Ok(_) => fs::remove_file(path).map_err(failed("removing a stale socket"))?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed("stat")(error)),
-        }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
             .map_err(|errno| failed("socket")(errno.into()))?;
@@ -171,6 +164,25 @@ impl Drop for Listener {
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(socket = %self.path.display(), %error, "the socket cannot be removed");
         }
+    }
+}
+
+/// Removes a socket that nobody listens on any more: the caller holds its lock.
+fn remove_stale(path: &Path) -> Result<(), ListenError> {
+    let failed = |operation| {
+        move |source: io::Error| ListenError::Io {
+            path: path.to_owned(),
+            operation,
+            source,
+        }
+    };
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => Err(ListenError::NotSocket {
+            path: path.to_owned(),
+        }),
+        Ok(_) => fs::remove_file(path).map_err(failed("removing a stale socket")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed("stat")(error)),
     }
 }
 
@@ -247,14 +259,13 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         let claim = SocketClaim::take(&path, false).unwrap();
+        assert!(!path.exists(), "gone before the slow part of the start");
         let listener = claim.listen(0o660).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o660);
-        drop(listener);
+        drop((listener, claim));
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(
-            claim.listen(0o600),
-            Err(ListenError::NotSocket { .. })
-        ));
+        let refused = SocketClaim::take(&path, false);
+        assert!(matches!(refused, Err(ListenError::NotSocket { .. })));
         assert!(path.exists());
     }
 
