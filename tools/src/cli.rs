@@ -36,8 +36,9 @@ Exit status:
   3  it could not be done (no such node, no daemon, a system call failed): see the message
   128 + N  ended by signal N; own daemons and processes are gone
 
-status, sessions, rings, cache, leases, metrics and top read shared memory only: they work while the daemon is
-busy, and show the last state of a daemon that died. Sizes take units (4096, 4KiB, 1GB), times too (500ms, 2s).";
+status, sessions, rings, cache, leases, metrics and top read shared memory only: they work \
+while the daemon is busy, and show the last state of a daemon that died. Sizes take units \
+(4096, 4KiB, 1GB), times too (500ms, 2s).";
 
 /// Look at a PegaFlow node, measure it, exercise it
 #[derive(Debug, Parser)]

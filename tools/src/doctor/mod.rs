@@ -10,7 +10,8 @@ pub use nodes::try_connect;
 #[allow(unsafe_code)]
 mod probe;
 
-use std::path::PathBuf;
+use std::io::IsTerminal;
+use std::path::Path;
 
 use serde::Serialize;
 use serde_json::json;
@@ -91,7 +92,7 @@ impl Check {
 }
 
 /// All checks, in the order of the table.
-pub fn run_checks(place: &NodePlace, socket: &PathBuf) -> Vec<Check> {
+pub fn run_checks(place: &NodePlace, socket: &Path) -> Vec<Check> {
     let mut checks = vec![machine::shm_space(&place.shm_dir)];
     checks.extend(machine::limits());
     checks.push(machine::cpus());
@@ -104,8 +105,17 @@ pub fn run_checks(place: &NodePlace, socket: &PathBuf) -> Vec<Check> {
     checks
 }
 
+/// Columns of the terminal; of a file or pipe, what reads well.
+fn terminal_width() -> u16 {
+    const PLAIN_COLUMNS: u16 = 130;
+    if !std::io::stdout().is_terminal() {
+        return PLAIN_COLUMNS;
+    }
+    crossterm::terminal::size().map_or(PLAIN_COLUMNS, |(columns, _)| columns.max(60))
+}
+
 /// `pegactl doctor`; true when nothing failed.
-pub fn doctor(place: &NodePlace, socket: &PathBuf, as_json: bool) -> bool {
+pub fn doctor(place: &NodePlace, socket: &Path, as_json: bool) -> bool {
     let checks = run_checks(place, socket);
     let worst = checks
         .iter()
@@ -118,9 +128,7 @@ pub fn doctor(place: &NodePlace, socket: &PathBuf, as_json: bool) -> bool {
     }
     let mut table = table(&["check", "", "found", "way out"], &[]);
     table.set_content_arrangement(comfy_table::ContentArrangement::Dynamic);
-    if table.width().is_none() {
-        table.set_width(crossterm::terminal::size().map_or(120, |(columns, _)| columns.max(80)));
-    }
+    table.set_width(terminal_width());
     for check in &checks {
         table.add_row([
             check.name,

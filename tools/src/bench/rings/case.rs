@@ -28,7 +28,10 @@ pub enum Case {
     /// One cache line per direction, with pause.
     RawTwoLines,
     /// The product's rings, both sides spinning, with validation and doorbell checks.
-    SpinRoundTrip,
+    SpinRoundTrip {
+        /// Whether the loops that wait give the CPU its hint, as the product's do; the raw ping-pong's do not.
+        pause: bool,
+    },
     /// The product's rings and wait path; `spin_ns` is the spin before each sleep.
     Park {
         /// Spin budget of both sides.
@@ -157,8 +160,8 @@ impl Side {
                 Spins::new(self.cpus, true)
                     .until(|| Ok((back.load(Ordering::Acquire) == number).then_some(())))
             }
-            Case::SpinRoundTrip => {
-                let spins = Spins::new(self.cpus, true);
+            Case::SpinRoundTrip { pause } => {
+                let spins = Spins::new(self.cpus, pause);
                 push(&mut self.rings, spins, &submission(number).to_body())?;
                 ring_if_asleep(&mut self.rings)?;
                 let consumer = &mut self.rings.consumer;
@@ -225,8 +228,8 @@ impl Side {
                         .until(|| Ok((out.load(Ordering::Acquire) == number).then_some(())))?;
                     back.store(number, Ordering::Release);
                 }
-                Case::SpinRoundTrip => {
-                    let spins = Spins::new(self.cpus, true);
+                Case::SpinRoundTrip { pause } => {
+                    let spins = Spins::new(self.cpus, pause);
                     let consumer = &mut self.rings.consumer;
                     let body = spins.until(|| consumer.try_pop().map_err(fault))?;
                     push(&mut self.rings, spins, &answer(body)?)?;

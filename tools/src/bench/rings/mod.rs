@@ -60,6 +60,8 @@ pub struct RingsReport {
     pub spin_rtt_ns: f64,
     /// `spin_rtt_ns / raw_rtt_ns`, each round against its own bracket; the limit is 2.
     pub spin_ratio: f64,
+    /// The same with the CPU's pause hint in the loops, as the product waits, in nanoseconds.
+    pub spin_pause_rtt_ns: f64,
     /// Both sides asleep at each message, in microseconds.
     pub parked_rtt_us: f64,
     /// Ping-pong of two blocking eventfds, in microseconds.
@@ -171,25 +173,74 @@ impl Pair {
     ///
     /// # Errors
     /// The other process failed or is gone.
-    pub fn measure(&mut self, case: Case) -> Result<f64, ToolError> {
+    pub fn measure(&mut self, case: Case, gap: Option<Duration>) -> Result<f64, ToolError> {
         match case {
-            Case::RawOneLine | Case::RawTwoLines | Case::SpinRoundTrip => Ok(median(
-                &self.round_trips(case, SPIN_BATCHES, SPIN_PER_BATCH, None)?,
+            Case::RawOneLine | Case::RawTwoLines | Case::SpinRoundTrip { .. } => Ok(median(
+                &self.round_trips(case, SPIN_BATCHES, SPIN_PER_BATCH, gap)?,
             )),
-            Case::Park { spin_ns: 0 } | Case::Eventfd => {
-                Ok(median(&self.round_trips(case, PARK_BATCHES, 1, None)?) / 1e3)
+            Case::Park { .. } | Case::Eventfd => {
+                let batches = if gap.is_some() {
+                    IDLE_BATCHES
+                } else {
+                    PARK_BATCHES
+                };
+                Ok(median(&self.round_trips(case, batches, 1, gap)?) / 1e3)
             }
-            Case::Park { .. } => self.measure_after_gap(case),
             Case::OneWay | Case::TextbookCached | Case::TextbookIndexed => {
                 self.one_way(case, STREAM_MESSAGES)
             }
         }
     }
-
-    fn measure_after_gap(&mut self, case: Case) -> Result<f64, ToolError> {
-        Ok(median(&self.round_trips(case, IDLE_BATCHES, 1, Some(IDLE_GAP))?) / 1e3)
-    }
 }
+
+const SPIN: Case = Case::SpinRoundTrip { pause: false };
+const SPIN_PAUSE: Case = Case::SpinRoundTrip { pause: true };
+const PARKED: Case = Case::Park { spin_ns: 0 };
+const ADAPTIVE: Case = Case::Park {
+    spin_ns: DEFAULT_SPIN_NS,
+};
+
+/// Name, unit, case, and the pause before each round trip.
+type Row = (&'static str, &'static str, Case, Option<Duration>);
+
+/// What is measured, in the order of the table.
+const ROWS: [Row; 10] = [
+    (
+        "raw ping-pong, two lines, with pause",
+        "ns",
+        Case::RawTwoLines,
+        None,
+    ),
+    ("spinning round trip", "ns", SPIN, None),
+    ("spinning round trip, with pause", "ns", SPIN_PAUSE, None),
+    ("parked round trip", "us", PARKED, None),
+    ("eventfd ping-pong", "us", Case::Eventfd, None),
+    (
+        "spin, then park, after an idle time",
+        "us",
+        ADAPTIVE,
+        Some(IDLE_GAP),
+    ),
+    (
+        "eventfd ping-pong after an idle time",
+        "us",
+        Case::Eventfd,
+        Some(IDLE_GAP),
+    ),
+    ("one way, product", "M/s", Case::OneWay, None),
+    (
+        "one way, textbook, cached indices",
+        "M/s",
+        Case::TextbookCached,
+        None,
+    ),
+    (
+        "one way, textbook, index per message",
+        "M/s",
+        Case::TextbookIndexed,
+        None,
+    ),
+];
 
 /// Runs every case `rounds` times. `daemon_nop` measures one median round trip through a real daemon.
 ///
@@ -201,54 +252,21 @@ pub fn run(
     mut progress: impl FnMut(usize),
 ) -> Result<RingsReport, ToolError> {
     let mut pair = Pair::start()?;
-    let adaptive = Case::Park {
-        spin_ns: DEFAULT_SPIN_NS,
-    };
-    let measured: [(&'static str, &'static str, Case); 7] = [
-        ("raw ping-pong, two lines", "ns", Case::RawTwoLines),
-        ("spinning round trip", "ns", Case::SpinRoundTrip),
-        ("parked round trip", "us", Case::Park { spin_ns: 0 }),
-        ("eventfd ping-pong", "us", Case::Eventfd),
-        ("one way, product", "M/s", Case::OneWay),
-        (
-            "one way, textbook, cached indices",
-            "M/s",
-            Case::TextbookCached,
-        ),
-        (
-            "one way, textbook, index per operation",
-            "M/s",
-            Case::TextbookIndexed,
-        ),
-    ];
-    let mut cases: Vec<CaseReport> = measured
+    let mut cases: Vec<CaseReport> = ROWS
         .iter()
-        .map(|(name, unit, _)| CaseReport {
+        .map(|(name, unit, ..)| CaseReport {
             name,
             unit,
             rounds: Vec::new(),
         })
         .collect();
-    for name in ["product's wait after a pause", "eventfd after a pause"] {
-        cases.push(CaseReport {
-            name,
-            unit: "us",
-            rounds: Vec::new(),
-        });
-    }
     let mut nops = Vec::new();
     for round in 0..rounds {
-        for (report, (_, _, case)) in cases.iter_mut().zip(&measured) {
+        for (report, (_, _, case, gap)) in cases.iter_mut().zip(&ROWS) {
             report
                 .rounds
-                .push(pair.bracket(|pair| pair.measure(*case))?);
+                .push(pair.bracket(|pair| pair.measure(*case, *gap))?);
         }
-        cases[7]
-            .rounds
-            .push(pair.bracket(|pair| pair.measure(adaptive))?);
-        cases[8]
-            .rounds
-            .push(pair.bracket(|pair| pair.measure_after_gap(Case::Eventfd))?);
         if let Some(measure) = &mut daemon_nop {
             nops.push(measure()?);
         }
@@ -263,23 +281,30 @@ fn summarise(
     rounds: usize,
     cpus: Option<(usize, usize)>,
 ) -> RingsReport {
-    let value = |at: usize| cases[at].value();
-    let textbook_mps = value(5).max(value(6));
+    let of = |case: Case, gap: Option<Duration>| {
+        let row = ROWS.iter().position(|row| row.2 == case && row.3 == gap);
+        &cases[row.expect("every case asked for is in the table")]
+    };
+    let value = |case| of(case, None).value();
+    let textbook_cached_mps = value(Case::TextbookCached);
+    let textbook_indexed_mps = value(Case::TextbookIndexed);
+    let textbook_mps = textbook_cached_mps.max(textbook_indexed_mps);
     RingsReport {
-        raw_rtt_ns: cases[1].raw(),
-        raw_two_lines_rtt_ns: value(0),
-        spin_rtt_ns: value(1),
-        spin_ratio: cases[1].ratio(),
-        parked_rtt_us: value(2),
-        eventfd_rtt_us: value(3),
-        parked_ratio: value(2) / value(3),
-        parked_idle_rtt_us: value(7),
-        eventfd_idle_rtt_us: value(8),
-        oneway_mps: value(4),
+        raw_rtt_ns: of(SPIN, None).raw(),
+        raw_two_lines_rtt_ns: value(Case::RawTwoLines),
+        spin_rtt_ns: value(SPIN),
+        spin_ratio: of(SPIN, None).ratio(),
+        spin_pause_rtt_ns: value(SPIN_PAUSE),
+        parked_rtt_us: value(PARKED),
+        eventfd_rtt_us: value(Case::Eventfd),
+        parked_ratio: value(PARKED) / value(Case::Eventfd),
+        parked_idle_rtt_us: of(ADAPTIVE, Some(IDLE_GAP)).value(),
+        eventfd_idle_rtt_us: of(Case::Eventfd, Some(IDLE_GAP)).value(),
+        oneway_mps: value(Case::OneWay),
         textbook_mps,
-        oneway_ratio: value(4) / textbook_mps,
-        textbook_cached_mps: value(5),
-        textbook_indexed_mps: value(6),
+        oneway_ratio: value(Case::OneWay) / textbook_mps,
+        textbook_cached_mps,
+        textbook_indexed_mps,
         daemon_nop_rtt_ns: (!nops.is_empty()).then(|| median(&nops)),
         rounds,
         cpus,
