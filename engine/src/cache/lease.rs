@@ -15,6 +15,9 @@ use pegaflow_shm::status::Status;
 
 use crate::cache::domain::DomainId;
 
+/// Deadlines of ended leases that may stay in the queue beyond one for each live lease.
+const DEADLINE_SLACK: usize = 1024;
+
 /// What a repeated query is recognised by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestKey {
@@ -139,7 +142,15 @@ impl LeaseTable {
         self.deadlines.push(Reverse((lease.deadline, id)));
         place.lease = Some(lease);
         self.live += 1;
+        if self.deadlines.len() > 2 * self.live + DEADLINE_SLACK {
+            self.forget_ended_deadlines();
+        }
         id
+    }
+
+    /// Leases that ended early leave their deadline in the queue; this takes them all out.
+    fn forget_ended_deadlines(&mut self) {
+        self.deadlines = self.iter().map(|(id, lease)| Reverse((lease.deadline, id))).collect();
     }
 
     /// The position of a lease's slot, for tables.
@@ -241,17 +252,18 @@ impl LeaseTable {
         Some(Ended { id, end, lease })
     }
 
-    /// Moves a lease's deadline.
+    /// Moves a lease's deadline back; an earlier one than it has changes nothing.
     ///
     /// # Errors
     /// The lease is gone.
-    pub fn renew(&mut self, id: u64, deadline: Instant, ttl_ms: u64) -> Result<(), Status> {
+    pub fn extend(&mut self, id: u64, deadline: Instant, ttl_ms: u64) -> Result<(), Status> {
         self.get(id)?;
-        if let Some(lease) = self.slot_mut(id) {
+        // The queue of deadlines is not touched: `expire` puts a lease that is not due back in, so a client
+        // that extends in a loop cannot make it grow.
+        if let Some(lease) = self.slot_mut(id).filter(|lease| lease.deadline < deadline) {
             lease.deadline = deadline;
             lease.ttl_ms = ttl_ms;
         }
-        self.deadlines.push(Reverse((deadline, id)));
         Ok(())
     }
 
@@ -262,9 +274,12 @@ impl LeaseTable {
                 break;
             }
             self.deadlines.pop();
-            let due = self.get(id).is_ok_and(|lease| lease.deadline <= now);
-            if due {
-                ended.extend(self.end(id, LeaseEnd::Expired));
+            match self.get(id).map(|lease| lease.deadline) {
+                Ok(deadline) if deadline <= now => {
+                    ended.extend(self.end(id, LeaseEnd::Expired));
+                }
+                Ok(deadline) => self.deadlines.push(Reverse((deadline, id))),
+                Err(_) => {}
             }
         }
     }
@@ -390,6 +405,16 @@ mod tests {
     }
 
     #[test]
+    fn leases_that_end_early_do_not_pile_up() {
+        let mut table = LeaseTable::new(8);
+        for _ in 0..10 * DEADLINE_SLACK {
+            let id = table.grant(lease(1, later()));
+            table.end(id, LeaseEnd::Released).unwrap();
+        }
+        assert!(table.deadlines.len() <= DEADLINE_SLACK + 2 && table.slots.len() == 1);
+    }
+
+    #[test]
     fn an_old_id_never_names_a_later_lease() {
         let mut table = LeaseTable::new(8);
         let first = table.grant(lease(1, later()));
@@ -407,7 +432,10 @@ mod tests {
         let mut table = LeaseTable::new(8);
         let now = Instant::now();
         let id = table.grant(lease(1, now));
-        table.renew(id, now + Duration::from_secs(5), 5000).unwrap();
+        for _ in 0..100 {
+            table.extend(id, now + Duration::from_secs(5), 5000).unwrap();
+        }
+        assert_eq!(table.deadlines.len(), 1, "extending must not grow the queue");
         let mut ended = Vec::new();
         table.expire(now + Duration::from_secs(1), &mut ended);
         assert!(ended.is_empty() && table.get(id).is_ok());

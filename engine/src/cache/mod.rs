@@ -211,8 +211,14 @@ impl Cache {
         }
     }
 
-    /// Takes the eviction counts.
+    /// Takes the eviction counts, and tells the admission gate how much really fits.
     pub fn take_evictions(&mut self) -> Evictions {
+        let sealed: u32 = self.domains.iter().map(|domain| domain.index.writer.sealed_len()).sum();
+        if let Some(admission) = &mut self.admission
+            && self.evictions.capacity > 0
+        {
+            admission.set_resident(sealed as usize);
+        }
         std::mem::take(&mut self.evictions)
     }
 

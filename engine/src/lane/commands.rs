@@ -89,8 +89,7 @@ impl Lane {
         new: NewRegistration,
     ) -> Result<u32, Refusal> {
         let NewRegistration { spec, groups } = new;
-        let free = session.registrations.iter().position(Option::is_none);
-        if free.is_none() && session.registrations.len() >= MAX_REGISTRATIONS {
+        if session.registrations.len() >= MAX_REGISTRATIONS {
             return Err(Refusal::new(
                 Status::Limit,
                 format!("a session has at most {MAX_REGISTRATIONS} registrations: unregister one"),
@@ -102,8 +101,7 @@ impl Lane {
                 Refusal::new(Status::BadLayout, format!("group {}: {error}", group.group))
             })?;
         }
-        let position = free.unwrap_or(session.registrations.len());
-        let id = position as u32 + 1;
+        let id = session.next_registration();
         let member = Member {
             session: session.id,
             registration: id,
@@ -117,6 +115,7 @@ impl Lane {
         };
         let instance = self.registry.join(session.uid, &spec, member)?;
         let registration = Registration {
+            id,
             instance,
             rank: spec.rank,
             save_only: Self::is_save_only(spec.mode),
@@ -127,10 +126,7 @@ impl Lane {
             copies: 0,
             leaving: None,
         };
-        if position == session.registrations.len() {
-            session.registrations.push(None);
-        }
-        session.registrations[position] = Some(registration);
+        session.registrations.push(registration);
         session.describe(&spec.instance, spec.rank, spec.world_size);
         Ok(id)
     }
@@ -249,13 +245,11 @@ impl Lane {
             session.closing.get_or_insert((reason, Vec::new())).1.extend(reply.take());
             if first {
                 lane.abandon_requests(session);
-                for (position, member) in session.registrations.iter_mut().enumerate() {
-                    if let Some(member) = member {
-                        if member.leaving.is_none() {
-                            memberships.push((member.instance, position as u32 + 1));
-                        }
-                        member.leaving.get_or_insert_default();
+                for member in &mut session.registrations {
+                    if member.leaving.is_none() {
+                        memberships.push((member.instance, member.id));
                     }
+                    member.leaving.get_or_insert_default();
                 }
             }
             Ok(())
@@ -293,13 +287,10 @@ impl Lane {
     pub(super) fn settle_session(&mut self, session: SessionId) {
         let Some(position) = self.by_id.get(&session).copied() else { return };
         let Some(found) = self.sessions[position].as_mut() else { return };
-        for place in &mut found.registrations {
-            if place.as_ref().is_some_and(|r| r.leaving.is_some() && r.copies == 0)
-                && let Some(member) = place.take()
-            {
-                for reply in member.leaving.into_iter().flatten() {
-                    answer(reply, Ok(()));
-                }
+        let done = |member: &mut Registration| member.leaving.is_some() && member.copies == 0;
+        for member in found.registrations.extract_if(.., done) {
+            for reply in member.leaving.into_iter().flatten() {
+                answer(reply, Ok(()));
             }
         }
         if found.closing.is_none() || found.copies > 0 {

@@ -46,7 +46,7 @@ impl Lane {
         let ttl_ms = wanted.as_millis() as u64;
         let mut status = self.check_lease(session, submission);
         if status.is_ok() {
-            status = self.leases.renew(id, now + wanted, ttl_ms).err().unwrap_or(Status::Ok);
+            status = self.leases.extend(id, now + wanted, ttl_ms).err().unwrap_or(Status::Ok);
             self.show_lease(id);
         }
         let mut completion = Completion::new(Op::Renew, submission.request_id, status);

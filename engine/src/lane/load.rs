@@ -20,12 +20,11 @@ use crate::lane::run::Lane;
 use crate::lane::session::{LaneSession, SessionFault};
 use crate::lane::tasks::{TaskKind, TaskOwner};
 
-/// A load that may go ahead.
+/// A load that may go ahead; its pages are in `Lane::pages`.
 struct Plan {
     target: Arc<BoundLayout>,
     lease: u64,
     rank: u32,
-    pages: Vec<PageCopy>,
 }
 
 impl Lane {
@@ -91,10 +90,14 @@ impl Lane {
         let rank = registration.rank.ok_or((Status::NoMemory, u64::from(id)))?;
         let unknown_group = (Status::UnknownGroup, u64::from(group));
         let target = registration.target(group).ok_or(unknown_group)?;
-        registration.ready.ok_or((Status::NotReady, u64::from(id)))?;
+        let namespace = registration.ready.ok_or((Status::NotReady, u64::from(id)))?;
         let place = registration.place(group).ok_or(unknown_group)?;
         let lease = self.leases.get(lease_id).map_err(|status| (status, lease_id))?;
-        if lease.request.instance != registration.instance || lease.request.group != group {
+        // The instance may have come back with other pages since the lease was given.
+        let same = lease.request.instance == registration.instance
+            && lease.request.group == group
+            && lease.namespace == namespace;
+        if !same {
             return Err((Status::UnknownLease, lease_id));
         }
         self.leases.check_consume(lease_id, rank).map_err(|status| (status, lease_id))?;
@@ -103,16 +106,16 @@ impl Lane {
         let end = first.checked_add(load.blocks.len() as u64).filter(|end| *end <= held);
         let end = end.ok_or((Status::TooMany, held))?;
         self.seen_blocks.check(&load.blocks, target.layout().num_blocks())?;
-        let mut pages = self.page_lists.pop().unwrap_or_default();
+        self.pages.clear();
         let entries = &lease.entries[first as usize..end as usize];
         for (entry, block) in entries.iter().zip(&load.blocks) {
             let Some(page) = self.cache.pinned_page(lease.domain, *entry, place.shard) else {
                 tracing::error!(entry, lease = lease_id, "a leased block has no page");
                 return Err((Status::Internal, u64::from(*entry)));
             };
-            pages.push(PageCopy { pool_offset: page.offset(), block: *block });
+            self.pages.push(PageCopy { pool_offset: page.offset(), block: *block });
         }
-        Ok(Plan { target: target.clone(), lease: lease_id, rank, pages })
+        Ok(Plan { target: target.clone(), lease: lease_id, rank })
     }
 
     fn run_load(&mut self, session: &mut LaneSession, load: &mut LoadRequest, plan: Plan) {
@@ -128,8 +131,7 @@ impl Lane {
             owner,
             Direction::Load,
             &plan.target,
-            plan.pages,
-            Vec::new(),
+            &[],
             &cancelled,
         );
         load.copies.running = tasks;

@@ -197,7 +197,7 @@ impl Lane {
     ) -> Answer {
         let head = query.list.head;
         let request = RequestKey { instance: scope.instance, group: scope.group, key: head.args[0] };
-        if let Some(answer) = self.repeat(request, query) {
+        if let Some(answer) = self.repeat(request, scope, query) {
             return answer;
         }
         let reason = query.miss.unwrap_or(MissReason::None);
@@ -240,11 +240,18 @@ impl Lane {
 
     /// The live lease of the same query, if there is one; a lease of another query under the same key makes
     /// room, unless somebody has begun to load from it.
-    fn repeat(&mut self, request: RequestKey, query: &mut QueryRequest) -> Option<Answer> {
+    fn repeat(
+        &mut self,
+        request: RequestKey,
+        scope: &QueryScope,
+        query: &mut QueryRequest,
+    ) -> Option<Answer> {
         let id = self.leases.of_request(&request)?;
         let lease = self.leases.get(id).ok()?;
         let untouched = lease.consumed_by() == 0;
-        let same = lease.total == query.list.head.total && lease.digest == query.digest;
+        let same = lease.namespace == scope.namespace
+            && lease.total == query.list.head.total
+            && lease.digest == query.digest;
         if same && untouched {
             let (count, ttl_ms) = (lease.entries.len() as u32, lease.ttl_ms);
             let reason = match (count == lease.total, query.miss) {
@@ -291,8 +298,10 @@ impl Lane {
 
     /// Keeps a list's memory for the next query.
     pub(super) fn recycle(&mut self, mut entries: Vec<u32>) {
+        // At most 16 MiB are kept.
         const KEEP: usize = 64;
-        if self.entry_lists.len() < KEEP {
+        const LONGEST: usize = 64 * 1024;
+        if self.entry_lists.len() < KEEP && entries.capacity() <= LONGEST {
             entries.clear();
             self.entry_lists.push(entries);
         }

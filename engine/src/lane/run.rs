@@ -61,6 +61,8 @@ pub(super) struct Lane {
     pub seen_blocks: SeenBlocks,
     pub entry_lists: Vec<Vec<u32>>,
     pub page_lists: Vec<Vec<PageCopy>>,
+    /// Pages of the request at hand, before they are cut into tasks.
+    pub pages: Vec<PageCopy>,
     pub ended: Vec<Ended>,
 }
 
@@ -158,7 +160,7 @@ impl Lane {
         }
         self.ring(&mut session);
         let waiting = session.closing.is_some()
-            || session.registrations.iter().flatten().any(|r| r.leaving.is_some());
+            || session.registrations.iter().any(|r| r.leaving.is_some());
         self.sessions[position] = Some(session);
         if waiting {
             self.settle_session(id);

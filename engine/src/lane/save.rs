@@ -123,7 +123,7 @@ impl Lane {
         target: &Arc<BoundLayout>,
         hashes: &[pegaflow_shm::BlockHash],
     ) {
-        let mut pages = self.page_lists.pop().unwrap_or_default();
+        let mut pages = std::mem::take(&mut self.pages);
         let mut entries = self.entry_lists.pop().unwrap_or_default();
         let blocks = &self.blocks;
         let (mut held, mut in_flight, mut no_space, mut not_admitted) = (0u32, 0u32, 0u32, 0u32);
@@ -150,9 +150,10 @@ impl Lane {
             request_id: save.list.head.request_id,
             kind: TaskKind::Save(*scope),
         };
+        self.pages = pages;
         let cancelled = save.copies.cancelled.clone();
-        let tasks =
-            self.dispatch(session, owner, Direction::Save, target, pages, entries, &cancelled);
+        let tasks = self.dispatch(session, owner, Direction::Save, target, &entries, &cancelled);
+        self.recycle(entries);
         save.copies.running += tasks;
     }
 

@@ -42,6 +42,9 @@ pub(super) enum SessionFault {
 
 /// A registration of the session.
 pub(super) struct Registration {
+    /// Its id. Ids are not used twice in a session, so that a late chunk of a request never meets the memory
+    /// of another registration.
+    pub id: u32,
     pub instance: InstanceId,
     pub rank: Option<u32>,
     pub save_only: bool,
@@ -73,7 +76,8 @@ pub(super) struct LaneSession {
     pub id: SessionId,
     pub uid: u32,
     pub domain: DomainId,
-    pub registrations: Vec<Option<Registration>>,
+    pub registrations: Vec<Registration>,
+    last_registration: u32,
     pub requests: HashMap<u64, Request>,
     /// Copy tasks of the session.
     pub copies: u32,
@@ -144,6 +148,7 @@ impl LaneSession {
             uid: new.uid,
             domain,
             registrations: Vec::new(),
+            last_registration: 0,
             requests: HashMap::new(),
             copies: 0,
             closing: None,
@@ -254,25 +259,30 @@ impl LaneSession {
         Ok(())
     }
 
+    /// A registration that is not about to end.
+    #[inline]
     pub(super) fn registration(&self, id: u32) -> Result<&Registration, Status> {
-        (id as usize)
-            .checked_sub(1)
-            .and_then(|position| self.registrations.get(position))
-            .and_then(Option::as_ref)
-            .filter(|registration| registration.leaving.is_none())
+        self.registrations
+            .iter()
+            .find(|registration| registration.id == id && registration.leaving.is_none())
             .ok_or(Status::UnknownRegistration)
     }
 
     pub(super) fn registration_mut(&mut self, id: u32) -> Option<&mut Registration> {
-        let position = (id as usize).checked_sub(1)?;
-        self.registrations.get_mut(position)?.as_mut()
+        self.registrations.iter_mut().find(|registration| registration.id == id)
+    }
+
+    /// The id for a new registration.
+    pub(super) fn next_registration(&mut self) -> u32 {
+        self.last_registration += 1;
+        self.last_registration
     }
 
     /// Its row in the node file.
     pub(super) fn row(&self) -> SessionRow {
         SessionRow {
             unfinished: self.requests.len() as u32,
-            registrations: self.registrations.iter().flatten().count() as u32,
+            registrations: self.registrations.len() as u32,
             ..self.row
         }
     }

@@ -114,6 +114,7 @@ pub fn start(
         seen_blocks: SeenBlocks::default(),
         entry_lists: Vec::new(),
         page_lists: Vec::new(),
+        pages: Vec::new(),
         ended: Vec::new(),
         node,
         options,

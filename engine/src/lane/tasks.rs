@@ -73,19 +73,18 @@ impl TaskTable {
 }
 
 impl Lane {
-    /// Cuts a list of pages into tasks and hands them out; returns how many. `entries` has an element for
-    /// each page of a save and none for a load.
-    #[expect(clippy::too_many_arguments, reason = "each names another part of the task")]
+    /// Cuts the pages at hand, `self.pages`, into tasks and hands them out; returns how many. `entries` has
+    /// an element for each page of a save and none for a load.
     pub(super) fn dispatch(
         &mut self,
         session: &mut LaneSession,
         owner: TaskOwner,
         direction: Direction,
         target: &Arc<BoundLayout>,
-        pages: Vec<PageCopy>,
-        entries: Vec<u32>,
+        entries: &[u32],
         cancelled: &Arc<AtomicBool>,
     ) -> u32 {
+        let pages = std::mem::take(&mut self.pages);
         let page_bytes = target.layout().page_bytes();
         let per_task = (TASK_BYTES / page_bytes.max(1)).max(1) as usize;
         let mut tasks = 0;
@@ -108,8 +107,8 @@ impl Lane {
             });
             tasks += 1;
         }
-        self.recycle_pages(pages);
-        self.recycle(entries);
+        self.pages = pages;
+        self.pages.clear();
         session.copies += tasks;
         if let Some(registration) = session.registration_mut(owner.registration) {
             registration.copies += tasks;
@@ -193,7 +192,8 @@ impl Lane {
     /// Keeps a page list's memory for the next task.
     pub(super) fn recycle_pages(&mut self, mut pages: Vec<PageCopy>) {
         const KEEP: usize = 256;
-        if self.page_lists.len() < KEEP {
+        const LONGEST: usize = (TASK_BYTES / 512) as usize;
+        if self.page_lists.len() < KEEP && pages.capacity() <= LONGEST {
             pages.clear();
             self.page_lists.push(pages);
         }

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::{MAX_PAGE_BYTES, MAX_SEGMENTS, MemoryRef, PROCESS_ADDRESS_END, PROCESS_ADDRESS_START};
+use super::{MAX_BLOCKS, MAX_PAGE_BYTES, MAX_SEGMENTS, MemoryRef, PROCESS_ADDRESS_END, PROCESS_ADDRESS_START};
 
 /// A memory as people read it: `region 3` or `process memory`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +32,11 @@ pub enum LayoutError {
     TooManySegments { group: u16, count: usize },
     #[error("group {group}: zero blocks; num_blocks is the number of block ids the engine uses")]
     ZeroBlocks { group: u16 },
+    #[error(
+        "group {group}: {num_blocks} blocks, at most {MAX_BLOCKS}; register larger blocks or \
+         several instances"
+    )]
+    TooManyBlocks { group: u16, num_blocks: u32 },
     #[error("group {group} segment {segment}: zero bytes; leave an empty segment out")]
     ZeroBytes { group: u16, segment: usize },
     #[error(

@@ -24,6 +24,8 @@ pub use valid::{Part, ValidLayout};
 
 /// Largest page, in bytes.
 pub const MAX_PAGE_BYTES: u64 = 1 << 30;
+/// Most blocks of a group: the daemon keeps a bit for each to find block ids given twice.
+pub const MAX_BLOCKS: u32 = 1 << 24;
 /// First address that no process has without asking for five-level paging.
 pub const PROCESS_ADDRESS_END: u64 = 1 << 47;
 /// Addresses below this one are never mapped: a base there is a null pointer plus an offset.

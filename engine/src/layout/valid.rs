@@ -4,7 +4,7 @@
 use super::error::LayoutError;
 use super::overlap::check_overlaps;
 use super::{
-    GroupLayout, MAX_PAGE_BYTES, MAX_SEGMENTS, MemoryRef, PROCESS_ADDRESS_END,
+    GroupLayout, MAX_BLOCKS, MAX_PAGE_BYTES, MAX_SEGMENTS, MemoryRef, PROCESS_ADDRESS_END,
     PROCESS_ADDRESS_START, SegmentLayout,
 };
 
@@ -61,6 +61,9 @@ impl ValidLayout {
         }
         if num_blocks == 0 {
             return Err(LayoutError::ZeroBlocks { group });
+        }
+        if num_blocks > MAX_BLOCKS {
+            return Err(LayoutError::TooManyBlocks { group, num_blocks });
         }
         for (index, segment) in segments.iter().enumerate() {
             check_segment(group, num_blocks, index, segment, &region_bytes)?;
