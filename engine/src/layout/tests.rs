@@ -140,7 +140,12 @@ fn broken_layouts_are_refused_with_the_values_that_broke_them() {
         ),
         (4, vec![segment(u64::MAX - 9, 8, 8)], "does not fit 64 bits"),
         (
-            u32::MAX,
+            MAX_BLOCKS + 1,
+            vec![segment(0, 8, 8)],
+            "16777217 blocks, at most 16777216",
+        ),
+        (
+            1 << 20,
             vec![segment(0, u64::MAX / 3, 8)],
             "does not fit 64 bits",
         ),
