@@ -101,8 +101,11 @@ pub fn clean_up_on_signals() {
     });
 }
 
-/// In a child: the kernel ends this process when the thread that started it ends.
+/// First thing in a child: takes signals that the parent blocked, and the kernel ends this process when the
+/// thread that started it ends.
 pub fn die_with_parent() {
+    // A spawned process inherits the mask of `clean_up_on_signals`.
+    let _ = SigSet::all().thread_unblock();
     let parent = nix::unistd::getppid();
     let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGTERM);
     // If it died before the call, nobody sends the signal; a new parent tells.

@@ -6,7 +6,7 @@
 mod memcpy;
 pub mod query;
 pub mod rings;
-mod rings_table;
+pub mod rings_table;
 pub mod save;
 
 use std::num::NonZero;

@@ -90,7 +90,7 @@ pub fn stale(place: &NodePlace) -> Check {
     }
     Check::warn(
         name,
-        format!("daemon dead, memory still taken: {}", stale.join(", ")),
+        format!("no daemon runs, memory still taken: {}", stale.join(", ")),
         format!(
             "start pegaflowd --node NAME to adopt the cache, or remove {}/NAME",
             place.shm_dir.display()

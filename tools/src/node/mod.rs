@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pegaflow_shm::mapping::{Access, NamedFile};
-use pegaflow_shm::node::{Counter, Gauge, NodeHeader, NodeReader};
+use pegaflow_shm::node::{Counter, Gauge, NodeHeader, NodeReader, field_text};
 use pegaflow_shm::paths;
 
 use crate::error::ToolError;
@@ -90,6 +90,11 @@ impl NodeView {
         Liveness::of(self.header.pid, self.header.pid_start_ticks)
     }
 
+    /// Of a dead daemon: it could not unlink its socket, which is the last thing an orderly stop does.
+    pub fn ended_uncleanly(&self) -> bool {
+        self.liveness() == Liveness::Dead && Path::new(&field_text(&self.header.socket)).exists()
+    }
+
     /// Requests and copies under way by the gauges.
     pub fn work_under_way(&self) -> (u64, u64) {
         (
@@ -103,8 +108,12 @@ impl NodeView {
         let pid = self.header.pid;
         let (requests, copies) = self.work_under_way();
         match self.liveness() {
-            Liveness::Dead => format!(
+            Liveness::Dead if self.ended_uncleanly() => format!(
                 "DEAD: pid {pid} is gone; this is the last state of a dead daemon, ended uncleanly"
+            ),
+            Liveness::Dead => format!(
+                "NOT RUNNING: pid {pid} stopped in an orderly way; this is its last state, and what it \
+                 held waits for the next start"
             ),
             Liveness::Stopped => format!("STOPPED: pid {pid} is halted by a signal or a debugger"),
             Liveness::Alive if requests + copies > 0 => format!(
@@ -114,11 +123,12 @@ impl NodeView {
         }
     }
 
-    /// One word for JSON.
+    /// One word for JSON: `idle`, `busy`, `stopped` (halted), `ended` (orderly) or `dead`.
     pub fn daemon_state(&self) -> &'static str {
         let (requests, copies) = self.work_under_way();
         match self.liveness() {
-            Liveness::Dead => "dead",
+            Liveness::Dead if self.ended_uncleanly() => "dead",
+            Liveness::Dead => "ended",
             Liveness::Stopped => "stopped",
             Liveness::Alive if requests + copies > 0 => "busy",
             Liveness::Alive => "idle",
@@ -167,7 +177,7 @@ fn open_reader(path: &Path) -> Result<NodeReader, ToolError> {
 pub(crate) mod tests {
     use super::*;
     use bytemuck::Zeroable;
-    use pegaflow_shm::node::NodeWriter;
+    use pegaflow_shm::node::{NodeWriter, text_field};
 
     /// A node file written by the test, as if by the process `pid`.
     pub(crate) fn fake_node(root: &Path, node: &str, pid: u32) -> NodeWriter {
@@ -183,6 +193,8 @@ pub(crate) mod tests {
         let header = NodeHeader {
             pid,
             pid_start_ticks: ProcStat::read(pid).map_or(1, |stat| stat.start_ticks),
+            // As after a kill: the socket's file is still there.
+            socket: text_field(&dir.join("node").to_string_lossy()),
             ..NodeHeader::zeroed()
         };
         NodeWriter::create(mapping, &header).unwrap()
@@ -208,6 +220,15 @@ pub(crate) mod tests {
         let dead = NodeView::open(&place("dead")).unwrap();
         assert_eq!(dead.daemon_state(), "dead");
         assert!(dead.daemon_sentence().contains("ended uncleanly"));
+        let unlinked = NodeHeader {
+            socket: text_field("/no/such.sock"),
+            ..dead.header
+        };
+        let ended = NodeView {
+            header: unlinked,
+            ..dead
+        };
+        assert_eq!(ended.daemon_state(), "ended");
     }
 
     #[test]

@@ -148,7 +148,7 @@ impl<R: std::io::Read> LineReader<R> {
     ///
     /// # Errors
     /// Not a message.
-    pub fn next<M: DeserializeOwned>(&mut self) -> Result<Option<M>, ToolError> {
+    pub fn receive<M: DeserializeOwned>(&mut self) -> Result<Option<M>, ToolError> {
         self.line.clear();
         let failed = |what: String| ToolError::Child {
             process: self.name.clone(),
@@ -172,7 +172,7 @@ impl<R: std::io::Read> LineReader<R> {
     /// Not a message, or the end.
     pub fn expect<M: DeserializeOwned>(&mut self) -> Result<M, ToolError> {
         let process = self.name.clone();
-        self.next()?.ok_or(ToolError::Child {
+        self.receive()?.ok_or(ToolError::Child {
             process,
             what: "ended early".into(),
         })

@@ -222,7 +222,7 @@ fn serve(
         next_free: 0,
     };
     writer.send(&Said::<RequestDone>::Ready)?;
-    while let Some(request) = reader.next::<Request>()? {
+    while let Some(request) = reader.receive::<Request>()? {
         writer.send(&Said::Done(scheduler.run(request)?))?;
     }
     for worker in scheduler.workers {

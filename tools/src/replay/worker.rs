@@ -202,7 +202,7 @@ fn serve(
         rank,
     };
     writer.send(&Said::<TaskDone>::Ready)?;
-    while let Some(task) = reader.next::<Task>()? {
+    while let Some(task) = reader.receive::<Task>()? {
         writer.send(&Said::Done(worker.run(&task)?))?;
     }
     Ok(())

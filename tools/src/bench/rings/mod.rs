@@ -16,7 +16,7 @@ use pegaflow_shm::bell::DEFAULT_SPIN_NS;
 use serde::Serialize;
 
 pub use case::Case;
-pub use pair::{PEER_ARGUMENT, Pair, peer_main};
+pub use pair::{PEER_ARGUMENT, Pair, peer_main, pin};
 
 use crate::error::ToolError;
 use crate::replay::latency::median;

@@ -73,7 +73,11 @@ fn two_cpus() -> Option<(usize, usize)> {
     Some((cpus.next()?, cpus.next()?))
 }
 
-fn pin(cpu: usize) -> Result<(), ToolError> {
+/// Keeps the calling thread on one CPU.
+///
+/// # Errors
+/// The CPU is not among those that this process may use.
+pub fn pin(cpu: usize) -> Result<(), ToolError> {
     let mut set = CpuSet::new();
     set.set(cpu);
     sched_setaffinity(None, &set).map_err(ToolError::errno(format!("pinning to CPU {cpu}")))
