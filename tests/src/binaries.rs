@@ -25,6 +25,16 @@ pub fn repository() -> PathBuf {
         .to_owned()
 }
 
+/// Cargo's target folder of the running test.
+///
+/// # Panics
+/// This program does not lie in one.
+pub fn target() -> PathBuf {
+    let profile = profile_folder();
+    let target = profile.parent().expect("a profile's folder has a parent");
+    target.to_owned()
+}
+
 /// Folder of this build's programs, such as `target/debug`.
 ///
 /// # Panics
@@ -37,21 +47,22 @@ pub fn folder() -> &'static Path {
     })
 }
 
+/// Such as `target/debug`, from the place of this program.
+fn profile_folder() -> PathBuf {
+    let test = std::env::current_exe().expect("path of this program");
+    let above = |folder: &&Path| !folder.ends_with("deps") && !folder.ends_with("examples");
+    let folder = test.ancestors().skip(1).find(above);
+    folder.expect("the test lies in a target folder").to_owned()
+}
+
 /// Builds the workspace's programs in the profile and target folder of the running test.
 fn build() -> PathBuf {
-    let test = std::env::current_exe().expect("path of this program");
-    let folder = test
-        .ancestors()
-        .skip(1)
-        .find(|folder| !folder.ends_with("deps") && !folder.ends_with("examples"))
-        .expect("the test lies in a target folder")
-        .to_owned();
-    let target = folder.parent().expect("a profile's folder has a parent");
+    let folder = profile_folder();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
         .args(["build", "--quiet", "--workspace", "--bins", "--target-dir"])
-        .arg(target);
+        .arg(target());
     if folder.ends_with("release") {
         command.arg("--release");
     }

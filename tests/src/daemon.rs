@@ -167,7 +167,7 @@ impl Daemon {
     }
 
     fn serves(&self, pid: u32) -> bool {
-        self.socket().exists()
+        procfs::listens(&self.socket())
             && self
                 .node_reader()
                 .is_some_and(|node| node.header().pid == pid)
@@ -366,7 +366,11 @@ impl Drop for Daemon {
         if self.child.is_some() {
             if std::thread::panicking() {
                 eprintln!("--- log of {}\n{}", self.node, self.log());
-                self.kill();
+                // It may have ended by itself, which is why the test fails.
+                if let Some(mut child) = self.child.take() {
+                    child.kill().ok();
+                    child.wait().ok();
+                }
             } else {
                 let status = self.stop();
                 let left = self.leftovers();

@@ -16,7 +16,31 @@ fn one_rank(daemon: &Daemon) -> Worker {
     Worker::ready(daemon.options(), WorkerSpec::default())
 }
 
-fn assert_nothing_held(daemon: &Daemon) {
+/// All of the leases that were granted so far, a number that is given, have ended.
+#[track_caller]
+fn assert_nothing_held(daemon: &Daemon, granted: u64) {
+    let ended = [
+        Counter::LeasesConsumed,
+        Counter::LeasesReleased,
+        Counter::LeasesExpired,
+        Counter::LeasesReplaced,
+        Counter::LeasesOwnerGone,
+    ];
+    assert!(
+        daemon.counter_becomes(Counter::LeasesGranted, granted),
+        "leases granted"
+    );
+    let total = || {
+        ended
+            .iter()
+            .map(|counter| daemon.counter(*counter))
+            .sum::<u64>()
+    };
+    assert!(
+        eventually(|| total() == granted),
+        "{} of {granted} have ended",
+        total()
+    );
     assert!(
         daemon.gauge_becomes(Gauge::Leases, 0),
         "leases: {}",
@@ -45,7 +69,7 @@ fn each_worker_consumes_a_lease_once() {
         Status::LeaseConsumed
     );
     second.load_and_verify(lease, &names);
-    assert_nothing_held(&daemon);
+    assert_nothing_held(&daemon, 1);
     let late = second.load_in(0, lease, 0, &[0]).status;
     assert!(
         matches!(late, Status::LeaseConsumed | Status::UnknownLease),
@@ -118,7 +142,7 @@ fn a_released_lease_is_gone() {
     worker.save(&names);
     let lease = worker.query(1, &names).lease;
     assert_eq!(worker.release(lease).status, Status::Ok);
-    assert_nothing_held(&daemon);
+    assert_nothing_held(&daemon, 1);
     assert_eq!(
         worker.load_in(0, lease, 0, &[0]).status,
         Status::UnknownLease
@@ -135,12 +159,12 @@ fn a_lease_expires_and_says_so() {
     let (client, registration) = (&worker.client, worker.registration);
     let answer = worker.finish(client.query(registration, 0, 1, &names, 150));
     assert_eq!((answer.count, answer.arg0), (3, 150));
-    assert_nothing_held(&daemon);
+    assert!(daemon.counter_reaches(Counter::LeasesExpired, 1));
+    assert_nothing_held(&daemon, 1);
     assert_eq!(
         worker.load_in(0, answer.lease, 0, &[0]).status,
         Status::LeaseExpired
     );
-    assert!(daemon.counter_reaches(Counter::LeasesExpired, 1));
     assert_eq!(worker.fetch(2, &names), 3, "the blocks are still there");
 }
 
@@ -198,7 +222,7 @@ fn the_leases_of_a_process_that_dies_end() {
     }
     assert!(daemon.gauge_becomes(Gauge::Leases, 5));
     worker.kill();
-    assert_nothing_held(&daemon);
+    assert_nothing_held(&daemon, 5);
     assert!(daemon.counter_reaches(Counter::LeasesOwnerGone, 5));
 }
 
@@ -215,7 +239,7 @@ fn the_same_query_again_gives_the_same_lease_and_no_second_pin() {
     }
     assert!(daemon.gauge_becomes(Gauge::Leases, 1));
     worker.load_and_verify(first.lease, &names);
-    assert_nothing_held(&daemon);
+    assert_nothing_held(&daemon, 1);
 }
 
 #[test]
@@ -233,7 +257,7 @@ fn the_same_key_with_other_hashes_gets_a_new_answer() {
         Status::UnknownLease
     );
     worker.load_and_verify(second.lease, &names[1..]);
-    assert_nothing_held(&daemon);
+    assert_nothing_held(&daemon, 2);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bytes;
+mod c_api;
 mod footprint;
 mod groups;
 mod hostile;

@@ -175,13 +175,18 @@ fn a_client_without_the_library_gets_the_same_answers() {
         memory: MemoryRef::Region(5),
         ..process(0, 64, 64)
     };
-    let cases: [(u32, Vec<SegmentLayout>, &str); 9] = [
+    let cases: [(u32, Vec<SegmentLayout>, &str); 10] = [
         (4, vec![], "no segments"),
         (0, vec![process(1 << 20, 64, 64)], "zero blocks"),
         (4, vec![process(1 << 20, 64, 0)], "zero bytes"),
         (4, vec![process(1 << 20, 32, 64)], "stride too small"),
         (
             u32::MAX,
+            vec![process(1 << 20, 64, 64)],
+            "4294967295 blocks, at most",
+        ),
+        (
+            4,
             vec![process(1 << 20, u64::MAX / 2, 64)],
             "does not fit 64 bits",
         ),
