@@ -4,8 +4,8 @@
 #   DIST/lib/libpegaflow.so.0.1.0, .so.0, .so; DIST/lib/libpegaflow.a
 #   DIST/include/pegaflow.h; DIST/lib/pkgconfig/pegaflow.pc
 #
-# rustc hands the linker a version script of its own for a cdylib, and ld takes only one. So the shared
-# library is linked from the static one.
+# rustc hands the linker a version script of its own for a cdylib, and ld takes only one. So the
+# shared library is linked from the static one.
 #
 # Usage: client-c/build-so.sh [--debug] [--install]
 #   DIST       where to lay it out    [TARGET_DIR/dist]

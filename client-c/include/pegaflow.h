@@ -3,21 +3,23 @@
  *
  * SPDX-License-Identifier: Apache-2.0
  *
- * An inference engine uses this to save KV-cache blocks to the node's daemon (pegaflowd), to ask which
- * blocks of a prompt are cached, and to load them back. docs/c-api.md explains the life of a client, a
- * registration and a request, and has a complete program; this file says what each function does.
+ * An inference engine uses this to save KV-cache blocks to the node's daemon (pegaflowd), to ask
+ * which blocks of a prompt are cached, and to load them back. docs/c-api.md explains the life of a
+ * client, a registration and a request, and has a complete program; this file says what each
+ * function does.
  *
  * Conventions
- *   - Functions return 0 (or a count, where they say so) on success and a negative status, -PEGA_...,
- *     on failure. pega_last_error() then has a sentence with names and values, per thread.
- *   - All functions may be called from any thread at any time, on one client too, except that nothing
- *     may use a client during or after pega_disconnect().
- *   - No function blocks without a bound. "Never blocks" means: a short lock at most, no system call
- *     that waits. Times are in milliseconds unless a name ends in _ns; sizes are in bytes.
- *   - Texts are UTF-8 and end in a zero byte. Text arguments are copied. NULL stands for "not given"
- *     where a function says so; elsewhere a NULL pointer gives -PEGA_INVALID_ARGUMENT.
- *   - Structs that you fill begin with `size`: set it to sizeof the struct, and all that you do not set
- *     to 0, which always means the default. So a program goes on working with a newer library.
+ *   - Functions return 0 (or a count, where they say so) on success and a negative status,
+ *     -PEGA_..., on failure. pega_last_error() then has a sentence with names and values, per
+ *     thread.
+ *   - All functions may be called from any thread at any time, on one client too, except that
+ *     nothing may use a client during or after pega_disconnect().
+ *   - No function blocks without a bound. "Never blocks" means: a short lock at most, no system
+ *     call that waits. Times are in milliseconds unless a name ends in _ns; sizes are in bytes.
+ *   - Texts are UTF-8 and end in a zero byte. Text arguments are copied. NULL stands for "not
+ *     given" where a function says so; elsewhere a NULL pointer gives -PEGA_INVALID_ARGUMENT.
+ *   - Structs that you fill begin with `size`: set it to sizeof the struct, and all that you do not
+ *     set to 0, which always means the default. So a program goes on working with a newer library.
  *   - A client belongs to the process that made it. In a fork()ed child every call on it fails with
  *     -PEGA_INVALID_ARGUMENT, except pega_disconnect(), which frees the child's copy and leaves the
  *     parent's session alone.
@@ -39,7 +41,7 @@ extern "C" {
 
 /* Status codes. Functions return them negated; completions carry them as they are. */
 #define PEGA_OK 0                    /* The operation succeeded. */
-#define PEGA_LOADING 1               /* Blocks are coming up from a slower tier: repeat the query. */
+#define PEGA_LOADING 1               /* Blocks are coming up from a slower tier: query again. */
 #define PEGA_INVALID_ARGUMENT 2      /* An argument is malformed: see pega_last_error(). */
 #define PEGA_NOT_READY 3             /* Not all ranks of the instance have registered yet. */
 #define PEGA_UNKNOWN_REGISTRATION 4  /* No such registration: register first. */
@@ -52,8 +54,8 @@ extern "C" {
 #define PEGA_TOO_MANY 11             /* The list is longer than a named limit: split it. */
 #define PEGA_NO_SPACE 12             /* The pool is full of leased or unfinished blocks. */
 #define PEGA_SAVE_ONLY 13            /* The registration is save-only: it cannot query or load. */
-#define PEGA_NO_MEMORY 14            /* The registration has no KV memory: it cannot save or load. */
-#define PEGA_COPY_FAILED 15          /* A copy to or from KV memory failed; nothing became visible. */
+#define PEGA_NO_MEMORY 14            /* No KV memory registered: it cannot save or load. */
+#define PEGA_COPY_FAILED 15          /* A copy of KV memory failed; nothing became visible. */
 #define PEGA_CANCELLED 16            /* The request was cancelled; no copy of it runs any more. */
 #define PEGA_DRAINING 17             /* The daemon is shutting down and takes no new work. */
 #define PEGA_DISCONNECTED 18         /* The daemon is away: queries miss; the library reconnects. */
@@ -127,19 +129,20 @@ typedef struct pega_options {
     const char *socket;          /* The daemon's socket [$PEGAFLOW_SOCKET, else by node name]. */
     const char *client_name;     /* Name in tables, at most 128 bytes [program and pid]. */
     const char *daemon;          /* Program for autostart [$PEGAFLOW_DAEMON, else searched]. */
-    uint64_t arena_bytes;        /* Room for lists under way; multiple of 16 KiB, <= 1 GiB [4 MiB]. */
+    uint64_t arena_bytes;        /* Room for lists under way; 16 KiB times n, <= 1 GiB [4 MiB]. */
     uint64_t connect_timeout_ms; /* Bound of pega_connect(), autostart included [5000]. */
     uint64_t control_timeout_ms; /* Bound of register, unregister, alloc_host [30000]. */
     uint64_t spin_ns;            /* How long pega_wait() spins before it sleeps [40000]. */
-    uint32_t completion_slots;   /* Most requests not yet consumed; power of two, 16..32768 [1024]. */
+    uint32_t completion_slots;   /* Most requests not consumed; power of two, 16..32768 [1024]. */
     uint32_t autostart;          /* Start a daemon if none listens [on if PEGAFLOW_AUTOSTART=1]. */
     uint32_t reconnect;          /* Reconnect and re-register when the daemon was away [on]. */
     uint32_t no_spin;            /* PEGA_ON: sleep at once [off]. */
 } pega_options;
 
 /*
- * The domain in which a hash names one run of bytes. Two engines share blocks only if all of this and the
- * sizes of their segments are equal. Texts are compared byte by byte, at most 1024 bytes each.
+ * The domain in which a hash names one run of bytes. Two engines share blocks only if all of this
+ * and the sizes of their segments are equal. Texts are compared byte by byte, at most 1024 bytes
+ * each.
  */
 typedef struct pega_namespace {
     uint32_t size;              /* sizeof(pega_namespace) */
@@ -154,9 +157,9 @@ typedef struct pega_namespace {
 } pega_namespace;
 
 /*
- * One strided array: block b has `bytes` bytes at address + b * block_stride. It lies either completely in
- * memory of pega_alloc_host() (then the daemon reaches it without system calls) or completely outside
- * (then through process_vm_readv and process_vm_writev).
+ * One strided array: block b has `bytes` bytes at address + b * block_stride. It lies either
+ * completely in memory of pega_alloc_host() (then the daemon reaches it without system calls) or
+ * completely outside (then through process_vm_readv and process_vm_writev).
  */
 typedef struct pega_segment {
     uint32_t size;         /* sizeof(pega_segment) */
@@ -166,7 +169,7 @@ typedef struct pega_segment {
     uint64_t bytes;        /* Bytes of one block in this segment. */
 } pega_segment;
 
-/* KV memory of one cache group. A page is its segments' bytes one after the other, in this order. */
+/* KV memory of one cache group. A page is its segments' bytes one after the other. */
 typedef struct pega_group {
     uint32_t size;                /* sizeof(pega_group) */
     uint32_t group;               /* 0 for full attention; at most 65535. */
@@ -180,7 +183,7 @@ typedef struct pega_registration {
     uint32_t size;            /* sizeof(pega_registration) */
     uint32_t world_size;      /* Worker ranks of the instance, 1..128. */
     int32_t rank;             /* 0..world_size-1, or PEGA_SCHEDULER. */
-    uint32_t mode;            /* PEGA_MODE_READ_WRITE or PEGA_MODE_SAVE_ONLY; the same for all ranks. */
+    uint32_t mode;            /* PEGA_MODE_*; the same for all ranks. */
     const char *instance;     /* Name of the engine replica: its processes find each other by it. */
     const pega_namespace *ns; /* The same for all ranks. */
     const pega_group *groups; /* NULL for a scheduler. */
@@ -189,8 +192,8 @@ typedef struct pega_registration {
 } pega_registration;
 
 /*
- * The answer to one request. Its size never changes: new fields take from `reserved`, and `size` says how
- * much of it this library fills. Fields without a meaning for an operation are 0.
+ * The answer to one request. Its size never changes: new fields take from `reserved`, and `size`
+ * says how much of it this library fills. Fields without a meaning for an operation are 0.
  */
 typedef struct pega_completion {
     uint32_t size;      /* Bytes filled in by the library. */
@@ -204,7 +207,7 @@ typedef struct pega_completion {
     uint32_t dropped;   /* Save: not stored, for want of room or because a copy failed. */
     uint32_t reserved0; /* 0 */
     uint64_t bytes;     /* Bytes copied. */
-    uint64_t value;     /* What an error is about; query and renew: the lease's time to live in ms. */
+    uint64_t value;     /* What an error is about; query, renew: time to live in ms. */
     uint64_t daemon_ns; /* Time between the daemon seeing the request and its answer. */
     uint64_t reserved[3];
 } pega_completion;
@@ -247,8 +250,8 @@ const char *pega_version(void);
 uint32_t pega_abi_version(void);
 
 /*
- * Why the last failing call of this thread failed: the thing, its value, the way out. Never NULL; ""
- * before the first failure. Valid until this thread's next failing call.
+ * Why the last failing call of this thread failed: the thing, its value, the way out. Never NULL;
+ * "" before the first failure. Valid until this thread's next failing call.
  */
 const char *pega_last_error(void);
 
@@ -277,8 +280,9 @@ const char *pega_op_label(uint32_t op);
 int pega_options_init(pega_options *options, uint32_t size);
 
 /*
- * Connects to the node's daemon and, if the options or PEGAFLOW_AUTOSTART=1 say so, starts one where none
- * listens. Starts a thread that keeps the client connected. Blocks up to connect_timeout_ms.
+ * Connects to the node's daemon and, if the options or PEGAFLOW_AUTOSTART=1 say so, starts one
+ * where none listens. Starts a thread that keeps the client connected. Blocks up to
+ * connect_timeout_ms.
  *
  * options  NULL for all defaults
  * client   gets the client, or NULL on failure
@@ -291,17 +295,19 @@ int pega_options_init(pega_options *options, uint32_t size);
 int pega_connect(const pega_options *options, pega_client **client);
 
 /*
- * Ends the session, its registrations and leases, frees all memory of pega_alloc_host(), and frees the
- * client. No other call on this client may run then or come after. Unfinished requests get no completion;
- * the daemon ends their copies before it forgets the memory, but a load may still write for a moment:
- * wait for loads, or unregister, before you reuse or unmap KV memory. NULL does nothing.
+ * Ends the session, its registrations and leases, frees all memory of pega_alloc_host(), and frees
+ * the client. No other call on this client may run then or come after. Unfinished requests get no
+ * completion; the daemon ends their copies before it forgets the memory, but a load may still write
+ * for a moment: wait for loads, or unregister, before you reuse or unmap KV memory. NULL does
+ * nothing.
  *
  * Always 0.
  */
 int pega_disconnect(pega_client *client);
 
 /*
- * Whether a session is up: PEGA_STATE_CONNECTED, _DISCONNECTED or _CLOSED. Never blocks; costs one load.
+ * Whether a session is up: PEGA_STATE_CONNECTED, _DISCONNECTED or _CLOSED. Never blocks; costs one
+ * load.
  */
 int pega_state(const pega_client *client);
 
@@ -314,9 +320,9 @@ int pega_get_limits(const pega_client *client, pega_limits *limits);
 /* ---------------------------------------------------------------- memory and registrations */
 
 /*
- * Allocates KV memory that the daemon maps too, so that copies need no system call: zeroed, page-aligned,
- * populated. It stays valid across reconnections, until pega_free_host() or pega_disconnect(). Blocks up
- * to control_timeout_ms.
+ * Allocates KV memory that the daemon maps too, so that copies need no system call: zeroed,
+ * page-aligned, populated. It stays valid across reconnections, until pega_free_host() or
+ * pega_disconnect(). Blocks up to control_timeout_ms.
  *
  * bytes   at least 1, at most 16 TiB
  * memory  gets the address, or NULL on failure
@@ -333,19 +339,20 @@ int pega_alloc_host(pega_client *client, uint64_t bytes, void **memory);
 int pega_free_host(pega_client *client, void *memory);
 
 /*
- * Registers a rank with its KV memory, or a scheduler. The id is good for the life of the client: after a
- * reconnect the library registers again by itself. All memory must stay mapped until pega_unregister() or
- * pega_disconnect() returned. Blocks up to control_timeout_ms.
+ * Registers a rank with its KV memory, or a scheduler. The id is good for the life of the client:
+ * after a reconnect the library registers again by itself. All memory must stay mapped until
+ * pega_unregister() or pega_disconnect() returned. Blocks up to control_timeout_ms.
  *
- * If a segment lies outside memory of pega_alloc_host(), the daemon is allowed to access this process
- * with prctl(PR_SET_PTRACER), which replaces an earlier permission of that kind.
+ * If a segment lies outside memory of pega_alloc_host(), the daemon is allowed to access this
+ * process with prctl(PR_SET_PTRACER), which replaces an earlier permission of that kind.
  *
  * spec          copied
  * registration  gets the id, never 0
  *
  * -PEGA_INVALID_ARGUMENT, -PEGA_BAD_LAYOUT: the text names the field and its value.
  * -PEGA_ALREADY_REGISTERED, -PEGA_NAMESPACE_MISMATCH, -PEGA_LIMIT: the daemon refused.
- * -PEGA_DISCONNECTED: no daemon at the moment.  -PEGA_TIMEOUT: no answer in time; nothing is registered.
+ * -PEGA_DISCONNECTED: no daemon at the moment.  -PEGA_TIMEOUT: no answer in time; nothing is
+ * registered.
  */
 int pega_register(pega_client *client, const pega_registration *spec, uint32_t *registration);
 
@@ -357,8 +364,8 @@ int pega_register(pega_client *client, const pega_registration *spec, uint32_t *
 int pega_unregister(pega_client *client, uint32_t registration);
 
 /*
- * Waits until every rank of the registration's instance has registered: only then are there hits. After
- * a reconnect this is so again once all ranks are back.
+ * Waits until every rank of the registration's instance has registered: only then are there hits.
+ * After a reconnect this is so again once all ranks are back.
  *
  * -PEGA_TIMEOUT: timeout_ms ran out.  -PEGA_UNKNOWN_REGISTRATION.
  */
@@ -367,9 +374,9 @@ int pega_wait_ready(pega_client *client, uint32_t registration, uint64_t timeout
 /* ---------------------------------------------------------------- probes */
 
 /*
- * Counts how many of `count` hashes, from the first on, are cached without a gap. Reads shared memory: no
- * system call, no daemon. The answer is advice: only a query's lease holds the blocks. 0 hits while the
- * daemon is away or the instance is incomplete. Never blocks.
+ * Counts how many of `count` hashes, from the first on, are cached without a gap. Reads shared
+ * memory: no system call, no daemon. The answer is advice: only a query's lease holds the blocks. 0
+ * hits while the daemon is away or the instance is incomplete. Never blocks.
  *
  * hits  gets the count
  *
@@ -379,8 +386,8 @@ int pega_probe(pega_client *client, uint32_t registration, uint16_t group, const
                size_t count, uint32_t *hits);
 
 /*
- * Sets bit i % 64 of bitmap[i / 64] for each cached hashes[i] and clears all other bits of the bitmap.
- * Otherwise like pega_probe().
+ * Sets bit i % 64 of bitmap[i / 64] for each cached hashes[i] and clears all other bits of the
+ * bitmap. Otherwise like pega_probe().
  *
  * bitmap        at least (count + 63) / 64 words
  * bitmap_words  its length in words
@@ -392,9 +399,9 @@ int pega_probe_membership(pega_client *client, uint32_t registration, uint16_t g
 
 /* ---------------------------------------------------------------- requests
  *
- * Each submits one request, gives it an id (never 0, never used twice by one client) and returns at once.
- * Lists are copied before the return. The request ends with exactly one completion, which pega_poll() or
- * pega_wait() hands out. None of them blocks. All can fail with
+ * Each submits one request, gives it an id (never 0, never used twice by one client) and returns at
+ * once. Lists are copied before the return. The request ends with exactly one completion, which
+ * pega_poll() or pega_wait() hands out. None of them blocks. All can fail with
  *
  * -PEGA_AGAIN: ring, arena or credit has no room now: consume completions, then submit again.
  * -PEGA_TOO_MANY: the list is longer than pega_get_limits() allows: split it.
@@ -404,16 +411,18 @@ int pega_probe_membership(pega_client *client, uint32_t registration, uint16_t g
  */
 
 /*
- * Pins cached blocks and answers with a lease on them: for group 0 the longest cached prefix of the list,
- * for any other group every cached position. A repeated query with the same key and hashes gives the
- * same lease and no second pin; the same key with other hashes replaces it. Without a hit there is no
- * lease. While the daemon is away it completes at once: status PEGA_DISCONNECTED, count 0.
+ * Pins cached blocks and answers with a lease on them: for group 0 the longest cached prefix of the
+ * list, for any other group every cached position. A repeated query with the same key and hashes
+ * gives the same lease and no second pin; the same key with other hashes replaces it. Without a hit
+ * there is no lease. While the daemon is away it completes at once: status PEGA_DISCONNECTED, count
+ * 0.
  *
  * key           the engine's name of its request, any value
  * ttl_ms        time to live of the lease; 0 takes the daemon's default
- * bitmap        group 0: NULL. Other groups: gets a bit for each position, as pega_probe_membership()
- *               writes them, when the completion is consumed (all 0 unless its status is PEGA_OK). It must
- *               stay valid until then, or until pega_disconnect() returned.
+ * bitmap        group 0: NULL. Other groups: gets a bit for each position, as
+ *               pega_probe_membership() writes them, when the completion is consumed (all 0 unless
+ *               its status is PEGA_OK). It must stay valid until then, or until pega_disconnect()
+ *               returned. Only the first (count + 63) / 64 words are written.
  * bitmap_words  its length, at least (count + 63) / 64
  * request       gets the id
  */
@@ -422,9 +431,10 @@ int pega_query(pega_client *client, uint32_t registration, uint16_t group, uint6
                size_t bitmap_words, uint64_t *request);
 
 /*
- * Copies pages of a lease into the engine's blocks: the lease's position first + i goes to blocks[i]. Each
- * worker rank of the instance may load from a lease once; after the last one the lease is over. The blocks
- * must not be touched until the completion. After another status than PEGA_OK their content is undefined.
+ * Copies pages of a lease into the engine's blocks: the lease's position first + i goes to
+ * blocks[i]. Each worker rank of the instance may load from a lease once; after the last one the
+ * lease is over. The blocks must not be touched until the completion. After another status than
+ * PEGA_OK their content is undefined.
  *
  * lease  of a query of any process of the instance
  * first  position in the lease's list of hits
@@ -433,9 +443,10 @@ int pega_load(pega_client *client, uint32_t registration, uint16_t group, uint64
               uint32_t first, const uint32_t *blocks, size_t count, uint64_t *request);
 
 /*
- * Copies blocks[i] into the pool under the name hashes[i]. The blocks must hold their final bytes and must
- * not change until the completion. A block becomes a hit once every rank has saved its shard. Blocks
- * already held are skipped; for want of room some may be dropped: the completion counts both.
+ * Copies blocks[i] into the pool under the name hashes[i]. The blocks must hold their final bytes
+ * and must not change until the completion. A block becomes a hit once every rank has saved its
+ * shard. Blocks already held are skipped; for want of room some may be dropped: the completion
+ * counts both.
  */
 int pega_save(pega_client *client, uint32_t registration, uint16_t group, const pega_hash *hashes,
               const uint32_t *blocks, size_t count, uint64_t *request);
@@ -448,8 +459,8 @@ int pega_renew(pega_client *client, uint32_t registration, uint64_t lease, uint6
                uint64_t *request);
 
 /*
- * Asks to cancel an unfinished request. Both complete: the cancelled one with PEGA_CANCELLED, or with its
- * result if that was faster; in either case no copy of it runs any more.
+ * Asks to cancel an unfinished request. Both complete: the cancelled one with PEGA_CANCELLED, or
+ * with its result if that was faster; in either case no copy of it runs any more.
  *
  * -PEGA_UNKNOWN_REQUEST: it is finished, or was never submitted here.
  */
@@ -461,7 +472,8 @@ int pega_nop(pega_client *client, uint64_t *request);
 /* ---------------------------------------------------------------- completions */
 
 /*
- * Hands out finished requests that no thread waits for with pega_wait(), oldest first. Never blocks.
+ * Hands out finished requests that no thread waits for with pega_wait(), oldest first. Never
+ * blocks.
  *
  * completions  room for `capacity` of them
  *
@@ -470,8 +482,8 @@ int pega_nop(pega_client *client, uint64_t *request);
 int pega_poll(pega_client *client, pega_completion *completions, size_t capacity);
 
 /*
- * Waits for one request and hands out its completion. Spins for spin_ns, then sleeps. Several threads may
- * wait at once, each for its own request.
+ * Waits for one request and hands out its completion. Spins for spin_ns, then sleeps. Several
+ * threads may wait at once, each for its own request.
  *
  * timeout_ms  0 only looks
  *
@@ -482,9 +494,9 @@ int pega_wait(pega_client *client, uint64_t request, uint64_t timeout_ms,
               pega_completion *completion);
 
 /*
- * A descriptor for poll(2), epoll(7) or the engine's event loop, readable when pega_poll() has to be called.
- * The rule: call pega_poll() until it returns 0, then sleep on the descriptor. It belongs to the client,
- * stays the same across reconnections, and must not be read or closed.
+ * A descriptor for poll(2), epoll(7) or the engine's event loop, readable when pega_poll() has to
+ * be called. The rule: call pega_poll() until it returns 0, then sleep on the descriptor. It
+ * belongs to the client, stays the same across reconnections, and must not be read or closed.
  *
  * Returns the descriptor, or a negative status.
  */

@@ -1,8 +1,8 @@
 //! Connecting for the first time, and starting a daemon where none listens.
 //!
-//! Two clients that start at once take turns on a lock file: the second finds the first one's daemon.
-//! The daemon becomes the leader of a session of its own and outlives the client; what it prints goes to
-//! a log file beside its socket.
+//! Two clients that start at once take turns on a lock file: the second finds the first one's
+//! daemon. The daemon becomes the leader of a session of its own and outlives the client; what it
+//! prints goes to a log file beside its socket.
 
 #![forbid(unsafe_code)]
 

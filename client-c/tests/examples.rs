@@ -1,5 +1,5 @@
-//! The C examples compile without a warning and run clean: plainly, under AddressSanitizer with leak
-//! detection, and under valgrind where it is installed.
+//! The C examples compile without a warning and run clean: plainly, under AddressSanitizer with
+//! leak detection, and under valgrind where it is installed.
 
 mod fake;
 mod tools;
@@ -26,8 +26,11 @@ fn library() -> PathBuf {
 const SYSTEM: [&str; 4] = ["-lpthread", "-ldl", "-lm", "-lgcc_s"];
 
 fn build(name: &str, folder: &Path, sanitize: bool) -> PathBuf {
-    let source = client_dir().join("examples").join(name);
-    let program = folder.join(name.replace('.', "-"));
+    build_file(&client_dir().join("examples").join(name), folder, sanitize)
+}
+
+fn build_file(source: &Path, folder: &Path, sanitize: bool) -> PathBuf {
+    let program = folder.join(source.file_stem().unwrap());
     let library = library();
     let mut libraries = vec![library.to_str().unwrap()];
     libraries.extend(SYSTEM);
@@ -41,7 +44,7 @@ fn build(name: &str, folder: &Path, sanitize: bool) -> PathBuf {
         .copied()
         .chain(["-D_POSIX_C_SOURCE=200809L"])
         .collect();
-    compile("cc", &source, &program, &flags, &libraries);
+    compile("cc", source, &program, &flags, &libraries);
     program
 }
 
@@ -117,6 +120,28 @@ fn examples_run_under_valgrind() {
         command
     };
     run_all(valgrind, false);
+}
+
+#[test]
+fn the_program_in_the_documentation_runs() {
+    let text = std::fs::read_to_string(client_dir().join("../docs/c-api.md")).unwrap();
+    let program = text
+        .rsplit("```c\n")
+        .next()
+        .unwrap()
+        .split("```")
+        .next()
+        .unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("documented.c");
+    std::fs::write(&source, program).unwrap();
+    let socket = folder.path().join("daemon.sock");
+    let _fake = Fake::start(&socket);
+    let said = run(
+        Command::new(build_file(&source, folder.path(), true)),
+        &socket,
+    );
+    assert_eq!(said, "stored 1, skipped 0\nloaded 1: right\n");
 }
 
 #[test]

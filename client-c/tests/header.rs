@@ -1,4 +1,5 @@
-//! `pegaflow.h` and the library say the same: names, signatures, constants, layouts, symbol versions.
+//! `pegaflow.h` and the library say the same: names, signatures, constants, layouts, symbol
+//! versions.
 
 mod tools;
 

@@ -30,8 +30,8 @@ use crate::{Error, Options, autostart, keeper};
 /// Any thread may call anything at any time. No call blocks beyond the bound that it takes or that
 /// [`Options`] names; submissions, probes and [`Client::poll`] do not block at all.
 ///
-/// While the daemon is away, [`Client::state`] says so, probes find nothing, queries complete at once
-/// with [`Status::Disconnected`](crate::Status::Disconnected), everything else fails fast with
+/// While the daemon is away, [`Client::state`] says so, probes find nothing, queries complete at
+/// once with [`Status::Disconnected`](crate::Status::Disconnected), everything else fails fast with
 /// [`Error::Disconnected`], and a thread of the client reconnects and registers again.
 #[derive(Debug)]
 pub struct Client {
@@ -120,10 +120,10 @@ impl Client {
             .probe_membership(registration, group, hashes, bitmap)
     }
 
-    /// Pins cached blocks and answers with a lease: of group 0 the longest cached prefix, of another
-    /// group every cached position (the completion then has a bitmap). `key` is the engine's
-    /// request: the same key with the same hashes gives the same answer and no second pin. A
-    /// `ttl_ms` of 0 takes the daemon's default.
+    /// Pins cached blocks and answers with a lease: of group 0 the longest cached prefix, of
+    /// another group every cached position (the completion then has a bitmap). `key` is the
+    /// engine's request: the same key with the same hashes gives the same answer and no second pin.
+    /// A `ttl_ms` of 0 takes the daemon's default.
     ///
     /// # Errors
     /// [`Error::Again`], [`Error::TooMany`], or no such registration. While disconnected the query
@@ -157,7 +157,8 @@ impl Client {
             .submit(&Draft::load(registration, group, lease, first, blocks))
     }
 
-    /// Copies `blocks[i]` into the pool under the name `hashes[i]`. Blocks already held are skipped.
+    /// Copies `blocks[i]` into the pool under the name `hashes[i]`. Blocks already held are
+    /// skipped.
     ///
     /// # Errors
     /// As [`Self::load`], and lists of different length.

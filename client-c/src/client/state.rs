@@ -1,7 +1,7 @@
 //! What all threads of a client share, and the one lock around what changes.
 //!
-//! The lock is held for a few dozen instructions at a time: never across a system call, a wait or the
-//! copy of a payload. What has to be done after it is let go of (waking somebody, taking a lost
+//! The lock is held for a few dozen instructions at a time: never across a system call, a wait or
+//! the copy of a payload. What has to be done after it is let go of (waking somebody, taking a lost
 //! session apart) is collected in [`Wakes`].
 
 #![forbid(unsafe_code)]
@@ -194,7 +194,8 @@ impl Shared {
     }
 
     /// Puts a fresh session to use. The state stays as it is until [`Self::announce`].
-    /// Returns the regions that this session has to be told of; later ones are told by their makers.
+    /// Returns the regions that this session has to be told of; later ones are told by their
+    /// makers.
     pub(crate) fn install(&self, mut live: Live) -> Result<Vec<Weak<HostRegion>>, Error> {
         self.events.watch(&live.session.pipe)?;
         let mut inner = self.lock();

@@ -70,7 +70,8 @@ exports! {
 
     /// The largest lists.
     try fn pega_get_limits(client: *const pega_client, limits: *mut pega_limits) -> c_int {
-        // SAFETY: by the header, the handle came from `pega_connect` and `limits` is a sized struct.
+        // SAFETY: by the header, the handle came from `pega_connect` and `limits` is a sized
+        // struct.
         unsafe {
             let client = &handle(client)?.client;
             write_sized(limits, &limits_of(client))?;

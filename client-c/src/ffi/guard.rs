@@ -14,8 +14,8 @@ thread_local! {
 
 /// Defines exported functions and the list of their signatures.
 ///
-/// The body of a `try fn` answers `Result<c_int, Error>`; that of a `plain fn` cannot fail, and `or`
-/// names what the function returns should it panic all the same.
+/// The body of a `try fn` answers `Result<c_int, Error>`; that of a `plain fn` cannot fail, and
+/// `or` names what the function returns should it panic all the same.
 macro_rules! exports {
     ($($(#[$meta:meta])* $kind:ident fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty
         $(, or $fallback:expr,)? $body:block)*) => {

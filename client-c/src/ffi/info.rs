@@ -89,8 +89,8 @@ fn pick(texts: &'static [CString], number: u32) -> *const c_char {
 /// Path of the file this library was loaded from.
 pub(crate) fn library_path() -> Option<PathBuf> {
     let address = pega_version as *const () as *const libc::c_void;
-    // SAFETY: the answer is plain data that the call fills; its text belongs to the loader and stays
-    // as long as this library is loaded.
+    // SAFETY: the answer is plain data that the call fills; its text belongs to the loader and
+    // stays as long as this library is loaded.
     unsafe {
         let mut info: libc::Dl_info = std::mem::zeroed();
         if libc::dladdr(address, &mut info) == 0 || info.dli_fname.is_null() {

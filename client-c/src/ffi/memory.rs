@@ -162,8 +162,8 @@ unsafe fn read_group(groups: *const pega_group, at: usize) -> Result<GroupMemory
             return Err(Error::argument("memory", value, "PEGA_MEMORY_AUTO"));
         }
         let address = segment.address.cast::<u8>();
-        // SAFETY: by the header, the memory stays mapped and is the daemon's to read and write while
-        // the registration lasts.
+        // SAFETY: by the header, the memory stays mapped and is the daemon's to read and write
+        // while the registration lasts.
         Ok(unsafe { SegmentMemory::at(address, segment.block_stride, segment.bytes) })
     };
     let segments = (0..given.num_segments as usize)

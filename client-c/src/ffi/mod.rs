@@ -1,8 +1,8 @@
 //! The C ABI: `pegaflow.h` in Rust. A thin layer that checks pointers and keeps panics in.
 //!
-//! Each function turns its arguments into safe values, calls the [`Client`](crate::Client), and returns
-//! 0 or a negative [`Status`](crate::Status) with a text for `pega_last_error`. What callers have to
-//! know is in the header; [`SIGNATURES`] is compared with it by a test.
+//! Each function turns its arguments into safe values, calls the [`Client`](crate::Client), and
+//! returns 0 or a negative [`Status`](crate::Status) with a text for `pega_last_error`. What
+//! callers have to know is in the header; [`SIGNATURES`] is compared with it by a test.
 
 #![allow(non_camel_case_types)]
 

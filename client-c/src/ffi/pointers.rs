@@ -9,7 +9,8 @@ use crate::Error;
 /// A struct that starts with its size.
 ///
 /// # Safety
-/// All bytes zero must be a value of the type, as must any bytes that a caller may put into its fields.
+/// All bytes zero must be a value of the type, as must any bytes that a caller may put into its
+/// fields.
 pub(super) unsafe trait Sized0: Copy {
     /// Name in errors.
     const NAME: &'static str;
@@ -137,7 +138,8 @@ pub(super) unsafe fn write_sized<T: Sized0>(pointer: *mut T, value: &T) -> Resul
 /// A caller's array.
 ///
 /// # Safety
-/// `pointer` leads to `count` readable elements that nobody writes during the call, or `count` is 0.
+/// `pointer` leads to `count` readable elements that nobody writes during the call, or `count` is
+/// 0.
 pub(super) unsafe fn array<'a, T>(
     pointer: *const T,
     count: usize,
@@ -154,8 +156,8 @@ pub(super) unsafe fn array<'a, T>(
 /// A caller's array to write.
 ///
 /// # Safety
-/// `pointer` leads to `count` writable elements that nobody else touches during the call, or `count`
-/// is 0.
+/// `pointer` leads to `count` writable elements that nobody else touches during the call, or
+/// `count` is 0.
 pub(super) unsafe fn array_mut<'a, T>(
     pointer: *mut T,
     count: usize,

@@ -14,7 +14,8 @@ exports! {
         client: *mut pega_client, registration: u32, group: u16,
         hashes: *const pega_hash, count: usize, hits: *mut u32,
     ) -> c_int {
-        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes, a place for the answer.
+        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes, a place for the
+        // answer.
         unsafe {
             let (client, hashes) = (&handle(client)?.client, read_hashes(hashes, count)?);
             put(hits, client.probe(RegistrationId(registration), group, hashes)?, "hits")?;
@@ -28,8 +29,8 @@ exports! {
         hashes: *const pega_hash, count: usize,
         bitmap: *mut u64, bitmap_words: usize, hits: *mut u32,
     ) -> c_int {
-        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes, `bitmap_words` words, a
-        // place for the answer.
+        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes, `bitmap_words` words,
+        // a place for the answer.
         unsafe {
             let (client, hashes) = (&handle(client)?.client, read_hashes(hashes, count)?);
             let bitmap = array_mut(bitmap, bitmap_words, "bitmap")?;
@@ -77,8 +78,8 @@ exports! {
         client: *mut pega_client, registration: u32, group: u16,
         hashes: *const pega_hash, blocks: *const u32, count: usize, request: *mut u64,
     ) -> c_int {
-        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes and ids, a place for the
-        // answer.
+        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes and ids, a place for
+        // the answer.
         unsafe {
             let (hashes, blocks) = (read_hashes(hashes, count)?, array(blocks, count, "blocks")?);
             let draft = Draft::save(RegistrationId(registration), group, hashes, blocks);

@@ -1,7 +1,7 @@
 //! The structs of the C ABI. Their layout is compared with the header's by a test.
 //!
-//! A struct that callers fill starts with its `size` as the caller knows it, so that fields can be added
-//! at the end: what the caller does not know reads as 0, and 0 always means the default.
+//! A struct that callers fill starts with its `size` as the caller knows it, so that fields can be
+//! added at the end: what the caller does not know reads as 0, and 0 always means the default.
 
 #![forbid(unsafe_code)]
 

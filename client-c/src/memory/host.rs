@@ -69,8 +69,8 @@ fn populate(mapping: &Mapping) -> Result<(), Error> {
 }
 
 /// KV memory allocated by [`Client::alloc_host`](crate::Client::alloc_host). The daemon writes it
-/// while a load runs and reads it while a save runs, so it is reached by address or by copies, never
-/// as a slice.
+/// while a load runs and reads it while a save runs, so it is reached by address or by copies,
+/// never as a slice.
 #[derive(Clone, Debug)]
 pub struct HostMemory {
     pub(crate) region: Arc<HostRegion>,

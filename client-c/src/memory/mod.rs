@@ -1,4 +1,5 @@
-//! Memory that the daemon reaches: regions shared with it, and layouts over the engine's own memory.
+//! Memory that the daemon reaches: regions shared with it, and layouts over the engine's own
+//! memory.
 
 mod host;
 mod index;

@@ -1,8 +1,8 @@
 //! The submission arena's free chunks, as a list threaded through an array of links.
 //!
-//! Taking and returning chunks happens under the client's lock. The links are atomics only so that a
-//! submitting thread can walk its own chain after it let go of the lock; nobody changes the link of
-//! a chunk that is taken.
+//! Taking and returning chunks happens under the client's lock. The links are atomics only so that
+//! a submitting thread can walk its own chain after it let go of the lock; nobody changes the link
+//! of a chunk that is taken.
 
 #![forbid(unsafe_code)]
 

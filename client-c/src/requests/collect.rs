@@ -1,7 +1,7 @@
 //! From the completion ring into the request table.
 //!
-//! What the daemon wrote is judged here: a completion for an unknown request, for another operation or
-//! with impossible numbers ends the session with that as the reason.
+//! What the daemon wrote is judged here: a completion for an unknown request, for another operation
+//! or with impossible numbers ends the session with that as the reason.
 
 #![forbid(unsafe_code)]
 

@@ -1,8 +1,8 @@
 //! The requests of a client from submission until their completion is consumed.
 //!
 //! A fixed number of slots, made once. A request id is `generation << 16 | slot + 1`, so that the
-//! look-up of a completion is an index and a comparison, and an id from the past never names a later
-//! request.
+//! look-up of a completion is an index and a comparison, and an id from the past never names a
+//! later request.
 
 #![forbid(unsafe_code)]
 
@@ -182,8 +182,8 @@ impl Table {
         open.map(|entry| entry.id).collect()
     }
 
-    /// Counts one more (or one fewer) thread that waits for this request. A finished one that nobody
-    /// waits for any more goes to the ready list.
+    /// Counts one more (or one fewer) thread that waits for this request. A finished one that
+    /// nobody waits for any more goes to the ready list.
     pub(crate) fn set_waiting(&mut self, id: u64, waits: bool) {
         let Some(slot) = self.slot(id) else { return };
         let entry = &mut self.entries[slot];

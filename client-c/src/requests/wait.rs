@@ -1,13 +1,13 @@
 //! Polling, waiting, and the descriptor for an event loop.
 //!
-//! Of the threads that wait, one leads: it spins, then sleeps on the session's bell, and collects for
-//! all. The others sleep on a condition variable. When the leader has what it came for, one of them takes
-//! over.
+//! Of the threads that wait, one leads: it spins, then sleeps on the session's bell, and collects
+//! for all. The others sleep on a condition variable. When the leader has what it came for, one of
+//! them takes over.
 //!
-//! The completion descriptor is an epoll set of the bell and a local event. A poll that finds nothing
-//! takes the rings so far, announces a sleep, and looks once more; whatever comes after makes the
-//! descriptor readable. Where a waiting thread collects a completion that nobody waits for, it signals
-//! the local event in the bell's place.
+//! The completion descriptor is an epoll set of the bell and a local event. A poll that finds
+//! nothing takes the rings so far, announces a sleep, and looks once more; whatever comes after
+//! makes the descriptor readable. Where a waiting thread collects a completion that nobody waits
+//! for, it signals the local event in the bell's place.
 
 #![forbid(unsafe_code)]
 

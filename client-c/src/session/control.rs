@@ -1,8 +1,8 @@
 //! Requests over the socket of a running session: who waits for which answer.
 //!
-//! Callers send by themselves; the keeper, which alone reads the socket, hands the answers out. What
-//! the keeper sends on its own account (regions and registrations after a reconnect) has nobody that
-//! waits for it.
+//! Callers send by themselves; the keeper, which alone reads the socket, hands the answers out.
+//! What the keeper sends on its own account (regions and registrations after a reconnect) has
+//! nobody that waits for it.
 
 #![forbid(unsafe_code)]
 

@@ -1,8 +1,8 @@
 //! One connection to the daemon: its two segments, its socket, its bells, the index it may read.
 //!
-//! A [`Session`] is immutable once it is open and lives as long as somebody holds it, so that a thread
-//! that is still writing into the arena of a lost session does no harm. What changes (free chunks,
-//! ring positions) is in [`Live`], under the client's lock, and ends with the session.
+//! A [`Session`] is immutable once it is open and lives as long as somebody holds it, so that a
+//! thread that is still writing into the arena of a lost session does no harm. What changes (free
+//! chunks, ring positions) is in [`Live`], under the client's lock, and ends with the session.
 
 #![forbid(unsafe_code)]
 
@@ -79,8 +79,8 @@ pub(crate) struct Live {
     pub(crate) credit: u32,
     /// Ring slots of unfinished requests.
     pub(crate) slots_used: u32,
-    /// Most of them: the daemon tells its progress a quarter of a lap late, so that with the rest of
-    /// the ring in use a push always finds room.
+    /// Most of them: the daemon tells its progress a quarter of a lap late, so that with the rest
+    /// of the ring in use a push always finds room.
     pub(crate) slots_limit: u32,
 }
 

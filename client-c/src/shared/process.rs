@@ -71,8 +71,8 @@ pub(crate) fn allow_tracer(pid: u32) {
     unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::c_ulong::from(pid), 0, 0, 0) };
 }
 
-/// Makes the command the leader of a session of its own, so that it outlives this one's terminal and
-/// gets none of its signals.
+/// Makes the command the leader of a session of its own, so that it outlives this one's terminal
+/// and gets none of its signals.
 pub(crate) fn detach(command: &mut Command) {
     let start = || {
         // SAFETY: takes nothing, and is async-signal-safe.

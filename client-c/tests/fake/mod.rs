@@ -1,8 +1,8 @@
 //! A daemon in the test's own process: small, obliging, and on request rude.
 //!
 //! It speaks the whole protocol (segments, rings, bells, index, lists in chunks, region and process
-//! memory) for one namespace, so that the client and the C examples can be run against it; and it breaks
-//! the protocol in the ways that [`Rudeness`] names.
+//! memory) for one namespace, so that the client and the C examples can be run against it; and it
+//! breaks the protocol in the ways that [`Rudeness`] names.
 
 #![allow(dead_code)]
 

@@ -46,6 +46,7 @@ struct Session {
     memory: ClientMemory,
     registrations: HashMap<u32, RegisterSpec>,
     open: HashMap<u64, Open>,
+    frozen: bool,
 }
 
 pub fn session(world: &Arc<World>, socket: OwnedFd) {
@@ -173,6 +174,7 @@ impl Session {
             },
             registrations: HashMap::new(),
             open: HashMap::new(),
+            frozen: false,
             socket,
             c2d,
             d2c,
@@ -183,7 +185,7 @@ impl Session {
     fn turn(&mut self) -> bool {
         let start = Instant::now();
         let mut worked = false;
-        while start.elapsed() < Duration::from_micros(200) {
+        while !self.frozen && start.elapsed() < Duration::from_micros(200) {
             match self.submissions.try_pop() {
                 Ok(Some(body)) => {
                     worked = true;
@@ -199,7 +201,9 @@ impl Session {
             Err(error) if error.would_block() => {}
             Err(_) => return false,
         }
-        if !worked {
+        if self.frozen {
+            std::thread::sleep(Duration::from_millis(1));
+        } else if !worked {
             self.sleep();
         }
         !self.world.stopping()
@@ -424,9 +428,13 @@ impl Session {
                 let _ = self.pipe.ring();
                 return;
             }
-            Rudeness::ConsumedAhead => {
+            // Not before the client has to look, and never corrected.
+            Rudeness::ConsumedAhead
+                if self.submissions.position() >= u64::from(self.shape.slots) - 2 =>
+            {
                 let word = self.d2c.atomic_u64(CONSUMED_OFFSET).unwrap();
                 word.store(1 << 40, Ordering::Release);
+                self.frozen = true;
             }
             _ => {}
         }
