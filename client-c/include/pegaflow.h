@@ -483,7 +483,9 @@ int pega_poll(pega_client *client, pega_completion *completions, size_t capacity
 
 /*
  * Waits for one request and hands out its completion. Spins for spin_ns, then sleeps. Several
- * threads may wait at once, each for its own request.
+ * threads may wait at once, each for its own request. While another thread polls the same client, a
+ * request that finishes before this is called is handed to the poller: give each way of its own a
+ * client, or look there.
  *
  * timeout_ms  0 only looks
  *

@@ -156,7 +156,7 @@ fn a_membership_query_tells_each_position() {
     let memory = client.alloc_host(64 * PAGE).unwrap();
     let id = worker(&client, &memory);
     let names = hashes(0..1000);
-    let expected = |at: usize| at % 3 == 0;
+    let expected = |at: usize| at.is_multiple_of(3);
     for round in 0..100 {
         let query = client.query(id, 1, round, &names, 0).unwrap();
         let done = client.wait(query, LONG).unwrap();
