@@ -261,7 +261,11 @@ mod tests {
 
     #[test]
     fn messages_are_golden() {
-        let message = ClientMessage::AddRegion { seq: 1, region: 2, bytes: 3 };
+        let message = ClientMessage::AddRegion {
+            seq: 1,
+            region: 2,
+            bytes: 3,
+        };
         let text = r#"{"type":"add_region","seq":1,"region":2,"bytes":3}"#;
         assert_eq!(serde_json::to_string(&message).unwrap(), text);
         let segment = SegmentLayout {

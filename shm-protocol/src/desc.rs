@@ -169,10 +169,13 @@ impl Submission {
             return Err(DescriptorFault::RequestId);
         }
         if self.count > self.total {
-            return Err(DescriptorFault::Count { count: self.count, total: self.total });
+            return Err(DescriptorFault::Count {
+                count: self.count,
+                total: self.total,
+            });
         }
         let end = u64::from(self.payload_offset) + u64::from(self.payload_bytes);
-        if end > u64::from(arena_bytes) || self.payload_offset % 8 != 0 {
+        if end > u64::from(arena_bytes) || !self.payload_offset.is_multiple_of(8) {
             return Err(DescriptorFault::Payload {
                 offset: self.payload_offset,
                 bytes: self.payload_bytes,
@@ -337,7 +340,11 @@ mod tests {
     use super::*;
 
     fn nop() -> Submission {
-        Submission { op: Op::Nop as u8, request_id: 7, ..Submission::zeroed() }
+        Submission {
+            op: Op::Nop as u8,
+            request_id: 7,
+            ..Submission::zeroed()
+        }
     }
 
     #[test]
@@ -377,22 +384,60 @@ mod tests {
     #[test]
     fn every_bad_field_is_refused_by_name() {
         assert_eq!(nop().check(4096), Ok(Op::Nop));
-        assert_eq!(Submission { op: 99, ..nop() }.check(4096), Err(DescriptorFault::Op(99)));
-        assert_eq!(Submission { flags: 8, ..nop() }.check(4096), Err(DescriptorFault::Flags(8)));
         assert_eq!(
-            Submission { request_id: 0, ..nop() }.check(4096),
+            Submission { op: 99, ..nop() }.check(4096),
+            Err(DescriptorFault::Op(99))
+        );
+        assert_eq!(
+            Submission { flags: 8, ..nop() }.check(4096),
+            Err(DescriptorFault::Flags(8))
+        );
+        assert_eq!(
+            Submission {
+                request_id: 0,
+                ..nop()
+            }
+            .check(4096),
             Err(DescriptorFault::RequestId)
         );
         assert_eq!(
-            Submission { payload_bytes: 8, ..nop() }.check(4096),
+            Submission {
+                payload_bytes: 8,
+                ..nop()
+            }
+            .check(4096),
             Err(DescriptorFault::UnexpectedPayload(1))
         );
-        let save = Submission { op: Op::Save as u8, ..nop() };
-        assert!(Submission { payload_offset: u32::MAX - 7, payload_bytes: 64, ..save }
+        let save = Submission {
+            op: Op::Save as u8,
+            ..nop()
+        };
+        assert!(
+            Submission {
+                payload_offset: u32::MAX - 7,
+                payload_bytes: 64,
+                ..save
+            }
             .check(u32::MAX)
-            .is_err());
-        assert!(Submission { count: 2, total: 1, ..save }.check(4096).is_err());
-        assert!(Submission { payload_offset: 4, ..save }.check(4096).is_err());
+            .is_err()
+        );
+        assert!(
+            Submission {
+                count: 2,
+                total: 1,
+                ..save
+            }
+            .check(4096)
+            .is_err()
+        );
+        assert!(
+            Submission {
+                payload_offset: 4,
+                ..save
+            }
+            .check(4096)
+            .is_err()
+        );
     }
 
     #[test]

@@ -87,7 +87,10 @@ impl NamespaceSpec {
                 return Err(NamespaceFault::Empty(field));
             }
             if value.len() > MAX_FIELD_BYTES {
-                return Err(NamespaceFault::TooLong { field, bytes: value.len() });
+                return Err(NamespaceFault::TooLong {
+                    field,
+                    bytes: value.len(),
+                });
             }
         }
         if self.block_tokens == 0 {
@@ -147,8 +150,16 @@ mod tests {
 
     fn groups() -> Vec<PackedGroup> {
         vec![
-            PackedGroup { rank: 0, group: 0, segment_bytes: vec![64, 64] },
-            PackedGroup { rank: 1, group: 0, segment_bytes: vec![128] },
+            PackedGroup {
+                rank: 0,
+                group: 0,
+                segment_bytes: vec![64, 64],
+            },
+            PackedGroup {
+                rank: 1,
+                group: 0,
+                segment_bytes: vec![128],
+            },
         ]
     }
 
@@ -156,17 +167,43 @@ mod tests {
     fn every_field_changes_the_digest() {
         let base = spec().digest(2, &groups());
         let changed = [
-            NamespaceSpec { model: "n".into(), ..spec() },
-            NamespaceSpec { revision: "r".into(), ..spec() },
-            NamespaceSpec { dtype: "fp8".into(), ..spec() },
-            NamespaceSpec { kv_layout: "HND".into(), ..spec() },
-            NamespaceSpec { topology: "tp2".into(), ..spec() },
-            NamespaceSpec { hash_algorithm: "x".into(), ..spec() },
-            NamespaceSpec { salt: "tenant".into(), ..spec() },
-            NamespaceSpec { block_tokens: 32, ..spec() },
+            NamespaceSpec {
+                model: "n".into(),
+                ..spec()
+            },
+            NamespaceSpec {
+                revision: "r".into(),
+                ..spec()
+            },
+            NamespaceSpec {
+                dtype: "fp8".into(),
+                ..spec()
+            },
+            NamespaceSpec {
+                kv_layout: "HND".into(),
+                ..spec()
+            },
+            NamespaceSpec {
+                topology: "tp2".into(),
+                ..spec()
+            },
+            NamespaceSpec {
+                hash_algorithm: "x".into(),
+                ..spec()
+            },
+            NamespaceSpec {
+                salt: "tenant".into(),
+                ..spec()
+            },
+            NamespaceSpec {
+                block_tokens: 32,
+                ..spec()
+            },
         ];
-        let digests: std::collections::HashSet<_> =
-            changed.iter().map(|spec| spec.digest(2, &groups())).collect();
+        let digests: std::collections::HashSet<_> = changed
+            .iter()
+            .map(|spec| spec.digest(2, &groups()))
+            .collect();
         assert_eq!(digests.len(), changed.len());
         assert!(!digests.contains(&base));
         assert_ne!(base, spec().digest(3, &groups()));
@@ -177,8 +214,16 @@ mod tests {
 
     #[test]
     fn text_cannot_move_between_fields() {
-        let left = NamespaceSpec { model: "ab".into(), revision: "c".into(), ..spec() };
-        let right = NamespaceSpec { model: "a".into(), revision: "bc".into(), ..spec() };
+        let left = NamespaceSpec {
+            model: "ab".into(),
+            revision: "c".into(),
+            ..spec()
+        };
+        let right = NamespaceSpec {
+            model: "a".into(),
+            revision: "bc".into(),
+            ..spec()
+        };
         assert_ne!(left.digest(1, &[]), right.digest(1, &[]));
     }
 
@@ -191,10 +236,28 @@ mod tests {
 
     #[test]
     fn missing_fields_are_named() {
-        let fault = NamespaceSpec { dtype: String::new(), ..spec() }.check();
+        let fault = NamespaceSpec {
+            dtype: String::new(),
+            ..spec()
+        }
+        .check();
         assert_eq!(fault, Err(NamespaceFault::Empty("dtype")));
-        assert!(NamespaceSpec { block_tokens: 0, ..spec() }.check().is_err());
-        assert!(NamespaceSpec { salt: "x".repeat(2000), ..spec() }.check().is_err());
+        assert!(
+            NamespaceSpec {
+                block_tokens: 0,
+                ..spec()
+            }
+            .check()
+            .is_err()
+        );
+        assert!(
+            NamespaceSpec {
+                salt: "x".repeat(2000),
+                ..spec()
+            }
+            .check()
+            .is_err()
+        );
         assert_eq!(spec().check(), Ok(()));
     }
 }

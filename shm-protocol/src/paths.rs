@@ -37,7 +37,8 @@ pub fn check_node_name(name: &str) -> Result<(), NodeNameFault> {
 
 /// Folder of a node's shared files: `node`, `pool`, `catalog`, `index-<uid>`, `sessions/`, `lock`.
 pub fn node_dir(node: &str) -> PathBuf {
-    let root = std::env::var_os("PEGAFLOW_SHM_DIR").map_or_else(|| PathBuf::from(SHM_ROOT), PathBuf::from);
+    let root =
+        std::env::var_os("PEGAFLOW_SHM_DIR").map_or_else(|| PathBuf::from(SHM_ROOT), PathBuf::from);
     root.join(node)
 }
 

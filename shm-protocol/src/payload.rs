@@ -54,14 +54,18 @@ pub fn encode_blocks(blocks: &[u32], out: &mut Vec<u8>) -> u8 {
 }
 
 fn run_length(blocks: &[u32]) -> usize {
-    let consecutive =
-        blocks.windows(2).take_while(|pair| pair[0].checked_add(1) == Some(pair[1])).count();
+    let consecutive = blocks
+        .windows(2)
+        .take_while(|pair| pair[0].checked_add(1) == Some(pair[1]))
+        .count();
     consecutive + 1
 }
 
 fn count_runs(blocks: &[u32]) -> usize {
-    let breaks =
-        blocks.windows(2).filter(|pair| pair[0].checked_add(1) != Some(pair[1])).count();
+    let breaks = blocks
+        .windows(2)
+        .filter(|pair| pair[0].checked_add(1) != Some(pair[1]))
+        .count();
     if blocks.is_empty() { 0 } else { breaks + 1 }
 }
 
@@ -110,7 +114,7 @@ pub fn decode_blocks(
         out.extend(bytes.chunks_exact(4).map(word));
         return Ok(());
     }
-    if bytes.len() % 8 != 0 {
+    if !bytes.len().is_multiple_of(8) {
         return Err(size_fault(bytes, count));
     }
     let mut left = count;
@@ -129,7 +133,10 @@ pub fn decode_blocks(
 }
 
 fn size_fault(bytes: &[u8], count: u32) -> DescriptorFault {
-    DescriptorFault::PayloadSize { bytes: bytes.len() as u32, count }
+    DescriptorFault::PayloadSize {
+        bytes: bytes.len() as u32,
+        count,
+    }
 }
 
 #[cfg(test)]
@@ -179,7 +186,7 @@ mod tests {
 
     #[test]
     fn a_save_chunk_fits_the_chunk_size() {
-        assert!(SAVE_CHUNK_BLOCKS * 36 <= CHUNK_BYTES);
+        const { assert!(SAVE_CHUNK_BLOCKS * 36 <= CHUNK_BYTES) };
         assert!(split_save(&[0; 31], 1).is_err());
         assert!(query_hashes(&[0; 33], 1).is_err());
     }

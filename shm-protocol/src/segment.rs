@@ -101,17 +101,22 @@ pub struct SegmentShape {
 
 impl SegmentShape {
     /// The client's default: 1,024 submissions and an arena of 4 MiB, room for 131,072 hashes.
-    pub const DEFAULT_C2D: SegmentShape = SegmentShape { slots: 1024, arena_chunks: 256 };
+    pub const DEFAULT_C2D: SegmentShape = SegmentShape {
+        slots: 1024,
+        arena_chunks: 256,
+    };
     /// The daemon's default: 1,024 completions and a result arena of 256 KiB.
-    pub const DEFAULT_D2C: SegmentShape = SegmentShape { slots: 1024, arena_chunks: 16 };
+    pub const DEFAULT_D2C: SegmentShape = SegmentShape {
+        slots: 1024,
+        arena_chunks: 16,
+    };
 
     /// Checks the limits.
     ///
     /// # Errors
     /// Names the size that is out of range.
     pub fn check(&self) -> Result<(), SegmentFault> {
-        if !self.slots.is_power_of_two()
-            || !(MIN_RING_SLOTS..=MAX_RING_SLOTS).contains(&self.slots)
+        if !self.slots.is_power_of_two() || !(MIN_RING_SLOTS..=MAX_RING_SLOTS).contains(&self.slots)
         {
             return Err(SegmentFault::Slots(self.slots));
         }
@@ -164,7 +169,10 @@ impl SegmentHeader {
     /// Names the field, what was found and what this side expects.
     pub fn check(&self, magic: u64, mapped_bytes: usize) -> Result<SegmentShape, SegmentFault> {
         if self.magic != magic {
-            return Err(SegmentFault::Magic { found: self.magic, expected: magic });
+            return Err(SegmentFault::Magic {
+                found: self.magic,
+                expected: magic,
+            });
         }
         if self.layout_major != LAYOUT_MAJOR {
             return Err(SegmentFault::Version {
@@ -172,7 +180,10 @@ impl SegmentHeader {
                 expected: LAYOUT_MAJOR,
             });
         }
-        let shape = SegmentShape { slots: self.slots, arena_chunks: self.arena_chunks };
+        let shape = SegmentShape {
+            slots: self.slots,
+            arena_chunks: self.arena_chunks,
+        };
         shape.check()?;
         let expected = shape.header(magic, self.boot_id, self.session_id);
         let same = self.total_bytes == expected.total_bytes
@@ -234,17 +245,13 @@ pub enum SegmentFault {
         expected: u16,
     },
     /// Ring size out of range.
-    #[error(
-        "{0} ring slots: must be a power of two from {MIN_RING_SLOTS} to {MAX_RING_SLOTS}"
-    )]
+    #[error("{0} ring slots: must be a power of two from {MIN_RING_SLOTS} to {MAX_RING_SLOTS}")]
     Slots(u32),
     /// Arena size out of range.
     #[error("{0} arena chunks of 16 KiB: must be 1 to {MAX_ARENA_CHUNKS}")]
     ArenaChunks(u32),
     /// Offsets and sizes contradict each other.
-    #[error(
-        "segment announces {announced} bytes, {mapped} are mapped, its shape needs {expected}"
-    )]
+    #[error("segment announces {announced} bytes, {mapped} are mapped, its shape needs {expected}")]
     Geometry {
         /// In the header.
         announced: u64,
@@ -261,7 +268,10 @@ mod tests {
 
     #[test]
     fn header_bytes_are_golden() {
-        let shape = SegmentShape { slots: 16, arena_chunks: 2 };
+        let shape = SegmentShape {
+            slots: 16,
+            arena_chunks: 2,
+        };
         let header = shape.header(C2D_MAGIC, [7; 16], 9);
         let bytes: [u8; 88] = bytemuck::cast(header);
         assert_eq!(&bytes[..8], b"PGFLOWC2");
@@ -278,16 +288,43 @@ mod tests {
         let good = shape.header(C2D_MAGIC, [0; 16], 0);
         let size = shape.total_bytes();
         let bad = [
-            SegmentHeader { magic: D2C_MAGIC, ..good },
-            SegmentHeader { layout_major: 2, ..good },
-            SegmentHeader { slots: 1000, ..good },
+            SegmentHeader {
+                magic: D2C_MAGIC,
+                ..good
+            },
+            SegmentHeader {
+                layout_major: 2,
+                ..good
+            },
+            SegmentHeader {
+                slots: 1000,
+                ..good
+            },
             SegmentHeader { slots: 0, ..good },
-            SegmentHeader { arena_chunks: 0, ..good },
-            SegmentHeader { arena_chunks: u32::MAX, ..good },
-            SegmentHeader { slot_stride: 0, ..good },
-            SegmentHeader { slots_offset: 0, ..good },
-            SegmentHeader { arena_offset: u64::MAX, ..good },
-            SegmentHeader { total_bytes: 1, ..good },
+            SegmentHeader {
+                arena_chunks: 0,
+                ..good
+            },
+            SegmentHeader {
+                arena_chunks: u32::MAX,
+                ..good
+            },
+            SegmentHeader {
+                slot_stride: 0,
+                ..good
+            },
+            SegmentHeader {
+                slots_offset: 0,
+                ..good
+            },
+            SegmentHeader {
+                arena_offset: u64::MAX,
+                ..good
+            },
+            SegmentHeader {
+                total_bytes: 1,
+                ..good
+            },
         ];
         for header in bad {
             assert!(header.check(C2D_MAGIC, size).is_err(), "{header:?}");

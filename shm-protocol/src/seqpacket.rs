@@ -32,7 +32,9 @@ pub enum PacketError {
         bytes: usize,
     },
     /// The packet or its descriptors were cut off by the receiver's limits.
-    #[error("the peer sent a packet beyond {MAX_MESSAGE_BYTES} bytes or {MAX_MESSAGE_FDS} descriptors")]
+    #[error(
+        "the peer sent a packet beyond {MAX_MESSAGE_BYTES} bytes or {MAX_MESSAGE_FDS} descriptors"
+    )]
     Truncated,
     /// The packet is not a message of this protocol.
     #[error("the peer sent a packet that is no message: {0}")]
@@ -65,7 +67,12 @@ pub fn send<M: Serialize>(
         return Err(PacketError::Truncated);
     }
     loop {
-        match sendmsg(socket, &[IoSlice::new(&text)], &mut ancillary, SendFlags::NOSIGNAL) {
+        match sendmsg(
+            socket,
+            &[IoSlice::new(&text)],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        ) {
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
             Err(Errno::PIPE | Errno::CONNRESET) => return Err(PacketError::Closed),
@@ -102,7 +109,10 @@ pub fn receive<M: DeserializeOwned>(
             fds.extend(received);
         }
     }
-    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+    if received
+        .flags
+        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+    {
         return Err(PacketError::Truncated);
     }
     if received.bytes == 0 {
@@ -121,13 +131,22 @@ mod tests {
     use crate::control::ClientMessage;
 
     fn pair() -> (OwnedFd, OwnedFd) {
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+        socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap()
     }
 
     #[test]
     fn a_message_arrives_with_its_descriptors() {
         let (left, right) = pair();
-        let message = ClientMessage::Unregister { seq: 1, registration: 2 };
+        let message = ClientMessage::Unregister {
+            seq: 1,
+            registration: 2,
+        };
         send(left.as_fd(), &message, &[left.as_fd(), right.as_fd()]).unwrap();
         let (back, fds): (ClientMessage, _) = receive(right.as_fd()).unwrap();
         assert_eq!(back, message);
@@ -141,25 +160,37 @@ mod tests {
         let garbage = receive::<ClientMessage>(right.as_fd());
         assert!(matches!(garbage, Err(PacketError::Malformed(_))));
         drop(left);
-        assert!(matches!(receive::<ClientMessage>(right.as_fd()), Err(PacketError::Closed)));
+        assert!(matches!(
+            receive::<ClientMessage>(right.as_fd()),
+            Err(PacketError::Closed)
+        ));
     }
 
     #[test]
     fn the_last_words_of_a_peer_that_did_not_listen_are_heard() {
         let (left, right) = pair();
-        let message = ClientMessage::Unregister { seq: 1, registration: 2 };
+        let message = ClientMessage::Unregister {
+            seq: 1,
+            registration: 2,
+        };
         send(right.as_fd(), &message, &[]).unwrap();
         send(left.as_fd(), &message, &[]).unwrap();
         drop(left);
         let (back, _): (ClientMessage, _) = receive(right.as_fd()).unwrap();
         assert_eq!(back, message);
-        assert!(matches!(receive::<ClientMessage>(right.as_fd()), Err(PacketError::Closed)));
+        assert!(matches!(
+            receive::<ClientMessage>(right.as_fd()),
+            Err(PacketError::Closed)
+        ));
     }
 
     #[test]
     fn a_message_beyond_the_limit_is_refused_before_it_is_sent() {
         let (left, _right) = pair();
         let long = "x".repeat(MAX_MESSAGE_BYTES);
-        assert!(matches!(send(left.as_fd(), &long, &[]), Err(PacketError::TooLong { .. })));
+        assert!(matches!(
+            send(left.as_fd(), &long, &[]),
+            Err(PacketError::TooLong { .. })
+        ));
     }
 }

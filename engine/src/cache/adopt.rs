@@ -65,7 +65,10 @@ pub fn open_cache(
 ) -> Result<OpenedCache, OpenError> {
     remove_indexes(&options.dir)?;
     let pool = Pool::new(options.pool_bytes, options.extent_bytes)?;
-    let populate = PopulateOptions { threads, hugepages: options.hugepages };
+    let populate = PopulateOptions {
+        threads,
+        hugepages: options.hugepages,
+    };
     let (file, catalog, previous) = open_files(options, populate, progress)?;
     let cache_options = CacheOptions {
         dir: options.dir.clone(),
@@ -83,7 +86,11 @@ pub fn open_cache(
         let (blocks, given_up) = cache.adopt_pages(report.pages)?;
         adopted_blocks = blocks;
         discarded_pages += given_up;
-        tracing::info!(blocks, discarded_pages, "took over the pool of a previous daemon");
+        tracing::info!(
+            blocks,
+            discarded_pages,
+            "took over the pool of a previous daemon"
+        );
     }
     if options.hugepages {
         match file.hugepages() {
@@ -91,7 +98,12 @@ pub fn open_cache(
             Err(error) => tracing::warn!(%error, "hugepages: what was got cannot be told"),
         }
     }
-    Ok(OpenedCache { cache, pool_memory: pool_memory(file), adopted_blocks, discarded_pages })
+    Ok(OpenedCache {
+        cache,
+        pool_memory: pool_memory(file),
+        adopted_blocks,
+        discarded_pages,
+    })
 }
 
 fn open_files(
@@ -151,7 +163,11 @@ impl Cache {
         let mut blocks: HashMap<BlockName, Vec<AdoptedPage>> = HashMap::new();
         let mut order = Vec::new();
         for adopted in pages {
-            let name = (adopted.page.namespace, adopted.page.group, adopted.page.hash);
+            let name = (
+                adopted.page.namespace,
+                adopted.page.group,
+                adopted.page.hash,
+            );
             let shards = blocks.entry(name).or_insert_with(|| {
                 order.push(name);
                 Vec::new()
@@ -171,21 +187,31 @@ impl Cache {
             }
         }
         let pool = &self.pool;
-        self.catalog.retain_extents(|extent| pool.page_bytes_of_extent(extent).is_some())?;
+        self.catalog
+            .retain_extents(|extent| pool.page_bytes_of_extent(extent).is_some())?;
         Ok((adopted, given_up))
     }
 
     fn adopt_block(&mut self, name: BlockName, pages: &[AdoptedPage]) -> bool {
         let (slot, group, hash) = name;
-        let Some(namespace) = self.catalog.namespace_in(slot) else { return false };
-        let Ok(domain) = self.domain(namespace.uid) else { return false };
+        let Some(namespace) = self.catalog.namespace_in(slot) else {
+            return false;
+        };
+        let Ok(domain) = self.domain(namespace.uid) else {
+            return false;
+        };
         // A group that only some ranks hold has fewer shards than ranks; how many is not recorded, so its
         // blocks come back only when all ranks hold it.
         let mut ranks: Vec<u16> = pages.iter().map(|adopted| adopted.page.rank).collect();
         ranks.sort_unstable();
         let whole = ranks.len() == namespace.world_size as usize
-            && ranks.iter().enumerate().all(|(at, rank)| usize::from(*rank) == at)
-            && pages.iter().all(|a| a.page.generation == pages[0].page.generation);
+            && ranks
+                .iter()
+                .enumerate()
+                .all(|(at, rank)| usize::from(*rank) == at)
+            && pages
+                .iter()
+                .all(|a| a.page.generation == pages[0].page.generation);
         if !whole {
             return false;
         }
@@ -213,7 +239,10 @@ impl Cache {
         home.blocks[entry.0 as usize].sealed = true;
         home.policy.insert(entry.0, key_hash(&hash));
         let sealed = home.index.writer.seal(entry).is_ok();
-        let bytes: i64 = pages.iter().map(|adopted| i64::from(adopted.page.page_bytes)).sum();
+        let bytes: i64 = pages
+            .iter()
+            .map(|adopted| i64::from(adopted.page.page_bytes))
+            .sum();
         self.unsealed -= 1;
         self.hold(slot, 1, bytes);
         sealed

@@ -78,7 +78,10 @@ impl ShardRuns {
             return start;
         }
         let start = self.shards.len() as u64;
-        self.shards.resize(self.shards.len() + usize::from(length), PackedShard::default());
+        self.shards.resize(
+            self.shards.len() + usize::from(length),
+            PackedShard::default(),
+        );
         start
     }
 
@@ -98,7 +101,13 @@ impl Block {
         debug_assert!(self.shards == 0 && shards > 0);
         let place = if shards == 1 { 0 } else { runs.take(shards) };
         let generation = self.generation.wrapping_add(1);
-        *self = Block { shards, born_s, generation, place, ..Block::default() };
+        *self = Block {
+            shards,
+            born_s,
+            generation,
+            place,
+            ..Block::default()
+        };
     }
 
     /// Ends its use. Its shards must have been emptied.
@@ -106,7 +115,10 @@ impl Block {
         if self.shards > 1 {
             runs.give_back(self.place, self.shards);
         }
-        *self = Block { generation: self.generation, ..Block::default() };
+        *self = Block {
+            generation: self.generation,
+            ..Block::default()
+        };
     }
 
     /// One shard.

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use pegaflow_shm::BootId;
-use pegaflow_shm::index::{EntryId, IndexLayout, InsertError, BlockKey};
+use pegaflow_shm::index::{BlockKey, EntryId, IndexLayout, InsertError};
 use pegaflow_shm::mapping::{Access, NamedFile};
 
 use crate::cache::block::{Block, ShardRuns};

@@ -61,7 +61,8 @@ impl IndexFile {
     pub fn reserve(&mut self, step: u32) -> Result<(), IndexFileError> {
         let file = &self.file;
         self.writer.reserve(step, |range| {
-            file.reserve(range.start, range.end - range.start).map_err(std::io::Error::other)
+            file.reserve(range.start, range.end - range.start)
+                .map_err(std::io::Error::other)
         })?;
         Ok(())
     }

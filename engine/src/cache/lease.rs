@@ -132,7 +132,11 @@ impl LeaseTable {
     /// Takes a lease in and returns its id.
     pub fn grant(&mut self, lease: Lease) -> u64 {
         let slot = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot { generation: 0, lease: None, last_end: None });
+            self.slots.push(Slot {
+                generation: 0,
+                lease: None,
+                last_end: None,
+            });
             (self.slots.len() - 1) as u32
         });
         let place = &mut self.slots[slot as usize];
@@ -150,7 +154,10 @@ impl LeaseTable {
 
     /// Leases that ended early leave their deadline in the queue; this takes them all out.
     fn forget_ended_deadlines(&mut self) {
-        self.deadlines = self.iter().map(|(id, lease)| Reverse((lease.deadline, id))).collect();
+        self.deadlines = self
+            .iter()
+            .map(|(id, lease)| Reverse((lease.deadline, id)))
+            .collect();
     }
 
     /// The position of a lease's slot, for tables.
@@ -163,7 +170,10 @@ impl LeaseTable {
     /// # Errors
     /// The status that tells the caller what became of it.
     pub fn get(&self, id: u64) -> Result<&Lease, Status> {
-        let slot = self.slots.get(Self::position(id)).ok_or(Status::UnknownLease)?;
+        let slot = self
+            .slots
+            .get(Self::position(id))
+            .ok_or(Status::UnknownLease)?;
         if u64::from(slot.generation) != id >> 32 {
             return Err(Status::UnknownLease);
         }
@@ -286,12 +296,17 @@ impl LeaseTable {
 
     /// When the next lease may expire.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.deadlines.peek().map(|Reverse((deadline, _))| *deadline)
+        self.deadlines
+            .peek()
+            .map(|Reverse((deadline, _))| *deadline)
     }
 
     /// Ids of the leases of a session.
     pub fn of_session(&self, session: u64) -> Vec<u64> {
-        self.iter().filter(|(_, lease)| lease.session == session).map(|(id, _)| id).collect()
+        self.iter()
+            .filter(|(_, lease)| lease.session == session)
+            .map(|(id, _)| id)
+            .collect()
     }
 
     /// Ids of the leases of an instance.
@@ -303,16 +318,22 @@ impl LeaseTable {
     }
 
     fn iter(&self) -> impl Iterator<Item = (u64, &Lease)> {
-        self.slots.iter().enumerate().filter_map(|(position, slot)| {
-            let id = u64::from(slot.generation) << 32 | position as u64;
-            slot.lease.as_ref().map(|lease| (id, lease))
-        })
+        self.slots
+            .iter()
+            .enumerate()
+            .filter_map(|(position, slot)| {
+                let id = u64::from(slot.generation) << 32 | position as u64;
+                slot.lease.as_ref().map(|lease| (id, lease))
+            })
     }
 }
 
 impl Lease {
     /// A lease nobody has used.
-    #[expect(clippy::too_many_arguments, reason = "each is a different field of the lease")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is a different field of the lease"
+    )]
     pub fn new(
         domain: DomainId,
         namespace: u32,
@@ -367,8 +388,22 @@ mod tests {
     use std::time::Duration;
 
     fn lease(world_size: u32, deadline: Instant) -> Lease {
-        let request = RequestKey { instance: 1, group: 0, key: 7 };
-        Lease::new(0, 0, 1, request, (3, 9), vec![1, 2, 3], vec![], (deadline, 10), world_size)
+        let request = RequestKey {
+            instance: 1,
+            group: 0,
+            key: 7,
+        };
+        Lease::new(
+            0,
+            0,
+            1,
+            request,
+            (3, 9),
+            vec![1, 2, 3],
+            vec![],
+            (deadline, 10),
+            world_size,
+        )
     }
 
     fn later() -> Instant {
@@ -384,7 +419,10 @@ mod tests {
         assert!(table.copy_drained(id).is_none());
         assert_eq!(table.consume(id, 1, 1), Ok(()));
         let ended = table.copy_drained(id).unwrap();
-        assert_eq!((ended.end, ended.lease.entries.len()), (LeaseEnd::Consumed, 3));
+        assert_eq!(
+            (ended.end, ended.lease.entries.len()),
+            (LeaseEnd::Consumed, 3)
+        );
         assert_eq!(table.get(id).err(), Some(Status::LeaseConsumed));
         assert!(table.is_empty());
     }
@@ -433,9 +471,15 @@ mod tests {
         let now = Instant::now();
         let id = table.grant(lease(1, now));
         for _ in 0..100 {
-            table.extend(id, now + Duration::from_secs(5), 5000).unwrap();
+            table
+                .extend(id, now + Duration::from_secs(5), 5000)
+                .unwrap();
         }
-        assert_eq!(table.deadlines.len(), 1, "extending must not grow the queue");
+        assert_eq!(
+            table.deadlines.len(),
+            1,
+            "extending must not grow the queue"
+        );
         let mut ended = Vec::new();
         table.expire(now + Duration::from_secs(1), &mut ended);
         assert!(ended.is_empty() && table.get(id).is_ok());

@@ -69,11 +69,13 @@ impl Cache {
         let mut found = std::mem::take(&mut self.found);
         let home = &self.domains[domain];
         let blocks = &home.blocks;
-        home.index.writer.find_batch(scope.0, scope.1, hashes, &mut found, |entry| {
-            if let Some(block) = blocks.get(entry.0 as usize) {
-                prefetch_read(block);
-            }
-        });
+        home.index
+            .writer
+            .find_batch(scope.0, scope.1, hashes, &mut found, |entry| {
+                if let Some(block) = blocks.get(entry.0 as usize) {
+                    prefetch_read(block);
+                }
+            });
         if let Some(admission) = &mut self.admission {
             for hash in hashes {
                 admission.record(key_hash(hash));
@@ -84,7 +86,9 @@ impl Cache {
 
     #[inline]
     fn pin(&mut self, domain: DomainId, entry: Option<EntryId>) -> Result<u32, MissReason> {
-        let Some(entry) = entry else { return Err(MissReason::Absent) };
+        let Some(entry) = entry else {
+            return Err(MissReason::Absent);
+        };
         let home = &mut self.domains[domain];
         let block = &mut home.blocks[entry.0 as usize];
         if !block.sealed {
@@ -103,7 +107,10 @@ impl Cache {
         let blocks = &mut self.domains[domain].blocks;
         for entry in entries {
             let block = &mut blocks[*entry as usize];
-            assert!(block.pins > 0, "entry {entry} is let go more often than it was held");
+            assert!(
+                block.pins > 0,
+                "entry {entry} is let go more often than it was held"
+            );
             block.pins -= 1;
             if block.pins == 0 {
                 self.pinned -= 1;

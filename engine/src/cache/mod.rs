@@ -200,7 +200,11 @@ impl Cache {
 
     /// Figures for gauges.
     pub fn figures(&self) -> CacheFigures {
-        let sealed: u64 = self.domains.iter().map(|d| u64::from(d.index.writer.sealed_len())).sum();
+        let sealed: u64 = self
+            .domains
+            .iter()
+            .map(|d| u64::from(d.index.writer.sealed_len()))
+            .sum();
         let stats = self.pool.stats();
         CacheFigures {
             sealed,
@@ -213,7 +217,11 @@ impl Cache {
 
     /// Takes the eviction counts, and tells the admission gate how much really fits.
     pub fn take_evictions(&mut self) -> Evictions {
-        let sealed: u32 = self.domains.iter().map(|domain| domain.index.writer.sealed_len()).sum();
+        let sealed: u32 = self
+            .domains
+            .iter()
+            .map(|domain| domain.index.writer.sealed_len())
+            .sum();
         if let Some(admission) = &mut self.admission
             && self.evictions.capacity > 0
         {

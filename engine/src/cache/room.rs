@@ -72,14 +72,13 @@ impl Cache {
         Ok(())
     }
 
-    fn admit(
-        &mut self,
-        domain: DomainId,
-        victim: EntryId,
-        candidate: u64,
-    ) -> Result<(), NoRoom> {
-        let Some(admission) = &mut self.admission else { return Ok(()) };
-        let Some(key) = self.domains[domain].index.writer.key(victim) else { return Ok(()) };
+    fn admit(&mut self, domain: DomainId, victim: EntryId, candidate: u64) -> Result<(), NoRoom> {
+        let Some(admission) = &mut self.admission else {
+            return Ok(());
+        };
+        let Some(key) = self.domains[domain].index.writer.key(victim) else {
+            return Ok(());
+        };
         if admission.admit(candidate, key_hash(&key.hash())) {
             Ok(())
         } else {
@@ -125,14 +124,18 @@ impl Cache {
 
     /// The next victim: of the domain that holds most, so that no user can crowd another one out.
     fn pick_victim(&mut self) -> Option<(DomainId, EntryId)> {
-        let sealed: u64 =
-            self.domains.iter().map(|domain| u64::from(domain.index.writer.sealed_len())).sum();
+        let sealed: u64 = self
+            .domains
+            .iter()
+            .map(|domain| u64::from(domain.index.writer.sealed_len()))
+            .sum();
         if sealed <= self.pinned {
             // Every member of every policy is leased: do not look at each of them for each block.
             return None;
         }
         let heaviest = (0..self.domains.len()).max_by_key(|domain| self.domains[*domain].bytes)?;
-        self.victim_of(heaviest).or_else(|| self.victim_elsewhere(heaviest))
+        self.victim_of(heaviest)
+            .or_else(|| self.victim_elsewhere(heaviest))
     }
 
     fn victim_elsewhere(&mut self, except: DomainId) -> Option<(DomainId, EntryId)> {
@@ -147,7 +150,9 @@ impl Cache {
             return None;
         }
         let blocks = &home.blocks;
-        let victim = home.policy.victim(&mut |id| blocks[id as usize].is_idle())?;
+        let victim = home
+            .policy
+            .victim(&mut |id| blocks[id as usize].is_idle())?;
         Some((domain, EntryId(victim)))
     }
 
@@ -211,7 +216,10 @@ impl Cache {
 
     /// Takes a block out: readers first, then its records, then its pages.
     pub(super) fn evict(&mut self, domain: DomainId, entry: EntryId) {
-        assert!(self.domains[domain].block(entry).is_idle(), "{entry} is in use");
+        assert!(
+            self.domains[domain].block(entry).is_idle(),
+            "{entry} is in use"
+        );
         let shards = self.domains[domain].block(entry).shards;
         self.domains[domain].policy.remove(entry.0);
         let sealed = self.domains[domain].block(entry).sealed;

@@ -87,7 +87,11 @@ impl Cache {
         let block = home.block(entry);
         if block.shards != scope.shards {
             // The namespace digest fixes the shards of a group: only a defect could bring this about.
-            tracing::error!(found = block.shards, expected = scope.shards, "shard counts differ");
+            tracing::error!(
+                found = block.shards,
+                expected = scope.shards,
+                "shard counts differ"
+            );
             return Offer::NoSpace;
         }
         match block.shard(scope.shard, &home.runs) {
@@ -118,8 +122,10 @@ impl Cache {
         };
         let key = BlockKey::new(scope.namespace, scope.group, hash);
         let mut inserted = self.domains[scope.domain].insert(&key);
-        if matches!(inserted, Err(InsertError::Full { .. } | InsertError::NeedReserve { .. }))
-            && self.evict_one(scope.domain, key_hash(hash)).is_ok()
+        if matches!(
+            inserted,
+            Err(InsertError::Full { .. } | InsertError::NeedReserve { .. })
+        ) && self.evict_one(scope.domain, key_hash(hash)).is_ok()
         {
             inserted = self.domains[scope.domain].insert(&key);
         }
@@ -133,7 +139,11 @@ impl Cache {
                 if scope.shards > 1 {
                     let generation = self.domains[scope.domain].block(entry).generation;
                     let domain = scope.domain;
-                    self.unfinished.push_back(Unfinished { domain, entry, generation });
+                    self.unfinished.push_back(Unfinished {
+                        domain,
+                        entry,
+                        generation,
+                    });
                 }
                 self.begin_copy(scope, entry, page)
             }
@@ -165,7 +175,10 @@ impl Cache {
         let runs = &mut home.runs;
         let block = &mut home.blocks[entry.0 as usize];
         let Shard::Copying(page) = block.shard(scope.shard, runs) else {
-            unreachable!("a copy ended for {entry} whose shard {} is not copying", scope.shard);
+            unreachable!(
+                "a copy ended for {entry} whose shard {} is not copying",
+                scope.shard
+            );
         };
         block.copying -= 1;
         block.shards_in += 1;
@@ -188,7 +201,9 @@ impl Cache {
         let block = home.block(entry);
         let mut bytes = 0;
         for shard in 0..block.shards {
-            let Shard::In(page) = block.shard(shard, &home.runs) else { continue };
+            let Shard::In(page) = block.shard(shard, &home.runs) else {
+                continue;
+            };
             let mark = (shard, block.generation);
             match record_page(&self.catalog, &self.pool, page, scope, mark, &hash) {
                 Ok(page_bytes) => bytes += i64::from(page_bytes),
@@ -212,7 +227,10 @@ impl Cache {
         let runs = &mut home.runs;
         let block = &mut home.blocks[entry.0 as usize];
         let Shard::Copying(page) = block.shard(scope.shard, runs) else {
-            unreachable!("a copy failed for {entry} whose shard {} is not copying", scope.shard);
+            unreachable!(
+                "a copy failed for {entry} whose shard {} is not copying",
+                scope.shard
+            );
         };
         block.copying -= 1;
         block.set_shard(scope.shard, Shard::Empty, runs);
@@ -235,7 +253,14 @@ fn record_page(
 ) -> Result<u32, Box<dyn std::error::Error>> {
     let page_bytes = pool.page_bytes_of(page)?;
     let (namespace, group, hash) = (scope.namespace, scope.group, *hash);
-    let record = PageRecord { hash, namespace, group, rank, generation, page_bytes };
+    let record = PageRecord {
+        hash,
+        namespace,
+        group,
+        rank,
+        generation,
+        page_bytes,
+    };
     catalog.write_sealed(page, &record)?;
     Ok(page_bytes)
 }

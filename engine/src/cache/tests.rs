@@ -27,13 +27,23 @@ struct Fixture {
 fn fixture(extents: u64, max_blocks: u32, policy: PolicyKind) -> Fixture {
     let dir = tempfile::tempdir_in("/dev/shm").expect("a folder in /dev/shm");
     let pool_bytes = extents * EXTENT;
-    let identity = PoolIdentity { inode: 1, device: 1, created_ns: 1 };
-    let geometry = Geometry { pool_bytes, extent_bytes: EXTENT, pool: identity };
+    let identity = PoolIdentity {
+        inode: 1,
+        device: 1,
+        created_ns: 1,
+    };
+    let geometry = Geometry {
+        pool_bytes,
+        extent_bytes: EXTENT,
+        pool: identity,
+    };
     let mut catalog =
         Catalog::create(&dir.path().join("catalog"), &geometry, [1; 16]).expect("a catalog");
     for namespace in 0..2u8 {
         let world_size = u32::from(namespace) + 1;
-        let slot = catalog.add_namespace(0, world_size, [namespace; 32]).expect("a namespace");
+        let slot = catalog
+            .add_namespace(0, world_size, [namespace; 32])
+            .expect("a namespace");
         assert_eq!(slot, u32::from(namespace));
     }
     let options = CacheOptions {
@@ -53,7 +63,14 @@ fn fixture(extents: u64, max_blocks: u32, policy: PolicyKind) -> Fixture {
 /// Namespace 0 has one shard of 1 KiB, namespace 1 two of 4 KiB.
 fn scope(namespace: u32, shard: u16) -> ShardScope {
     let (shards, page_bytes) = if namespace == 0 { (1, 1024) } else { (2, 4096) };
-    ShardScope { domain: 0, namespace, group: 0, shard: shard % shards, shards, page_bytes }
+    ShardScope {
+        domain: 0,
+        namespace,
+        group: 0,
+        shard: shard % shards,
+        shards,
+        page_bytes,
+    }
 }
 
 fn hash(number: u8) -> BlockHash {
@@ -62,10 +79,23 @@ fn hash(number: u8) -> BlockHash {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Save { namespace: u32, shard: u16, blocks: Vec<u8> },
-    End { which: usize, ok: bool },
-    Query { namespace: u32, blocks: Vec<u8>, members: bool },
-    Release { which: usize },
+    Save {
+        namespace: u32,
+        shard: u16,
+        blocks: Vec<u8>,
+    },
+    End {
+        which: usize,
+        ok: bool,
+    },
+    Query {
+        namespace: u32,
+        blocks: Vec<u8>,
+        members: bool,
+    },
+    Release {
+        which: usize,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -100,9 +130,17 @@ struct Model {
 impl Model {
     fn apply(&mut self, cache: &mut Cache, step: &Step) {
         match step {
-            Step::Save { namespace, shard, blocks } => self.save(cache, *namespace, *shard, blocks),
+            Step::Save {
+                namespace,
+                shard,
+                blocks,
+            } => self.save(cache, *namespace, *shard, blocks),
             Step::End { which, ok } => self.end(cache, *which, *ok),
-            Step::Query { namespace, blocks, members } => {
+            Step::Query {
+                namespace,
+                blocks,
+                members,
+            } => {
                 self.query(cache, *namespace, blocks, *members);
             }
             Step::Release { which } => {
@@ -125,7 +163,12 @@ impl Model {
             assert_eq!(at, heard);
             heard += 1;
             if let Offer::Copy { entry, page } = offer {
-                copying.push(Copying { scope, entry, block: blocks[at], page: page.offset() });
+                copying.push(Copying {
+                    scope,
+                    entry,
+                    block: blocks[at],
+                    page: page.offset(),
+                });
             }
         });
         assert_eq!(heard, blocks.len());
@@ -172,7 +215,9 @@ impl Model {
     fn check(&self, cache: &Cache) {
         for (entry, namespace, block) in self.leases.iter().flatten() {
             for shard in 0..scope(*namespace, 0).shards {
-                let page = cache.pinned_page(0, *entry, shard).expect("a leased block has a page");
+                let page = cache
+                    .pinned_page(0, *entry, shard)
+                    .expect("a leased block has a page");
                 let expected = (*namespace, *block, shard);
                 assert_eq!(self.content.get(&page.offset()), Some(&expected));
             }
@@ -199,7 +244,12 @@ impl Model {
         assert_eq!(copying, self.copying.len());
         assert_eq!(bytes, home.bytes);
         assert_eq!(bytes, cache.pool().stats().used_bytes);
-        let pinned: HashSet<_> = self.leases.iter().flatten().map(|(entry, ..)| entry).collect();
+        let pinned: HashSet<_> = self
+            .leases
+            .iter()
+            .flatten()
+            .map(|(entry, ..)| entry)
+            .collect();
         assert_eq!(cache.figures().pinned, pinned.len() as u64);
     }
 
@@ -253,7 +303,11 @@ fn a_pool_of_one_model_makes_way_for_another_page_size() {
     while !model.copying.is_empty() {
         model.end(&mut fixture.cache, 0, true);
     }
-    assert_eq!(fixture.cache.figures().sealed, 16 + 1, "one extent of the first model went");
+    assert_eq!(
+        fixture.cache.figures().sealed,
+        16 + 1,
+        "one extent of the first model went"
+    );
     model.check(&fixture.cache);
 }
 

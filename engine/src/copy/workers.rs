@@ -296,7 +296,14 @@ fn run_task<B: CopyBackend>(
         cancelled,
     } = task;
     drop((target, cancelled));
-    CopyDone { tag, direction, result, pages_done, busy_ns: started.elapsed().as_nanos() as u64, pages }
+    CopyDone {
+        tag,
+        direction,
+        result,
+        pages_done,
+        busy_ns: started.elapsed().as_nanos() as u64,
+        pages,
+    }
 }
 
 fn panic_message(payload: &(dyn Any + Send)) -> String {

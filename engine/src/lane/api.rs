@@ -34,7 +34,10 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal with a text that names the thing, the value and the way out.
     pub fn new(status: Status, message: impl Into<String>) -> Refusal {
-        Refusal { status, message: message.into() }
+        Refusal {
+            status,
+            message: message.into(),
+        }
     }
 }
 
@@ -177,7 +180,8 @@ impl LaneHandle {
     /// # Errors
     /// A named maximum is reached, or the domain's index cannot be made.
     pub async fn open_session(&self, session: NewSession) -> Result<SessionOpened, Refusal> {
-        self.ask(|reply| LaneCommand::OpenSession(Box::new(session), reply)).await?
+        self.ask(|reply| LaneCommand::OpenSession(Box::new(session), reply))
+            .await?
     }
 
     /// Registers a rank or a scheduler and returns the registration's id.
@@ -189,7 +193,8 @@ impl LaneHandle {
         session: SessionId,
         registration: NewRegistration,
     ) -> Result<u32, Refusal> {
-        self.ask(|reply| LaneCommand::Register(session, Box::new(registration), reply)).await?
+        self.ask(|reply| LaneCommand::Register(session, Box::new(registration), reply))
+            .await?
     }
 
     /// Ends a registration and waits until no copy touches its memory.
@@ -197,7 +202,8 @@ impl LaneHandle {
     /// # Errors
     /// No such registration.
     pub async fn unregister(&self, session: SessionId, registration: u32) -> Result<(), Refusal> {
-        self.ask(|reply| LaneCommand::Unregister(session, registration, reply)).await?
+        self.ask(|reply| LaneCommand::Unregister(session, registration, reply))
+            .await?
     }
 
     /// Ends a session and waits until no copy touches its memory.
@@ -209,7 +215,8 @@ impl LaneHandle {
         session: SessionId,
         reason: CloseReason,
     ) -> Result<(), Refusal> {
-        self.ask(|reply| LaneCommand::CloseSession(session, reason, reply)).await
+        self.ask(|reply| LaneCommand::CloseSession(session, reason, reply))
+            .await
     }
 
     /// Stops taking work and waits until what was taken is completed.
@@ -230,5 +237,8 @@ impl LaneHandle {
 }
 
 fn lane_gone() -> Refusal {
-    Refusal::new(Status::Internal, "the lane thread has ended: see the daemon's log")
+    Refusal::new(
+        Status::Internal,
+        "the lane thread has ended: see the daemon's log",
+    )
 }

@@ -59,23 +59,33 @@ impl Lane {
             ));
         }
         if self.draining.is_some() {
-            return Err(Refusal::new(Status::Draining, "the daemon is shutting down"));
+            return Err(Refusal::new(
+                Status::Draining,
+                "the daemon is shutting down",
+            ));
         }
         let system = |error: &dyn std::fmt::Display| {
             Refusal::new(Status::SystemError, format!("session {}: {error}", new.id))
         };
         let domain = self.cache.domain(new.uid).map_err(|error| system(&error))?;
-        let (index, index_bytes) =
-            self.cache.domain_ref(domain).client_index().map_err(|error| system(&error))?;
+        let (index, index_bytes) = self
+            .cache
+            .domain_ref(domain)
+            .client_index()
+            .map_err(|error| system(&error))?;
         let id = new.id;
         let session = LaneSession::new(new, domain, crate::lane::upkeep::unix_ms())
             .map_err(|error| Refusal::new(Status::SystemError, format!("session {id}: {error}")))?;
         self.watch(&session)
             .map_err(|error| Refusal::new(Status::SystemError, format!("session {id}: {error}")))?;
-        let position = self.sessions.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.sessions.push(None);
-            self.sessions.len() - 1
-        });
+        let position = self
+            .sessions
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or_else(|| {
+                self.sessions.push(None);
+                self.sessions.len() - 1
+            });
         self.node.write_session(position, &session.row());
         self.sessions[position] = Some(Box::new(session));
         self.by_id.insert(id, position);
@@ -122,7 +132,10 @@ impl Lane {
             domain: session.domain,
             ready: None,
             places: Vec::new(),
-            targets: groups.into_iter().map(|group| (group.group, group.target)).collect(),
+            targets: groups
+                .into_iter()
+                .map(|group| (group.group, group.target))
+                .collect(),
             copies: 0,
             leaving: None,
         };
@@ -134,16 +147,29 @@ impl Lane {
     /// Tells everybody concerned when a registration makes its instance complete, or the newcomer alone when
     /// it was complete before.
     fn announce(&mut self, session: SessionId, registration: u32) {
-        let Some(instance) = self.instance_of(session, registration) else { return };
-        let already = self.registry.get(instance).and_then(|instance| instance.ready);
+        let Some(instance) = self.instance_of(session, registration) else {
+            return;
+        };
+        let already = self
+            .registry
+            .get(instance)
+            .and_then(|instance| instance.ready);
         if let Some(namespace) = already {
             self.make_ready(session, registration, instance, namespace);
             return;
         }
-        let Some(found) = self.registry.get(instance).filter(|i| i.is_complete()) else { return };
-        let digest = found.namespace.digest(found.world_size, &packed_groups(found));
+        let Some(found) = self.registry.get(instance).filter(|i| i.is_complete()) else {
+            return;
+        };
+        let digest = found
+            .namespace
+            .digest(found.world_size, &packed_groups(found));
         let (uid, world_size, spec) = (found.uid, found.world_size, found.namespace.clone());
-        let namespace = match self.cache.catalog_mut().add_namespace(uid, world_size, digest) {
+        let namespace = match self
+            .cache
+            .catalog_mut()
+            .add_namespace(uid, world_size, digest)
+        {
             Ok(namespace) => namespace,
             Err(error) => {
                 let message = format!("instance `{}` cannot start: {error}", found.name);
@@ -152,7 +178,8 @@ impl Lane {
                 return;
             }
         };
-        self.namespaces.note(namespace, uid, world_size, digest, &spec);
+        self.namespaces
+            .note(namespace, uid, world_size, digest, &spec);
         if let Some(instance) = self.registry.get_mut(instance) {
             instance.ready = Some(namespace);
         }
@@ -163,13 +190,18 @@ impl Lane {
 
     fn instance_of(&self, session: SessionId, registration: u32) -> Option<InstanceId> {
         let session = self.sessions[*self.by_id.get(&session)?].as_ref()?;
-        session.registration(registration).ok().map(|registration| registration.instance)
+        session
+            .registration(registration)
+            .ok()
+            .map(|registration| registration.instance)
     }
 
     fn members_of(&self, instance: InstanceId) -> Vec<(SessionId, u32)> {
         let instance = self.registry.get(instance);
         let members = instance.into_iter().flat_map(|instance| instance.members());
-        members.map(|(_, member)| (member.session, member.registration)).collect()
+        members
+            .map(|(_, member)| (member.session, member.registration))
+            .collect()
     }
 
     fn make_ready(
@@ -186,7 +218,11 @@ impl Lane {
                 member.ready = Some(namespace);
                 member.places = instance.places(member.rank);
                 let session = session.id;
-                lane.tell(LaneEvent::Ready { session, registration, namespace });
+                lane.tell(LaneEvent::Ready {
+                    session,
+                    registration,
+                    namespace,
+                });
             }
             Ok(())
         });
@@ -202,7 +238,10 @@ impl Lane {
                 if let Some(member) = session.registration_mut(registration) {
                     member.ready = None;
                     member.places.clear();
-                    lane.tell(LaneEvent::NotReady { session: session.id, registration });
+                    lane.tell(LaneEvent::NotReady {
+                        session: session.id,
+                        registration,
+                    });
                 }
                 Ok(())
             });
@@ -242,7 +281,11 @@ impl Lane {
         let mut memberships = Vec::new();
         self.with_session(session, |lane, session| {
             let first = session.closing.is_none();
-            session.closing.get_or_insert((reason, Vec::new())).1.extend(reply.take());
+            session
+                .closing
+                .get_or_insert((reason, Vec::new()))
+                .1
+                .extend(reply.take());
             if first {
                 lane.abandon_requests(session);
                 for member in &mut session.registrations {
@@ -285,8 +328,12 @@ impl Lane {
 
     /// Ends registrations and sessions that wait only for copies that have drained.
     pub(super) fn settle_session(&mut self, session: SessionId) {
-        let Some(position) = self.by_id.get(&session).copied() else { return };
-        let Some(found) = self.sessions[position].as_mut() else { return };
+        let Some(position) = self.by_id.get(&session).copied() else {
+            return;
+        };
+        let Some(found) = self.sessions[position].as_mut() else {
+            return;
+        };
         let done = |member: &mut Registration| member.leaving.is_some() && member.copies == 0;
         for member in found.registrations.extract_if(.., done) {
             for reply in member.leaving.into_iter().flatten() {
@@ -296,13 +343,16 @@ impl Lane {
         if found.closing.is_none() || found.copies > 0 {
             return;
         }
-        let Some(mut ended) = self.sessions[position].take() else { return };
+        let Some(mut ended) = self.sessions[position].take() else {
+            return;
+        };
         self.by_id.remove(&session);
         self.unwatch(&ended);
         if let Err(error) = ended.show_state(SessionState::Closed) {
             tracing::error!(session, %error, "a closed session's state cannot be shown");
         }
-        self.node.write_session(position, &bytemuck::Zeroable::zeroed());
+        self.node
+            .write_session(position, &bytemuck::Zeroable::zeroed());
         if let Some((reason, replies)) = ended.closing.take() {
             self.tally.add(
                 match reason {
@@ -334,7 +384,11 @@ impl Lane {
         if self.tasks.len() > 0 {
             return;
         }
-        for reply in self.draining.iter_mut().flat_map(|replies| replies.drain(..)) {
+        for reply in self
+            .draining
+            .iter_mut()
+            .flat_map(|replies| replies.drain(..))
+        {
             answer(reply, ());
         }
     }

@@ -25,7 +25,8 @@ impl Lane {
         if status.is_ok() {
             let ended = self.leases.end(id, LeaseEnd::Released);
             self.finish_leases(ended);
-            self.node.observe(Histogram::Release, now.elapsed().as_nanos() as u64);
+            self.node
+                .observe(Histogram::Release, now.elapsed().as_nanos() as u64);
         }
         let mut completion = Completion::new(Op::Release, submission.request_id, status);
         completion.lease = id;
@@ -46,7 +47,11 @@ impl Lane {
         let ttl_ms = wanted.as_millis() as u64;
         let mut status = self.check_lease(session, submission);
         if status.is_ok() {
-            status = self.leases.extend(id, now + wanted, ttl_ms).err().unwrap_or(Status::Ok);
+            status = self
+                .leases
+                .extend(id, now + wanted, ttl_ms)
+                .err()
+                .unwrap_or(Status::Ok);
             self.show_lease(id);
         }
         let mut completion = Completion::new(Op::Renew, submission.request_id, status);
@@ -99,14 +104,17 @@ impl Lane {
                 },
                 1,
             );
-            self.node.write_lease(LeaseTable::position(id), &bytemuck::Zeroable::zeroed());
+            self.node
+                .write_lease(LeaseTable::position(id), &bytemuck::Zeroable::zeroed());
             self.recycle(lease.entries);
         }
     }
 
     /// Writes a lease's row in the node file.
     pub(super) fn show_lease(&self, id: u64) {
-        let Ok(lease) = self.leases.get(id) else { return };
+        let Ok(lease) = self.leases.get(id) else {
+            return;
+        };
         let left = lease.deadline.saturating_duration_since(Instant::now());
         let row = LeaseRow {
             lease: id,

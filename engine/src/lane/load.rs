@@ -47,12 +47,15 @@ impl Lane {
         load.list.take(submission, more)?;
         let runs = submission.flags & flags::BLOCK_RUNS != 0;
         if load.list.head.total > self.options.max_blocks {
-            load.list.fail(Status::TooMany, u64::from(self.options.max_blocks));
+            load.list
+                .fail(Status::TooMany, u64::from(self.options.max_blocks));
         } else {
             payload::decode_blocks(chunk, runs, submission.count, &mut load.blocks)?;
         }
         if more {
-            session.requests.insert(submission.request_id, Request::Load(load));
+            session
+                .requests
+                .insert(submission.request_id, Request::Load(load));
             return Ok(());
         }
         self.start_load(session, load)
@@ -70,9 +73,11 @@ impl Lane {
             }
         }
         if load.copies.running == 0 {
-            return self.finish_load(session, load);
+            return self.finish_load(session, *load);
         }
-        session.requests.insert(load.list.head.request_id, Request::Load(load));
+        session
+            .requests
+            .insert(load.list.head.request_id, Request::Load(load));
         Ok(())
     }
 
@@ -90,9 +95,14 @@ impl Lane {
         let rank = registration.rank.ok_or((Status::NoMemory, u64::from(id)))?;
         let unknown_group = (Status::UnknownGroup, u64::from(group));
         let target = registration.target(group).ok_or(unknown_group)?;
-        let namespace = registration.ready.ok_or((Status::NotReady, u64::from(id)))?;
+        let namespace = registration
+            .ready
+            .ok_or((Status::NotReady, u64::from(id)))?;
         let place = registration.place(group).ok_or(unknown_group)?;
-        let lease = self.leases.get(lease_id).map_err(|status| (status, lease_id))?;
+        let lease = self
+            .leases
+            .get(lease_id)
+            .map_err(|status| (status, lease_id))?;
         // The instance may have come back with other pages since the lease was given.
         let same = lease.request.instance == registration.instance
             && lease.request.group == group
@@ -100,12 +110,17 @@ impl Lane {
         if !same {
             return Err((Status::UnknownLease, lease_id));
         }
-        self.leases.check_consume(lease_id, rank).map_err(|status| (status, lease_id))?;
+        self.leases
+            .check_consume(lease_id, rank)
+            .map_err(|status| (status, lease_id))?;
         let first = head.args[1];
         let held = lease.entries.len() as u64;
-        let end = first.checked_add(load.blocks.len() as u64).filter(|end| *end <= held);
+        let end = first
+            .checked_add(load.blocks.len() as u64)
+            .filter(|end| *end <= held);
         let end = end.ok_or((Status::TooMany, held))?;
-        self.seen_blocks.check(&load.blocks, target.layout().num_blocks())?;
+        self.seen_blocks
+            .check(&load.blocks, target.layout().num_blocks())?;
         self.pages.clear();
         let entries = &lease.entries[first as usize..end as usize];
         for (entry, block) in entries.iter().zip(&load.blocks) {
@@ -113,9 +128,16 @@ impl Lane {
                 tracing::error!(entry, lease = lease_id, "a leased block has no page");
                 return Err((Status::Internal, u64::from(*entry)));
             };
-            self.pages.push(PageCopy { pool_offset: page.offset(), block: *block });
+            self.pages.push(PageCopy {
+                pool_offset: page.offset(),
+                block: *block,
+            });
         }
-        Ok(Plan { target: target.clone(), lease: lease_id, rank })
+        Ok(Plan {
+            target: target.clone(),
+            lease: lease_id,
+            rank,
+        })
     }
 
     fn run_load(&mut self, session: &mut LaneSession, load: &mut LoadRequest, plan: Plan) {
@@ -159,7 +181,11 @@ impl Lane {
         let bytes = pages_done as u64 * page_bytes;
         self.tally.add(Counter::LoadLoaded, pages_done as u64);
         self.tally.add(Counter::LoadedBytes, bytes);
-        let what = if was_cancelled { Counter::LoadCancelled } else { Counter::LoadFailed };
+        let what = if was_cancelled {
+            Counter::LoadCancelled
+        } else {
+            Counter::LoadFailed
+        };
         self.tally.add(what, (pages - pages_done) as u64);
         let Some(Request::Load(mut load)) = session.requests.remove(&request_id) else {
             return Ok(());
@@ -169,7 +195,7 @@ impl Lane {
         load.copies.failed_pages += (pages - pages_done) as u32;
         load.copies.bytes += bytes;
         if load.copies.running == 0 {
-            return self.finish_load(session, load);
+            return self.finish_load(session, *load);
         }
         session.requests.insert(request_id, Request::Load(load));
         Ok(())
@@ -178,7 +204,7 @@ impl Lane {
     fn finish_load(
         &mut self,
         session: &mut LaneSession,
-        load: Box<LoadRequest>,
+        load: LoadRequest,
     ) -> Result<(), SessionFault> {
         let daemon_ns = load.list.started.elapsed().as_nanos() as u64;
         let cancelled = load.copies.cancelled.load(Ordering::Relaxed);
@@ -249,7 +275,10 @@ mod tests {
         assert_eq!(seen.check(&[1, 2, 1], 4), Err((Status::DuplicateBlock, 1)));
         assert_eq!(seen.check(&[0, 4], 4), Err((Status::BlockOutOfRange, 4)));
         assert_eq!(seen.check(&[3, 0, 1, 2], 4), Ok(()));
-        assert_eq!(seen.check(&[u32::MAX], u32::MAX - 1).unwrap_err().0, Status::BlockOutOfRange);
+        assert_eq!(
+            seen.check(&[u32::MAX], u32::MAX - 1).unwrap_err().0,
+            Status::BlockOutOfRange
+        );
         assert!(seen.bits.iter().all(|word| *word == 0));
     }
 }

@@ -60,9 +60,13 @@ impl Lane {
         if registration.save_only {
             return Err((Status::SaveOnly, u64::from(id)));
         }
-        let namespace = registration.ready.ok_or((Status::NotReady, u64::from(id)))?;
+        let namespace = registration
+            .ready
+            .ok_or((Status::NotReady, u64::from(id)))?;
         let group = submission.group;
-        let place = registration.place(group).ok_or((Status::UnknownGroup, u64::from(group)))?;
+        let place = registration
+            .place(group)
+            .ok_or((Status::UnknownGroup, u64::from(group)))?;
         if submission.total as usize > self.options.max_blocks as usize {
             return Err((Status::TooMany, u64::from(self.options.max_blocks)));
         }
@@ -94,7 +98,9 @@ impl Lane {
             Ok(hashes) => hashes,
             Err(fault) => {
                 // Pins of earlier chunks are let go of with the session.
-                session.requests.insert(submission.request_id, Request::Query(query));
+                session
+                    .requests
+                    .insert(submission.request_id, Request::Query(query));
                 return Err(fault.into());
             }
         };
@@ -107,7 +113,9 @@ impl Lane {
             }
         }
         if more {
-            session.requests.insert(submission.request_id, Request::Query(query));
+            session
+                .requests
+                .insert(submission.request_id, Request::Query(query));
             return Ok(());
         }
         self.finish_query(session, query)
@@ -123,8 +131,9 @@ impl Lane {
         if query.miss.is_none() {
             let before = query.entries.len();
             let key = (scope.namespace, scope.group);
-            query.miss =
-                self.cache.pin_prefix(scope.domain, key, hashes, &mut query.entries);
+            query.miss = self
+                .cache
+                .pin_prefix(scope.domain, key, hashes, &mut query.entries);
             pinned = query.entries.len() - before;
             if let Some(reason) = query.miss {
                 query.misses[reason as usize] += 1;
@@ -141,18 +150,24 @@ impl Lane {
         hashes: &[pegaflow_shm::BlockHash],
         first: usize,
     ) {
-        query.bits.resize((query.list.head.total as usize).div_ceil(64), 0);
+        query
+            .bits
+            .resize((query.list.head.total as usize).div_ceil(64), 0);
         let (bits, misses, miss) = (&mut query.bits, &mut query.misses, &mut query.miss);
         let key = (scope.namespace, scope.group);
-        self.cache.pin_members(scope.domain, key, hashes, &mut query.entries, |at, outcome| {
-            match outcome {
+        self.cache.pin_members(
+            scope.domain,
+            key,
+            hashes,
+            &mut query.entries,
+            |at, outcome| match outcome {
                 None => bits[(first + at) / 64] |= 1 << ((first + at) % 64),
                 Some(reason) => {
                     misses[reason as usize] += 1;
                     miss.get_or_insert(reason);
                 }
-            }
-        });
+            },
+        );
     }
 
     fn finish_query(
@@ -196,7 +211,11 @@ impl Lane {
         now: Instant,
     ) -> Answer {
         let head = query.list.head;
-        let request = RequestKey { instance: scope.instance, group: scope.group, key: head.args[0] };
+        let request = RequestKey {
+            instance: scope.instance,
+            group: scope.group,
+            key: head.args[0],
+        };
         if let Some(answer) = self.repeat(request, scope, query) {
             return answer;
         }
@@ -204,7 +223,12 @@ impl Lane {
         if query.entries.is_empty() {
             self.count_query(scope, query);
             self.recycle(std::mem::take(&mut query.entries));
-            return Answer { lease: 0, count: 0, ttl_ms: 0, reason };
+            return Answer {
+                lease: 0,
+                count: 0,
+                ttl_ms: 0,
+                reason,
+            };
         }
         if self.leases.is_full() {
             let hits = query.entries.len() as u32;
@@ -212,7 +236,12 @@ impl Lane {
             self.let_go(query);
             self.count_query(scope, query);
             query.bits.fill(0);
-            return Answer { lease: 0, count: 0, ttl_ms: 0, reason: MissReason::NoLease };
+            return Answer {
+                lease: 0,
+                count: 0,
+                ttl_ms: 0,
+                reason: MissReason::NoLease,
+            };
         }
         self.count_query(scope, query);
         let ttl = match head.args[2] {
@@ -235,7 +264,12 @@ impl Lane {
         ));
         self.tally.add(Counter::LeasesGranted, 1);
         self.show_lease(lease);
-        Answer { lease, count, ttl_ms, reason }
+        Answer {
+            lease,
+            count,
+            ttl_ms,
+            reason,
+        }
     }
 
     /// The live lease of the same query, if there is one; a lease of another query under the same key makes
@@ -261,7 +295,12 @@ impl Lane {
             query.bits.clone_from(&lease.hits);
             self.let_go(query);
             self.tally.add(Counter::QueryRepeated, 1);
-            return Some(Answer { lease: id, count, ttl_ms, reason });
+            return Some(Answer {
+                lease: id,
+                count,
+                ttl_ms,
+                reason,
+            });
         }
         if untouched {
             let ended = self.leases.end(id, LeaseEnd::Replaced);
@@ -282,9 +321,11 @@ impl Lane {
             (MissReason::AfterMiss, Counter::QueryMissAfterMiss),
             (MissReason::NoLease, Counter::QueryMissNoLease),
         ] {
-            self.tally.add(counter, u64::from(query.misses[reason as usize]));
+            self.tally
+                .add(counter, u64::from(query.misses[reason as usize]));
         }
-        self.namespaces.count_query(scope.namespace, u64::from(total), hits);
+        self.namespaces
+            .count_query(scope.namespace, u64::from(total), hits);
     }
 
     /// Unpins what the query holds.

@@ -50,7 +50,13 @@ pub(super) struct ListProgress {
 impl ListProgress {
     pub(super) fn new(submission: &Submission, started: Instant) -> ListProgress {
         let head = ListHead::of(submission);
-        ListProgress { head, received: 0, started, listed: false, failed: None }
+        ListProgress {
+            head,
+            received: 0,
+            started,
+            listed: false,
+            failed: None,
+        }
     }
 
     /// Counts a chunk in.
@@ -59,7 +65,9 @@ impl ListProgress {
         submission: &Submission,
         more: bool,
     ) -> Result<(), DescriptorFault> {
-        let contradiction = DescriptorFault::Chunk { request_id: submission.request_id };
+        let contradiction = DescriptorFault::Chunk {
+            request_id: submission.request_id,
+        };
         if self.listed || ListHead::of(submission) != self.head {
             return Err(contradiction);
         }

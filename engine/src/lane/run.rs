@@ -85,7 +85,7 @@ impl Lane {
                 continue;
             }
             idle_rounds += 1;
-            if idle_rounds % CLOCK_ROUNDS != 0 {
+            if !idle_rounds.is_multiple_of(CLOCK_ROUNDS) {
                 std::hint::spin_loop();
                 continue;
             }
@@ -120,11 +120,15 @@ impl Lane {
     fn poll_sessions(&mut self) -> bool {
         let mut worked = false;
         for position in 0..self.sessions.len() {
-            let ready = self.sessions[position].as_ref().is_some_and(|s| s.has_submission());
+            let ready = self.sessions[position]
+                .as_ref()
+                .is_some_and(|s| s.has_submission());
             if !ready {
                 continue;
             }
-            let Some(mut session) = self.sessions[position].take() else { continue };
+            let Some(mut session) = self.sessions[position].take() else {
+                continue;
+            };
             worked = true;
             if let Err(fault) = self.poll_session(&mut session) {
                 self.fault(&mut session, &fault);
@@ -138,7 +142,9 @@ impl Lane {
     fn poll_session(&mut self, session: &mut LaneSession) -> Result<(), SessionFault> {
         let now = Instant::now();
         for _ in 0..BATCH {
-            let Some(submission) = session.next_submission()? else { break };
+            let Some(submission) = session.next_submission()? else {
+                break;
+            };
             self.tally.add(Counter::Descriptors, 1);
             self.submit(session, &submission, now)?;
         }
@@ -152,15 +158,19 @@ impl Lane {
         id: SessionId,
         work: impl FnOnce(&mut Lane, &mut LaneSession) -> Result<(), SessionFault>,
     ) {
-        let Some(position) = self.by_id.get(&id).copied() else { return };
-        let Some(mut session) = self.sessions[position].take() else { return };
+        let Some(position) = self.by_id.get(&id).copied() else {
+            return;
+        };
+        let Some(mut session) = self.sessions[position].take() else {
+            return;
+        };
         let outcome = work(self, &mut session);
         if let Err(fault) = outcome {
             self.fault(&mut session, &fault);
         }
         self.ring(&mut session);
-        let waiting = session.closing.is_some()
-            || session.registrations.iter().any(|r| r.leaving.is_some());
+        let waiting =
+            session.closing.is_some() || session.registrations.iter().any(|r| r.leaving.is_some());
         self.sessions[position] = Some(session);
         if waiting {
             self.settle_session(id);
@@ -180,7 +190,10 @@ impl Lane {
         }
         tracing::warn!(session = session.id, %fault, "the session broke the protocol");
         let message = fault.to_string();
-        self.tell(LaneEvent::Fault { session: session.id, message });
+        self.tell(LaneEvent::Fault {
+            session: session.id,
+            message,
+        });
     }
 
     /// Watches a session's bell. Edge-triggered, so that the bell need not be read, which a client could
@@ -206,14 +219,22 @@ impl Lane {
         for session in self.sessions.iter_mut().flatten() {
             session.arm();
         }
-        let waiting = self.sessions.iter().flatten().any(|session| session.has_submission())
+        let waiting = self
+            .sessions
+            .iter()
+            .flatten()
+            .any(|session| session.has_submission())
             || self.workers.has_done();
         if !waiting {
             self.tally.add(Counter::LaneParks, 1);
             let limit = self.sleep_limit(Instant::now());
             let rung = self.wait(limit);
-            self.suspect_gap |=
-                rung && !self.sessions.iter().flatten().any(|session| session.has_submission());
+            self.suspect_gap |= rung
+                && !self
+                    .sessions
+                    .iter()
+                    .flatten()
+                    .any(|session| session.has_submission());
         }
         for session in self.sessions.iter_mut().flatten() {
             session.disarm();

@@ -53,10 +53,15 @@ impl Lane {
             return Err((Status::NoMemory, u64::from(id)));
         }
         let group = submission.group;
-        let target =
-            registration.target(group).ok_or((Status::UnknownGroup, u64::from(group)))?;
-        let namespace = registration.ready.ok_or((Status::NotReady, u64::from(id)))?;
-        let place = registration.place(group).ok_or((Status::UnknownGroup, u64::from(group)))?;
+        let target = registration
+            .target(group)
+            .ok_or((Status::UnknownGroup, u64::from(group)))?;
+        let namespace = registration
+            .ready
+            .ok_or((Status::NotReady, u64::from(id)))?;
+        let place = registration
+            .place(group)
+            .ok_or((Status::UnknownGroup, u64::from(group)))?;
         Ok(ShardScope {
             domain: registration.domain,
             namespace,
@@ -81,9 +86,11 @@ impl Lane {
             Err(fault) => Err(fault),
         };
         if outcome.is_ok() && save.list.listed && save.copies.running == 0 {
-            return self.finish_save(session, save);
+            return self.finish_save(session, *save);
         }
-        session.requests.insert(submission.request_id, Request::Save(save));
+        session
+            .requests
+            .insert(submission.request_id, Request::Save(save));
         outcome.map_err(SessionFault::from)
     }
 
@@ -99,16 +106,24 @@ impl Lane {
         let runs = submission.flags & flags::BLOCK_RUNS != 0;
         payload::decode_blocks(ids, runs, submission.count, &mut self.blocks)?;
         let registration = session.registration(submission.registration).ok();
-        let target = registration.and_then(|r| r.target(submission.group)).cloned();
+        let target = registration
+            .and_then(|r| r.target(submission.group))
+            .cloned();
         let (Some(scope), Some(target)) = (save.scope, target) else {
-            save.list.fail(Status::UnknownRegistration, u64::from(submission.registration));
+            save.list.fail(
+                Status::UnknownRegistration,
+                u64::from(submission.registration),
+            );
             return Ok(());
         };
         let num_blocks = target.layout().num_blocks();
         if let Some(wrong) = self.blocks.iter().find(|block| **block >= num_blocks) {
             save.list.fail(Status::BlockOutOfRange, u64::from(*wrong));
         }
-        let cancelled = save.copies.cancelled.load(std::sync::atomic::Ordering::Relaxed);
+        let cancelled = save
+            .copies
+            .cancelled
+            .load(std::sync::atomic::Ordering::Relaxed);
         if save.list.failed.is_none() && !cancelled {
             self.offer_blocks(session, save, &scope, &target, hashes);
         }
@@ -129,7 +144,10 @@ impl Lane {
         let (mut held, mut in_flight, mut no_space, mut not_admitted) = (0u32, 0u32, 0u32, 0u32);
         self.cache.offer(scope, hashes, |at, offer| match offer {
             Offer::Copy { entry, page } => {
-                pages.push(PageCopy { pool_offset: page.offset(), block: blocks[at] });
+                pages.push(PageCopy {
+                    pool_offset: page.offset(),
+                    block: blocks[at],
+                });
                 entries.push(entry.0);
             }
             Offer::Held => held += 1,
@@ -143,7 +161,8 @@ impl Lane {
         self.tally.add(Counter::SaveHeld, u64::from(held));
         self.tally.add(Counter::SaveInFlight, u64::from(in_flight));
         self.tally.add(Counter::SaveNoSpace, u64::from(no_space));
-        self.tally.add(Counter::SaveRejected, u64::from(not_admitted));
+        self.tally
+            .add(Counter::SaveRejected, u64::from(not_admitted));
         let owner = TaskOwner {
             session: session.id,
             registration: save.list.head.registration,
@@ -152,7 +171,14 @@ impl Lane {
         };
         self.pages = pages;
         let cancelled = save.copies.cancelled.clone();
-        let tasks = self.dispatch(session, owner, Direction::Save, target, &entries, &cancelled);
+        let tasks = self.dispatch(
+            session,
+            owner,
+            Direction::Save,
+            target,
+            &entries,
+            &cancelled,
+        );
         self.recycle(entries);
         save.copies.running += tasks;
     }
@@ -181,7 +207,11 @@ impl Lane {
         self.tally.add(Counter::BlocksSealed, sealed);
         self.tally.add(Counter::SaveStored, pages_done as u64);
         self.tally.add(Counter::SavedBytes, bytes);
-        let what = if was_cancelled { Counter::SaveCancelled } else { Counter::SaveFailed };
+        let what = if was_cancelled {
+            Counter::SaveCancelled
+        } else {
+            Counter::SaveFailed
+        };
         self.tally.add(what, failed as u64);
         let Some(Request::Save(mut save)) = session.requests.remove(&request_id) else {
             return Ok(());
@@ -191,7 +221,7 @@ impl Lane {
         save.copies.failed_pages += failed as u32;
         save.copies.bytes += bytes;
         if save.list.listed && save.copies.running == 0 {
-            return self.finish_save(session, save);
+            return self.finish_save(session, *save);
         }
         session.requests.insert(request_id, Request::Save(save));
         Ok(())
@@ -200,10 +230,13 @@ impl Lane {
     fn finish_save(
         &mut self,
         session: &mut LaneSession,
-        save: Box<SaveRequest>,
+        save: SaveRequest,
     ) -> Result<(), SessionFault> {
         let daemon_ns = save.list.started.elapsed().as_nanos() as u64;
-        let cancelled = save.copies.cancelled.load(std::sync::atomic::Ordering::Relaxed);
+        let cancelled = save
+            .copies
+            .cancelled
+            .load(std::sync::atomic::Ordering::Relaxed);
         let (status, about) = match save.list.failed {
             Some(failed) => failed,
             None if cancelled => (Status::Cancelled, 0),

@@ -63,11 +63,17 @@ pub(super) struct Registration {
 
 impl Registration {
     pub(super) fn place(&self, group: u16) -> Option<GroupPlace> {
-        self.places.iter().find(|place| place.group == group).copied()
+        self.places
+            .iter()
+            .find(|place| place.group == group)
+            .copied()
     }
 
     pub(super) fn target(&self, group: u16) -> Option<&Arc<BoundLayout>> {
-        self.targets.iter().find(|(number, _)| *number == group).map(|(_, target)| target)
+        self.targets
+            .iter()
+            .find(|(number, _)| *number == group)
+            .map(|(_, target)| target)
     }
 }
 
@@ -204,16 +210,21 @@ impl LaneSession {
         submission: &Submission,
         out: &mut [u8],
     ) -> Result<(), MappingError> {
-        self.c2d.copy_out(self.arena_offset + submission.payload_offset as usize, out)
+        self.c2d
+            .copy_out(self.arena_offset + submission.payload_offset as usize, out)
     }
 
     /// True when a result of `bytes` may be written at `offset` of the result arena.
     pub(super) fn result_fits(&self, offset: u64, bytes: u64) -> bool {
-        offset % 8 == 0 && offset.checked_add(bytes).is_some_and(|end| end <= self.result_bytes)
+        offset.is_multiple_of(8)
+            && offset
+                .checked_add(bytes)
+                .is_some_and(|end| end <= self.result_bytes)
     }
 
     pub(super) fn write_result(&self, offset: u64, bytes: &[u8]) -> Result<(), MappingError> {
-        self.d2c.copy_in(self.result_offset + offset as usize, bytes)
+        self.d2c
+            .copy_in(self.result_offset + offset as usize, bytes)
     }
 
     /// Requests that this session may not exceed: it has no more completion slots.
@@ -222,7 +233,10 @@ impl LaneSession {
     }
 
     pub(super) fn credit_fault(&self) -> SessionFault {
-        DescriptorFault::Credit { limit: self.completion_slots }.into()
+        DescriptorFault::Credit {
+            limit: self.completion_slots,
+        }
+        .into()
     }
 
     /// Posts a completion; the client is woken by [`Self::ring`].
@@ -230,7 +244,9 @@ impl LaneSession {
     pub(super) fn post(&mut self, completion: &Completion) -> Result<(), SessionFault> {
         self.posted = true;
         self.row.completions += 1;
-        self.completions.try_push(&completion.to_body()).map_err(|_| self.credit_fault())
+        self.completions
+            .try_push(&completion.to_body())
+            .map_err(|_| self.credit_fault())
     }
 
     /// Wakes the client if it sleeps and something was posted. True if it was woken.
@@ -255,7 +271,9 @@ impl LaneSession {
 
     pub(super) fn show_state(&self, state: SessionState) -> Result<(), MappingError> {
         // SYNC: session-state. The client's acquire load also sees everything posted before.
-        self.d2c.atomic_u32(STATE_OFFSET)?.store(state as u32, Ordering::Release);
+        self.d2c
+            .atomic_u32(STATE_OFFSET)?
+            .store(state as u32, Ordering::Release);
         Ok(())
     }
 
@@ -269,7 +287,9 @@ impl LaneSession {
     }
 
     pub(super) fn registration_mut(&mut self, id: u32) -> Option<&mut Registration> {
-        self.registrations.iter_mut().find(|registration| registration.id == id)
+        self.registrations
+            .iter_mut()
+            .find(|registration| registration.id == id)
     }
 
     /// The id for a new registration.

@@ -70,20 +70,38 @@ pub fn start(
     let wake = Arc::new(LaneWake::new()?);
     let copy_wake = wake.clone();
     let workers = CopyWorkers::start(
-        CopyOptions { threads: threads.get(), max_tasks: MAX_COPY_TASKS, spin: COPY_SPIN },
+        CopyOptions {
+            threads: threads.get(),
+            max_tasks: MAX_COPY_TASKS,
+            spin: COPY_SPIN,
+        },
         opened.pool_memory,
         move || copy_wake.wake_if_parked(),
     )?;
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-    epoll::add(&epoll, wake.fd(), epoll::EventData::new_u64(LANE_WAKE), epoll::EventFlags::IN)?;
+    epoll::add(
+        &epoll,
+        wake.fd(),
+        epoll::EventData::new_u64(LANE_WAKE),
+        epoll::EventFlags::IN,
+    )?;
     let node = options.node.clone();
     node.set(Gauge::PoolBytes, opened.cache.pool().pool_bytes());
-    node.set(Gauge::PoolExtents, u64::from(opened.cache.pool().stats().extents));
+    node.set(
+        Gauge::PoolExtents,
+        u64::from(opened.cache.pool().stats().extents),
+    );
     node.set(Gauge::BlocksMax, u64::from(options.max_blocks));
     node.set(Gauge::CopyThreads, threads.get() as u64);
     let mut tally = Tally::new();
-    tally.add(pegaflow_shm::node::Counter::AdoptedBlocks, opened.adopted_blocks);
-    tally.add(pegaflow_shm::node::Counter::AdoptDiscarded, opened.discarded_pages);
+    tally.add(
+        pegaflow_shm::node::Counter::AdoptedBlocks,
+        opened.adopted_blocks,
+    );
+    tally.add(
+        pegaflow_shm::node::Counter::AdoptDiscarded,
+        opened.discarded_pages,
+    );
     let (command_sender, commands) = mpsc::channel();
     let (events, event_receiver) = unbounded_channel();
     let handle = LaneHandle::new(command_sender, wake.clone());
@@ -120,8 +138,14 @@ pub fn start(
         options,
     };
     lane.publish(Instant::now());
-    let thread = std::thread::Builder::new().name("lane".into()).spawn(move || run(lane))?;
-    Ok(StartedLane { handle, events: event_receiver, thread })
+    let thread = std::thread::Builder::new()
+        .name("lane".into())
+        .spawn(move || run(lane))?;
+    Ok(StartedLane {
+        handle,
+        events: event_receiver,
+        thread,
+    })
 }
 
 /// A lane that panics may have left private state half changed. Shared memory is consistent at every

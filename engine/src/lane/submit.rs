@@ -23,7 +23,10 @@ impl Lane {
     ) -> Result<(), SessionFault> {
         let op = submission.check(session.arena_bytes())?;
         if op == Op::Nop {
-            return self.complete(session, Completion::new(op, submission.request_id, Status::Ok));
+            return self.complete(
+                session,
+                Completion::new(op, submission.request_id, Status::Ok),
+            );
         }
         let known = session.requests.contains_key(&submission.request_id);
         if !known && !session.has_credit() {
@@ -62,11 +65,13 @@ impl Lane {
         };
         let mut chunk = std::mem::take(&mut self.chunk);
         chunk.resize(submission.payload_bytes as usize, 0);
-        session.copy_payload(submission, &mut chunk).map_err(|_| DescriptorFault::Payload {
-            offset: submission.payload_offset,
-            bytes: submission.payload_bytes,
-            arena_bytes: session.arena_bytes(),
-        })?;
+        session
+            .copy_payload(submission, &mut chunk)
+            .map_err(|_| DescriptorFault::Payload {
+                offset: submission.payload_offset,
+                bytes: submission.payload_bytes,
+                arena_bytes: session.arena_bytes(),
+            })?;
         let more = submission.flags & flags::MORE != 0;
         let outcome = match request {
             Request::Query(query) => self.query_chunk(session, query, submission, more, &chunk),

@@ -15,7 +15,10 @@ pub(super) struct Tally {
 
 impl Tally {
     pub(super) fn new() -> Tally {
-        Tally { amounts: [0; Counter::ALL.len()], dirty: false }
+        Tally {
+            amounts: [0; Counter::ALL.len()],
+            dirty: false,
+        }
     }
 
     #[inline]

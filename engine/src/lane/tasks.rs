@@ -97,7 +97,11 @@ impl Lane {
                 let first = number * per_task;
                 part_entries.extend_from_slice(&entries[first..first + part.len()]);
             }
-            let tag = self.tasks.put(Task { owner, entries: part_entries, page_bytes });
+            let tag = self.tasks.put(Task {
+                owner,
+                entries: part_entries,
+                page_bytes,
+            });
             self.hand_out(CopyTask {
                 direction,
                 target: target.clone(),

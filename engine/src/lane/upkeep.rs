@@ -23,7 +23,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Milliseconds since 1970.
 pub(super) fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
 }
 
 /// When each kind of upkeep ran last.
@@ -35,7 +37,11 @@ pub(super) struct Clocks {
 
 impl Clocks {
     pub(super) fn new(now: Instant) -> Clocks {
-        Clocks { short: now, long: now, published: now }
+        Clocks {
+            short: now,
+            long: now,
+            published: now,
+        }
     }
 }
 
@@ -62,11 +68,17 @@ impl Lane {
 
     /// How long the lane may sleep; `None` until it is woken.
     pub(super) fn sleep_limit(&self, now: Instant) -> Option<Duration> {
-        let lease = self.leases.next_deadline().map(|at| {
-            at.saturating_duration_since(now).max(SHORT_TICK)
-        });
-        let listing = self.sessions.iter().flatten().any(|session| !session.requests.is_empty());
-        let patience = (listing || self.suspect_gap || self.cache.figures().unfinished > 0).then_some(LONG_TICK);
+        let lease = self
+            .leases
+            .next_deadline()
+            .map(|at| at.saturating_duration_since(now).max(SHORT_TICK));
+        let listing = self
+            .sessions
+            .iter()
+            .flatten()
+            .any(|session| !session.requests.is_empty());
+        let patience = (listing || self.suspect_gap || self.cache.figures().unfinished > 0)
+            .then_some(LONG_TICK);
         match (lease, patience) {
             (Some(lease), Some(patience)) => Some(lease.min(patience)),
             (lease, patience) => lease.or(patience),
@@ -108,7 +120,8 @@ impl Lane {
         let evictions = self.cache.take_evictions();
         self.tally.add(Counter::EvictedCapacity, evictions.capacity);
         self.tally.add(Counter::EvictedExtent, evictions.extent);
-        self.tally.add(Counter::EvictedIncomplete, evictions.incomplete);
+        self.tally
+            .add(Counter::EvictedIncomplete, evictions.incomplete);
         self.tally.publish(&self.node);
         let figures = self.cache.figures();
         let node = &self.node;
@@ -120,10 +133,19 @@ impl Lane {
         node.set(Gauge::Leases, self.leases.len() as u64);
         node.set(Gauge::Sessions, self.by_id.len() as u64);
         node.set(Gauge::Instances, self.registry.iter().count() as u64);
-        let ready = self.registry.iter().filter(|instance| instance.ready.is_some()).count();
+        let ready = self
+            .registry
+            .iter()
+            .filter(|instance| instance.ready.is_some())
+            .count();
         node.set(Gauge::InstancesReady, ready as u64);
         node.set(Gauge::CopyTasks, self.tasks.len() as u64);
-        let requests: usize = self.sessions.iter().flatten().map(|s| s.requests.len()).sum();
+        let requests: usize = self
+            .sessions
+            .iter()
+            .flatten()
+            .map(|s| s.requests.len())
+            .sum();
         node.set(Gauge::Requests, requests as u64);
         for (position, session) in self.sessions.iter().enumerate() {
             if let Some(session) = session {
@@ -198,6 +220,9 @@ impl NamespaceTable {
         for (position, row) in self.rows.iter().enumerate() {
             node.write_namespace(position, row);
         }
-        node.set(Gauge::Namespaces, self.rows.iter().filter(|row| row.used == 1).count() as u64);
+        node.set(
+            Gauge::Namespaces,
+            self.rows.iter().filter(|row| row.used == 1).count() as u64,
+        );
     }
 }

@@ -21,7 +21,10 @@ impl LaneWake {
     /// No descriptor left.
     pub fn new() -> Result<LaneWake, Errno> {
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(LaneWake { fd, parked: AtomicBool::new(false) })
+        Ok(LaneWake {
+            fd,
+            parked: AtomicBool::new(false),
+        })
     }
 
     /// Wakes the lane whether it sleeps or not; what was handed over before is then seen.

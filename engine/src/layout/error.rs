@@ -3,7 +3,9 @@
 
 use std::fmt;
 
-use super::{MAX_BLOCKS, MAX_PAGE_BYTES, MAX_SEGMENTS, MemoryRef, PROCESS_ADDRESS_END, PROCESS_ADDRESS_START};
+use super::{
+    MAX_BLOCKS, MAX_PAGE_BYTES, MAX_SEGMENTS, MemoryRef, PROCESS_ADDRESS_END, PROCESS_ADDRESS_START,
+};
 
 /// A memory as people read it: `region 3` or `process memory`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -18,11 +18,11 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
-pub use memory::pool_memory;
 pub use allocator::{Allocation, Freed, Pool, round_page};
 pub use error::{PoolError, PoolFileError, PoolUnusable};
 pub use file::{OpenedPool, PoolFile, PoolIdentity, PopulateOptions};
 pub use hugepages::HugepageReport;
+pub use memory::pool_memory;
 pub use stats::{ClassStats, PoolStats};
 
 use std::fmt;

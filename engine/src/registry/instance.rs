@@ -103,7 +103,10 @@ impl Instance {
         let Some(place) = self.ranks.get_mut(rank as usize) else {
             return Err(Refusal::new(
                 Status::InvalidArgument,
-                format!("rank {rank} of instance `{}`: ranks are 0..{}", self.name, self.world_size),
+                format!(
+                    "rank {rank} of instance `{}`: ranks are 0..{}",
+                    self.name, self.world_size
+                ),
             ));
         };
         if let Some(holder) = place {
@@ -123,7 +126,10 @@ impl Instance {
     pub(super) fn leave(&mut self, session: u64, registration: u32) -> bool {
         let is_it = |m: &Member| m.session == session && m.registration == registration;
         self.schedulers.retain(|member| !is_it(member));
-        let Some(place) = self.ranks.iter_mut().find(|place| place.as_ref().is_some_and(is_it))
+        let Some(place) = self
+            .ranks
+            .iter_mut()
+            .find(|place| place.as_ref().is_some_and(is_it))
         else {
             return false;
         };
@@ -173,8 +179,15 @@ impl Instance {
                     .filter(|(_, member)| member.groups.iter().any(|g| g.group == group))
                     .map(|(rank, _)| rank)
                     .collect();
-                let shard = holders.iter().position(|holder| Some(*holder) == rank).unwrap_or(0);
-                GroupPlace { group, shard: shard as u16, shards: holders.len() as u16 }
+                let shard = holders
+                    .iter()
+                    .position(|holder| Some(*holder) == rank)
+                    .unwrap_or(0);
+                GroupPlace {
+                    group,
+                    shard: shard as u16,
+                    shards: holders.len() as u16,
+                }
             })
             .collect()
     }
@@ -205,9 +218,16 @@ mod tests {
     fn member(session: u64, groups: &[u16]) -> Member {
         let groups = groups
             .iter()
-            .map(|group| MemberGroup { group: *group, segment_bytes: vec![64] })
+            .map(|group| MemberGroup {
+                group: *group,
+                segment_bytes: vec![64],
+            })
             .collect();
-        Member { session, registration: 1, groups }
+        Member {
+            session,
+            registration: 1,
+            groups,
+        }
     }
 
     #[test]
@@ -229,15 +249,22 @@ mod tests {
     fn a_taken_rank_and_a_different_namespace_are_refused() {
         let mut registry = Registry::new(4);
         registry.join(0, &spec(Some(0)), member(1, &[0])).unwrap();
-        let taken = registry.join(0, &spec(Some(0)), member(2, &[0])).unwrap_err();
+        let taken = registry
+            .join(0, &spec(Some(0)), member(2, &[0]))
+            .unwrap_err();
         assert_eq!(taken.status, Status::AlreadyRegistered);
         let mut other = spec(Some(1));
         other.namespace.salt = "tenant".into();
         let mixed = registry.join(0, &other, member(2, &[0])).unwrap_err();
         assert_eq!(mixed.status, Status::NamespaceMismatch);
-        let beyond = registry.join(0, &spec(Some(9)), member(2, &[0])).unwrap_err();
+        let beyond = registry
+            .join(0, &spec(Some(9)), member(2, &[0]))
+            .unwrap_err();
         assert_eq!(beyond.status, Status::InvalidArgument);
-        assert!(registry.join(1, &other, member(2, &[0])).is_ok(), "another user's instance");
+        assert!(
+            registry.join(1, &other, member(2, &[0])).is_ok(),
+            "another user's instance"
+        );
     }
 
     #[test]
@@ -252,10 +279,19 @@ mod tests {
     fn shards_are_counted_among_the_ranks_that_hold_the_group() {
         let mut registry = Registry::new(4);
         let id = registry.join(0, &spec(Some(0)), member(1, &[0])).unwrap();
-        registry.join(0, &spec(Some(1)), member(2, &[0, 3])).unwrap();
+        registry
+            .join(0, &spec(Some(1)), member(2, &[0, 3]))
+            .unwrap();
         let instance = registry.get(id).unwrap();
-        let place = |group, shard, shards| GroupPlace { group, shard, shards };
-        assert_eq!(instance.places(Some(1)), vec![place(0, 1, 2), place(3, 0, 1)]);
+        let place = |group, shard, shards| GroupPlace {
+            group,
+            shard,
+            shards,
+        };
+        assert_eq!(
+            instance.places(Some(1)),
+            vec![place(0, 1, 2), place(3, 0, 1)]
+        );
         assert_eq!(instance.places(Some(0)), vec![place(0, 0, 2)]);
         assert_eq!(instance.places(None), vec![place(0, 0, 2), place(3, 0, 1)]);
     }

@@ -31,7 +31,11 @@ pub struct Registry {
 impl Registry {
     /// An empty registry of at most `max_instances`.
     pub fn new(max_instances: usize) -> Registry {
-        Registry { instances: HashMap::new(), next: 1, max_instances }
+        Registry {
+            instances: HashMap::new(),
+            next: 1,
+            max_instances,
+        }
     }
 
     /// An instance.
@@ -59,7 +63,10 @@ impl Registry {
         spec: &RegisterSpec,
         member: Member,
     ) -> Result<InstanceId, Refusal> {
-        let known = self.instances.values().find(|i| i.uid == uid && i.name == spec.instance);
+        let known = self
+            .instances
+            .values()
+            .find(|i| i.uid == uid && i.name == spec.instance);
         let id = match known {
             Some(instance) => {
                 instance.check_same(spec)?;
@@ -69,7 +76,10 @@ impl Registry {
         };
         let joined = match self.instances.get_mut(&id) {
             Some(instance) => instance.join(spec.rank, member),
-            None => Err(Refusal::new(Status::Internal, "the instance vanished while joining it")),
+            None => Err(Refusal::new(
+                Status::Internal,
+                "the instance vanished while joining it",
+            )),
         };
         if joined.is_err() {
             self.drop_if_empty(id);
@@ -96,7 +106,9 @@ impl Registry {
 
     /// Removes a member. True when the instance was complete before and is not any more.
     pub fn leave(&mut self, id: InstanceId, session: u64, registration: u32) -> bool {
-        let Some(instance) = self.instances.get_mut(&id) else { return false };
+        let Some(instance) = self.instances.get_mut(&id) else {
+            return false;
+        };
         let broken = instance.leave(session, registration);
         self.drop_if_empty(id);
         broken
@@ -125,5 +137,8 @@ pub fn packed_groups(instance: &Instance) -> Vec<PackedGroup> {
 
 /// Words for a namespace in a refusal.
 pub(crate) fn describe(namespace: &NamespaceSpec, world_size: u32, mode: Mode) -> String {
-    format!("{} (world size {world_size}, {mode:?})", namespace.summary())
+    format!(
+        "{} (world size {world_size}, {mode:?})",
+        namespace.summary()
+    )
 }

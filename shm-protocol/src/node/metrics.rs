@@ -155,7 +155,10 @@ mod tests {
                     assert!(nanos < end, "{nanos} in {bucket}");
                 }
                 if bucket > 0 {
-                    assert!(nanos >= bucket_end(bucket - 1).unwrap(), "{nanos} in {bucket}");
+                    assert!(
+                        nanos >= bucket_end(bucket - 1).unwrap(),
+                        "{nanos} in {bucket}"
+                    );
                 }
             }
         }

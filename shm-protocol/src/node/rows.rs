@@ -118,7 +118,10 @@ pub fn text_field<const N: usize>(text: &str) -> [u8; N] {
 
 /// Reads a fixed field.
 pub fn field_text(field: &[u8]) -> String {
-    let end = field.iter().position(|byte| *byte == 0).unwrap_or(field.len());
+    let end = field
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(field.len());
     String::from_utf8_lossy(&field[..end]).into_owned()
 }
 

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use bytemuck::Pod;
 
 use super::{
-    Counter, Gauge, HISTOGRAM_BUCKETS, Histogram, LEASE_ROWS, LeaseRow, NAMESPACE_ROWS, NODE_LAYOUT,
-    NODE_MAGIC, NamespaceRow, NodeHeader, SESSION_ROWS, SessionRow, bucket_end, bucket_of,
+    Counter, Gauge, HISTOGRAM_BUCKETS, Histogram, LEASE_ROWS, LeaseRow, NAMESPACE_ROWS,
+    NODE_LAYOUT, NODE_MAGIC, NamespaceRow, NodeHeader, SESSION_ROWS, SessionRow, bucket_end,
+    bucket_of,
 };
 use crate::mapping::Mapping;
 use crate::sync::{AtomicU64, Ordering, fence};
@@ -38,13 +39,17 @@ pub enum NodeFault {
         expected: usize,
     },
     /// Not a node file, or its daemon has not finished starting.
-    #[error("node file magic {found:#018x}, expected {NODE_MAGIC:#018x}: no daemon has started here")]
+    #[error(
+        "node file magic {found:#018x}, expected {NODE_MAGIC:#018x}: no daemon has started here"
+    )]
     Magic {
         /// In the file.
         found: u64,
     },
     /// Written by another version.
-    #[error("node file layout {found}, this tool reads {NODE_LAYOUT}: use the tool of the daemon's version")]
+    #[error(
+        "node file layout {found}, this tool reads {NODE_LAYOUT}: use the tool of the daemon's version"
+    )]
     Layout {
         /// In the file.
         found: u32,
@@ -65,10 +70,18 @@ unsafe impl Sync for Words {}
 
 impl Words {
     fn new(mapping: Arc<Mapping>) -> Result<Words, NodeFault> {
-        let size = NodeFault::Size { found: mapping.len(), expected: TOTAL_WORDS * 8 };
-        let base = mapping.ptr_at(0, TOTAL_WORDS * 8).map_err(|_| size.clone())?;
+        let size = NodeFault::Size {
+            found: mapping.len(),
+            expected: TOTAL_WORDS * 8,
+        };
+        let base = mapping
+            .ptr_at(0, TOTAL_WORDS * 8)
+            .map_err(|_| size.clone())?;
         let base = NonNull::new(base.cast::<AtomicU64>()).ok_or(size)?;
-        Ok(Words { base, _mapping: mapping })
+        Ok(Words {
+            base,
+            _mapping: mapping,
+        })
     }
 
     #[inline]
@@ -107,7 +120,8 @@ impl Words {
         fence(Ordering::Release);
         self.write_pod(at + 1, row);
         // SYNC: node-row. The row's words are visible before the even version.
-        self.word(at).store((version | 1).wrapping_add(1), Ordering::Release);
+        self.word(at)
+            .store((version | 1).wrapping_add(1), Ordering::Release);
     }
 
     fn read_row<T: Pod>(&self, at: usize) -> Option<T> {
@@ -160,13 +174,17 @@ impl NodeWriter {
     /// Adds to a counter.
     #[inline]
     pub fn add(&self, counter: Counter, amount: u64) {
-        self.words.word(COUNTERS_AT + counter as usize).fetch_add(amount, Ordering::Relaxed);
+        self.words
+            .word(COUNTERS_AT + counter as usize)
+            .fetch_add(amount, Ordering::Relaxed);
     }
 
     /// Sets a gauge.
     #[inline]
     pub fn set(&self, gauge: Gauge, value: u64) {
-        self.words.word(GAUGES_AT + gauge as usize).store(value, Ordering::Relaxed);
+        self.words
+            .word(GAUGES_AT + gauge as usize)
+            .store(value, Ordering::Relaxed);
     }
 
     /// Counts one observation of `nanos`.
@@ -175,33 +193,40 @@ impl NodeWriter {
         let at = HISTOGRAMS_AT + histogram as usize * HISTOGRAM_WORDS;
         self.words.word(at).fetch_add(1, Ordering::Relaxed);
         self.words.word(at + 1).fetch_add(nanos, Ordering::Relaxed);
-        self.words.word(at + 2 + bucket_of(nanos)).fetch_add(1, Ordering::Relaxed);
+        self.words
+            .word(at + 2 + bucket_of(nanos))
+            .fetch_add(1, Ordering::Relaxed);
     }
 
     /// Writes a session row; a position beyond the table is not shown.
     pub fn write_session(&self, position: usize, row: &SessionRow) {
         if position < SESSION_ROWS {
-            self.words.write_row(SESSIONS_AT + position * SESSION_WORDS, row);
+            self.words
+                .write_row(SESSIONS_AT + position * SESSION_WORDS, row);
         }
     }
 
     /// Writes a lease row; a position beyond the table is not shown.
     pub fn write_lease(&self, position: usize, row: &LeaseRow) {
         if position < LEASE_ROWS {
-            self.words.write_row(LEASES_AT + position * LEASE_WORDS, row);
+            self.words
+                .write_row(LEASES_AT + position * LEASE_WORDS, row);
         }
     }
 
     /// Writes a namespace row; a position beyond the table is not shown.
     pub fn write_namespace(&self, position: usize, row: &NamespaceRow) {
         if position < NAMESPACE_ROWS {
-            self.words.write_row(NAMESPACES_AT + position * NAMESPACE_WORDS, row);
+            self.words
+                .write_row(NAMESPACES_AT + position * NAMESPACE_WORDS, row);
         }
     }
 
     /// The reading side of the same file.
     pub fn reader(&self) -> NodeReader {
-        NodeReader { words: self.words.clone() }
+        NodeReader {
+            words: self.words.clone(),
+        }
     }
 }
 
@@ -257,7 +282,9 @@ impl NodeReader {
             && header.histograms as usize == Histogram::ALL.len()
             && header.buckets as usize == HISTOGRAM_BUCKETS;
         if header.layout != NODE_LAYOUT || !same_shape {
-            return Err(NodeFault::Layout { found: header.layout });
+            return Err(NodeFault::Layout {
+                found: header.layout,
+            });
         }
         Ok(reader)
     }
@@ -306,8 +333,9 @@ impl NodeReader {
     pub fn namespaces(&self) -> Vec<(usize, NamespaceRow)> {
         (0..NAMESPACE_ROWS)
             .filter_map(|position| {
-                let row: NamespaceRow =
-                    self.words.read_row(NAMESPACES_AT + position * NAMESPACE_WORDS)?;
+                let row: NamespaceRow = self
+                    .words
+                    .read_row(NAMESPACES_AT + position * NAMESPACE_WORDS)?;
                 (row.used == 1).then_some((position, row))
             })
             .collect()
@@ -335,7 +363,11 @@ mod tests {
         writer.add(Counter::QueryHit, 3);
         writer.add(Counter::QueryHit, 4);
         writer.set(Gauge::Leases, 9);
-        let row = SessionRow { session: 5, pid: 6, ..SessionRow::zeroed() };
+        let row = SessionRow {
+            session: 5,
+            pid: 6,
+            ..SessionRow::zeroed()
+        };
         writer.write_session(2, &row);
         writer.write_session(SESSION_ROWS, &row);
         assert_eq!(reader.counter(Counter::QueryHit), 7);
@@ -365,7 +397,12 @@ mod tests {
             std::thread::spawn(move || {
                 let mut n = 1;
                 while !stop.load(Ordering::Relaxed) {
-                    let row = LeaseRow { lease: n, session: n, request_key: n, ..LeaseRow::zeroed() };
+                    let row = LeaseRow {
+                        lease: n,
+                        session: n,
+                        request_key: n,
+                        ..LeaseRow::zeroed()
+                    };
                     writer.write_lease(0, &row);
                     n += 1;
                 }
@@ -383,8 +420,14 @@ mod tests {
     #[test]
     fn a_file_of_another_kind_is_refused() {
         let mapping = Arc::new(Mapping::anonymous(NodeWriter::FILE_BYTES).unwrap());
-        assert!(matches!(NodeReader::open(mapping), Err(NodeFault::Magic { .. })));
+        assert!(matches!(
+            NodeReader::open(mapping),
+            Err(NodeFault::Magic { .. })
+        ));
         let short = Arc::new(Mapping::anonymous(4096).unwrap());
-        assert!(matches!(NodeReader::open(short), Err(NodeFault::Size { .. })));
+        assert!(matches!(
+            NodeReader::open(short),
+            Err(NodeFault::Size { .. })
+        ));
     }
 }
