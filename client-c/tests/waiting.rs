@@ -217,8 +217,8 @@ fn the_completion_descriptor_wakes_an_event_loop_every_time() {
     assert_eq!(out[0].request, request);
 }
 
-/// A request that finishes before its thread waits for it belongs to whoever polls: between the two,
-/// each completion is handed out exactly once and none is lost.
+/// A request that finishes before its thread waits for it belongs to whoever polls: between the
+/// two, each completion is handed out exactly once and none is lost.
 #[test]
 fn an_event_loop_and_a_waiting_thread_lose_nothing_between_them() {
     let place = Place::new();
