@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"```(?P<tag>sh|c (?P<name>\S+))\n(?P<body>.*?)```\n", re.DOTALL)
-LIMIT_SECONDS = 1200
+LIMIT_SECONDS = 600
 
 
 def environment(folder):
