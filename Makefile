@@ -114,7 +114,9 @@ install: build lib ## install binaries, library, header, pkg-config file and uni
 	install -m 755 $(RELEASE)/pegaflowd $(RELEASE)/pegactl $(DESTDIR)$(PREFIX)/bin/
 	DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' client-c/build-so.sh --install
 	if [[ -n '$(UNITDIR)' && -f packaging/pegaflowd.service ]]; then \
-	    install -D -m 644 packaging/pegaflowd.service $(DESTDIR)$(UNITDIR)/pegaflowd.service; \
+	    install -d $(DESTDIR)$(UNITDIR); \
+	    sed 's|^ExecStart=/usr/local/|ExecStart=$(PREFIX)/|' packaging/pegaflowd.service \
+	        > $(DESTDIR)$(UNITDIR)/pegaflowd.service; \
 	fi
 	install -D -m 644 LICENSE $(DESTDIR)$(PREFIX)/share/doc/pegaflow/LICENSE
 	install -m 644 NOTICE packaging/THIRD-PARTY.md $(DESTDIR)$(PREFIX)/share/doc/pegaflow/

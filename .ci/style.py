@@ -14,25 +14,25 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE_LINES = 800
 MAX_WIDTH = 100
 
-# Folders in which `unsafe` may occur at all; every other Rust file forbids it at its top. A file
-# in such a folder that does not need it forbids it as well.
+# Where `unsafe` may occur: files, and folders (with a slash). Every other Rust file, or a module that
+# contains it, says `#![forbid(unsafe_code)]`.
 UNSAFE_ALLOWED = (
-    "shm-protocol/src/bell",
-    "shm-protocol/src/index/",
+    "client-c/src/ffi/",
+    "client-c/src/memory/",
+    "client-c/src/shared/process.rs",
+    "client-c/tests/",
+    "engine/src/copy/",
+    "engine/src/pool/mapping.rs",
+    "engine/src/pool/memory.rs",
+    "shm-protocol/src/index/raw.rs",
     "shm-protocol/src/mapping/",
     "shm-protocol/src/node/view.rs",
-    "shm-protocol/src/ring/",
-    "shm-protocol/src/segment/",
+    "shm-protocol/src/ring/raw.rs",
     "shm-protocol/tests/",
-    "engine/src/copy/",
-    "client-c/src/ffi",
-    "client-c/src/memory",
-    "client-c/src/shared",
-    "client-c/tests/",
-    "tools/src/bench",
-    "tools/src/replay",
-    "benches/",
     "tests/src/memory.rs",
+    "tools/src/bench/memcpy.rs",
+    "tools/src/doctor/probe.rs",
+    "tools/src/replay/kv.rs",
 )
 
 FORBIDDEN_WORDS = (
@@ -106,7 +106,7 @@ def check_unsafe(name, lines):
             continue
         if not allowed:
             yield number, "unsafe outside the modules that may use it"
-        if re.search(r"unsafe\s+(fn|extern \"C\" fn)", code) or "unsafe(no_mangle)" in code:
+        if re.search(r"unsafe\s+(fn|extern)\b", code) or "unsafe(no_mangle)" in code:
             continue
         above = lines[max(0, number - 12):number]
         if not any("SAFETY:" in candidate or "# Safety" in candidate for candidate in above):
@@ -132,8 +132,8 @@ def check_file(name):
             if pattern.search(line):
                 yield number, what
         table_or_link = Path(name).suffix == ".md" and (line.startswith("|") or "://" in line)
-        long_literal = Path(name).suffix == ".rs" and ('"' in line or "://" in line)
-        if len(line) > MAX_WIDTH and not table_or_link and not long_literal:
+        literal = Path(name).suffix in (".rs", ".toml") and ('"' in line or "://" in line)
+        if len(line) > MAX_WIDTH and not table_or_link and not literal:
             yield number, f"{len(line)} columns, at most {MAX_WIDTH}"
     if name.endswith(".rs"):
         yield from check_unsafe(name, lines)

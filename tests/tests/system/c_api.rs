@@ -1,5 +1,5 @@
-//! C and C++ programs against the installed library and a real daemon: plainly, under the address and
-//! undefined-behaviour sanitizers, and under valgrind.
+//! C and C++ programs against the installed library and a real daemon: plainly, under the address
+//! and undefined-behaviour sanitizers, and under valgrind.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
