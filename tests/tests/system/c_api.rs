@@ -12,8 +12,9 @@ use pegaflow_tests::{Daemon, skip};
 fn dist() -> &'static Path {
     static DIST: OnceLock<PathBuf> = OnceLock::new();
     DIST.get_or_init(|| {
-        let target = binaries::target();
-        let dist = target.join("test-dist");
+        // Its own: cargo would find the library of a running `cargo test` replaced.
+        let target = binaries::target().join("test-so");
+        let dist = target.join("dist");
         let output = Command::new(repository().join("client-c/build-so.sh"))
             .arg("--debug")
             .env("DIST", &dist)
