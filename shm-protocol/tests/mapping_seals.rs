@@ -144,6 +144,30 @@ fn every_other_size_is_refused_with_both_sizes() {
 }
 
 #[test]
+fn a_segment_with_a_hole_is_refused() {
+    let holes = |allocated: u64| {
+        let fd = memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&fd, BYTES).unwrap();
+        if allocated > 0 {
+            fallocate(&fd, FallocateFlags::empty(), 0, allocated).unwrap();
+        }
+        fcntl_add_seals(&fd, memfd::SEGMENT_SEALS).unwrap();
+        open_peer_segment(fd.as_fd(), "c2d segment", BYTES)
+    };
+    for allocated in [0, BYTES - 4096] {
+        match holes(allocated) {
+            Err(MappingError::Holes {
+                expected: BYTES,
+                allocated: found,
+                ..
+            }) => assert_eq!(found, allocated),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(holes(BYTES).is_ok());
+}
+
+#[test]
 fn sizes_of_zero_and_above_the_maximum_are_refused() {
     let (fd, _map) = create_segment("c2d segment", BYTES).unwrap();
     assert!(matches!(
@@ -323,5 +347,18 @@ fn a_named_file_is_written_by_its_owner_and_read_by_others() {
     file.release(0, 8192).unwrap();
     reader.copy_out(100, &mut copy).unwrap();
     assert_eq!(copy, [0; 4]);
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[test]
+fn a_named_file_that_cannot_be_made_leaves_nothing_behind() {
+    let path = scratch("too-large");
+    let too_large = i64::MAX as u64 + 1;
+    assert!(NamedFile::create(&path, "node file", too_large).is_err());
+    assert!(!path.exists());
+
+    std::fs::write(&path, b"someone else's").unwrap();
+    assert!(NamedFile::create(&path, "node file", BYTES).is_err());
+    assert_eq!(std::fs::read(&path).unwrap(), b"someone else's");
     std::fs::remove_file(&path).unwrap();
 }

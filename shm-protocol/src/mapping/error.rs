@@ -88,6 +88,19 @@ pub enum MappingError {
         /// Seals that are.
         found: Seals,
     },
+    /// Some of the file's pages are not there yet.
+    #[error(
+        "{purpose}: {allocated} of {expected} bytes are allocated; fallocate all of it before \
+         sealing it"
+    )]
+    Holes {
+        /// Which file.
+        purpose: &'static str,
+        /// Bytes of the file.
+        expected: u64,
+        /// Bytes that have memory.
+        allocated: u64,
+    },
     /// The file's size is not the one agreed on.
     #[error("{purpose}: file has {found} bytes, expected {expected}")]
     WrongSize {

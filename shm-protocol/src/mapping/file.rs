@@ -9,7 +9,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, ftruncate, open};
+use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, ftruncate, open, unlink};
 
 use super::memfd::{check_size, check_tmpfs_file};
 use super::{Mapping, MappingError};
@@ -33,7 +33,7 @@ pub struct NamedFile {
 
 impl NamedFile {
     /// Creates the file, which must not exist, with mode 0600 and `bytes` bytes, all of them holes:
-    /// see [`Self::reserve`].
+    /// see [`Self::reserve`]. On an error no file is left that was not there before.
     ///
     /// # Errors
     /// Zero bytes, not on tmpfs, or a failed system call (it exists, no permission).
@@ -45,8 +45,14 @@ impl NamedFile {
             OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = open(path, flags, Mode::RUSR | Mode::WUSR)
             .map_err(|errno| MappingError::errno(purpose, "open", errno))?;
-        check_tmpfs_file(fd.as_fd(), purpose)?;
-        ftruncate(&fd, bytes).map_err(|errno| MappingError::errno(purpose, "ftruncate", errno))?;
+        let sized = check_tmpfs_file(fd.as_fd(), purpose).and_then(|()| {
+            ftruncate(&fd, bytes).map_err(|errno| MappingError::errno(purpose, "ftruncate", errno))
+        });
+        if let Err(error) = sized {
+            // The error that led here matters more than one of the removal.
+            let _ = unlink(path);
+            return Err(error);
+        }
         Ok(Self { fd, purpose, bytes })
     }
 

@@ -140,7 +140,8 @@ pub fn create_kv_region(
 }
 
 /// Maps a peer's session segment read-only after checking that it is a tmpfs memfd with
-/// [`SEGMENT_SEALS`] and exactly `expected_bytes` long.
+/// [`SEGMENT_SEALS`], exactly `expected_bytes` long and without holes: reading a hole makes a page,
+/// at the reader's cost, and raises SIGBUS where none can be had.
 ///
 /// # Errors
 /// Any of these checks, `expected_bytes` above [`MAX_SEGMENT_BYTES`], or a failed system call.
@@ -151,6 +152,7 @@ pub fn open_peer_segment(
 ) -> Result<Mapping, MappingError> {
     check_bytes(purpose, expected_bytes, MAX_SEGMENT_BYTES)?;
     check_memfd(fd, purpose, expected_bytes, SEGMENT_SEALS)?;
+    check_allocated(fd, purpose, expected_bytes)?;
     Mapping::map(fd, purpose, expected_bytes, Access::ReadOnly)
 }
 
@@ -202,6 +204,26 @@ fn check_memfd(
         });
     }
     check_size(fd, purpose, expected)
+}
+
+/// Refuses a file with holes. Nobody can punch one later: the seals forbid it.
+fn check_allocated(
+    fd: BorrowedFd<'_>,
+    purpose: &'static str,
+    expected: u64,
+) -> Result<(), MappingError> {
+    /// Unit of `st_blocks`, whatever the file system's own is.
+    const BLOCK_BYTES: u64 = 512;
+    let stat = fstat(fd).map_err(|errno| MappingError::errno(purpose, "fstat", errno))?;
+    let allocated = (stat.st_blocks as u64).saturating_mul(BLOCK_BYTES);
+    if allocated < expected {
+        return Err(MappingError::Holes {
+            purpose,
+            expected,
+            allocated,
+        });
+    }
+    Ok(())
 }
 
 /// Refuses whatever is not a regular file on tmpfs: a page of another file system can block or fail

@@ -10,7 +10,7 @@
 //! memfds ([`memfd`]), the size check before mapping, and the reservation of every page before use.
 //!
 //! When an owner dies: a memfd lives until its last descriptor and mapping are gone; a named file
-//! ([`file`]) stays until someone unlinks it.
+//! ([`mod@file`]) stays until someone unlinks it.
 
 mod copy;
 mod error;
