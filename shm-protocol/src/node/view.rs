@@ -126,9 +126,12 @@ impl Words {
 
     fn read_row<T: Pod>(&self, at: usize) -> Option<T> {
         for _ in 0..ROW_READ_TRIES {
-            // SYNC: node-row.
-            let before = self.word(at).load(Ordering::Acquire);
+            let before = self.load(at);
+            // SYNC: node-row. A fence rather than an acquire load, because only relaxed loads are
+            // guaranteed on a read-only mapping.
+            fence(Ordering::Acquire);
             let row = self.read_pod(at + 1);
+            // SYNC: node-row. Whoever saw a new word of the row sees its odd version below.
             fence(Ordering::Acquire);
             if before & 1 == 0 && self.load(at) == before {
                 return Some(row);
@@ -270,8 +273,9 @@ impl NodeReader {
     /// The file is too short, not a node file, or of another layout.
     pub fn open(mapping: Arc<Mapping>) -> Result<NodeReader, NodeFault> {
         let words = Words::new(mapping)?;
-        // SYNC: node-magic.
-        let magic = words.word(0).load(Ordering::Acquire);
+        let magic = words.load(0);
+        // SYNC: node-magic. A fence, as for rows.
+        fence(Ordering::Acquire);
         if magic != NODE_MAGIC {
             return Err(NodeFault::Magic { found: magic });
         }
