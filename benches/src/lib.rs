@@ -2,8 +2,8 @@
 //!
 //! | module | peer | between |
 //! | --- | --- | --- |
-//! | [`threads`] | crossbeam's `ArrayQueue`, rtrb | two threads of one process |
-//! | [`iceoryx`] | iceoryx2 publish-subscribe, polled | two processes |
+//! | `threads` | crossbeam's `ArrayQueue`, rtrb | two threads of one process |
+//! | `iceoryx` | iceoryx2 publish-subscribe, polled | two processes |
 
 #![forbid(unsafe_code)]
 

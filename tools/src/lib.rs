@@ -7,7 +7,7 @@
 //! | [`status`], [`rings`], [`metrics`], [`top`] | tables and the live screen |
 //! | [`doctor`] | checks of the machine |
 //! | [`replay`] | a workload through engine processes, every loaded byte checked |
-//! | [`bench`] | latency and throughput against the machine's limits |
+//! | [`mod@bench`] | latency and throughput against the machine's limits |
 //! | [`daemon`], [`children`] | processes of our own and their end |
 
 pub mod bench;

@@ -138,7 +138,7 @@ unsafe fn submit(
 }
 
 /// # Safety
-/// As for [`array`].
+/// As for [`fn@array`].
 unsafe fn read_hashes<'a>(
     hashes: *const pega_hash,
     count: usize,
