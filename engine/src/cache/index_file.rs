@@ -36,7 +36,8 @@ pub struct IndexFile {
 }
 
 impl IndexFile {
-    /// Creates the file; only its fixed part gets storage.
+    /// Creates the file; only its fixed part gets storage. On an error no file is left, so that
+    /// a tmpfs that was full for a moment does not keep its user out for good.
     ///
     /// # Errors
     /// The file exists, or its tmpfs is full.
@@ -47,6 +48,20 @@ impl IndexFile {
         seed: u64,
     ) -> Result<IndexFile, IndexFileError> {
         let file = NamedFile::create(path, "index", layout.total_bytes())?;
+        let made = Self::make(file, layout, boot_id, seed);
+        if made.is_err() {
+            // The error that led here matters more than one of the removal.
+            let _ = std::fs::remove_file(path);
+        }
+        made
+    }
+
+    fn make(
+        file: NamedFile,
+        layout: IndexLayout,
+        boot_id: BootId,
+        seed: u64,
+    ) -> Result<IndexFile, IndexFileError> {
         file.reserve(0, layout.fixed_bytes().max(HEADER_BYTES as u64))?;
         let mapping = Arc::new(file.map(Access::ReadWrite)?);
         let memory = RawMemory::from_mapping(mapping)?;
@@ -65,5 +80,26 @@ impl IndexFile {
                 .map_err(std::io::Error::other)
         })?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_that_finds_no_room_leaves_no_file() {
+        let dir = tempfile::tempdir_in("/dev/shm").expect("a folder in /dev/shm");
+        let layout = IndexLayout::for_capacity(1 << 31).expect("the largest index");
+        let room = rustix::fs::statvfs(dir.path()).expect("the size of /dev/shm");
+        if room.f_blocks == 0 || room.f_blocks * room.f_frsize >= layout.fixed_bytes() {
+            // It would fit: nothing here fails without taking all that memory.
+            return;
+        }
+        let path = dir.path().join("index-0");
+        assert!(IndexFile::create(&path, layout, [1; 16], 1).is_err());
+        assert!(!path.exists());
+        let small = IndexLayout::for_capacity(64).expect("a small index");
+        assert!(IndexFile::create(&path, small, [1; 16], 1).is_ok());
     }
 }

@@ -16,6 +16,9 @@ use crate::lane::request::{ListProgress, QueryRequest, QueryScope, Request};
 use crate::lane::run::Lane;
 use crate::lane::session::{LaneSession, SessionFault};
 
+/// Lists up to this length keep their memory whatever their capacity, in elements.
+const SHORT_LIST: usize = 256;
+
 /// A query's answer before it is posted.
 struct Answer {
     lease: u64,
@@ -150,9 +153,10 @@ impl Lane {
         hashes: &[pegaflow_shm::BlockHash],
         first: usize,
     ) {
+        // As far as hashes have come: all of it from the start would cost memory for a promise.
         query
             .bits
-            .resize((query.list.head.total as usize).div_ceil(64), 0);
+            .resize((first + hashes.len()).div_ceil(64), 0);
         let (bits, misses, miss) = (&mut query.bits, &mut query.misses, &mut query.miss);
         let key = (scope.namespace, scope.group);
         self.cache.pin_members(
@@ -249,8 +253,12 @@ impl Lane {
             ttl_ms => Duration::from_millis(ttl_ms).min(self.options.lease_ttl_max),
         };
         let ttl_ms = ttl.as_millis() as u64;
-        let entries = std::mem::take(&mut query.entries);
+        let mut entries = std::mem::take(&mut query.entries);
         let count = entries.len() as u32;
+        if entries.capacity() / 4 > entries.len().max(SHORT_LIST) {
+            // A recycled list: a short lease must not keep a long one's memory.
+            entries.shrink_to_fit();
+        }
         let lease = self.leases.grant(Lease::new(
             scope.domain,
             scope.namespace,
