@@ -9,12 +9,16 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg, sockopt::set_socket_linger,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::control::{MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS};
+
+/// Most descriptors that the kernel passes with one packet (`SCM_MAX_FD`). All of them are taken in,
+/// so that none is left to the kernel to close; see [`take_descriptors`].
+const MOST_FDS: usize = 253;
 
 /// A packet could not be sent or received.
 #[derive(Debug, thiserror::Error)]
@@ -89,7 +93,7 @@ pub fn receive<M: DeserializeOwned>(
     socket: BorrowedFd<'_>,
 ) -> Result<(M, Vec<OwnedFd>), PacketError> {
     let mut text = vec![0u8; MAX_MESSAGE_BYTES];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MESSAGE_FDS))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut reset = false;
     let received = loop {
@@ -103,22 +107,50 @@ pub fn receive<M: DeserializeOwned>(
             Err(error) => return Err(error.into()),
         }
     };
-    let mut fds = Vec::new();
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(received) = message {
-            fds.extend(received);
-        }
-    }
-    if received
+    let fds = take_descriptors(&mut ancillary);
+    let is_cut = received
         .flags
-        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-    {
+        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+    if is_cut || fds.len() > MAX_MESSAGE_FDS {
         return Err(PacketError::Truncated);
     }
     if received.bytes == 0 {
         return Err(PacketError::Closed);
     }
     Ok((serde_json::from_slice(&text[..received.bytes])?, fds))
+}
+
+/// Throws away a packet that waits, with its descriptors, without waiting for one. False if there
+/// was none, or an empty one.
+///
+/// # Errors
+/// `EAGAIN` when there is none now, or another failure of `recvmsg`.
+pub fn discard(socket: BorrowedFd<'_>) -> Result<bool, PacketError> {
+    let mut scrap = [0u8; 1];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let mut slices = [IoSliceMut::new(&mut scrap)];
+    let received = recvmsg(socket, &mut slices, &mut ancillary, flags)?;
+    let fds = take_descriptors(&mut ancillary);
+    Ok(received.bytes > 0 || !fds.is_empty())
+}
+
+/// Takes descriptors in so that closing them does not wait: a peer can pass a connected socket with
+/// `SO_LINGER` set and unread data, and close its own; the last one to close it, which is then this
+/// process, would sleep until the lingering ends.
+fn take_descriptors(ancillary: &mut RecvAncillaryBuffer<'_>) -> Vec<OwnedFd> {
+    let mut fds = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            fds.extend(received);
+        }
+    }
+    for fd in &fds {
+        // Fails for whatever is no socket, as it should be.
+        let _ = set_socket_linger(fd, None);
+    }
+    fds
 }
 
 #[cfg(test)]
@@ -182,6 +214,58 @@ mod tests {
             receive::<ClientMessage>(right.as_fd()),
             Err(PacketError::Closed)
         ));
+    }
+
+    /// A TCP socket whose closing waits half a minute for a peer that does not read.
+    fn lingering() -> (
+        std::net::TcpListener,
+        std::net::TcpStream,
+        std::net::TcpStream,
+    ) {
+        use std::io::Write;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        let linger = Some(std::time::Duration::from_secs(30));
+        rustix::net::sockopt::set_socket_linger(&near, linger).unwrap();
+        near.set_nonblocking(true).unwrap();
+        while near.write(&[0; 65536]).is_ok() {}
+        (listener, near, far)
+    }
+
+    #[test]
+    fn sockets_that_linger_do_not_hold_up_whoever_receives_them() {
+        let message = ClientMessage::Unregister {
+            seq: 1,
+            registration: 2,
+        };
+        for (count, is_wanted) in [(1, true), (MAX_MESSAGE_FDS + 1, true), (1, false)] {
+            let (left, right) = pair();
+            let (_listener, near, _far) = lingering();
+            let text = serde_json::to_vec(&message).unwrap();
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            let fds = vec![near.as_fd(); count];
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+            sendmsg(
+                &left,
+                &[IoSlice::new(&text)],
+                &mut ancillary,
+                SendFlags::empty(),
+            )
+            .unwrap();
+            drop(near);
+            let begun = std::time::Instant::now();
+            if is_wanted {
+                let received = receive::<ClientMessage>(right.as_fd());
+                assert_eq!(received.is_ok(), count <= MAX_MESSAGE_FDS);
+            } else {
+                assert!(discard(right.as_fd()).unwrap());
+                assert!(discard(right.as_fd()).unwrap_err().would_block());
+            }
+            let took = begun.elapsed();
+            assert!(took.as_secs() < 5, "{count} descriptors: {took:?}");
+        }
     }
 
     #[test]
