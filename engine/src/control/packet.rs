@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use pegaflow_shm::control::DaemonMessage;
 use pegaflow_shm::seqpacket::{self, PacketError};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
+use rustix::net::{Shutdown, shutdown};
 use serde::de::DeserializeOwned;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -19,8 +19,8 @@ use super::watch::watch;
 
 /// Messages that wait for a client to read; one more, and its session ends.
 pub const MAX_WAITING_MESSAGES: usize = 64;
-/// Packets thrown away when a session ends; a client's socket buffer holds fewer.
-const MAX_DISCARDED_PACKETS: usize = 4096;
+/// Empty packets looked through when a session ends; a client's socket buffer holds fewer.
+const MAX_EMPTY_PACKETS: usize = 1024;
 
 /// The client does not read its socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -117,11 +117,14 @@ impl PacketSocket {
         if shutdown(&fd, Shutdown::Read).is_err() {
             return;
         }
-        let mut scrap = [0u8; 1];
-        for _ in 0..MAX_DISCARDED_PACKETS {
-            match recv(&fd, &mut scrap, RecvFlags::DONTWAIT | RecvFlags::TRUNC) {
-                Ok((_, bytes)) if bytes > 0 => {}
-                _ => return,
+        // Nobody can send any more. An empty packet looks like the end, and descriptors behind it
+        // must not be left to the kernel, whose closing may wait: so look further.
+        let mut nothings = 0;
+        while nothings < MAX_EMPTY_PACKETS {
+            match seqpacket::discard(fd.as_fd()) {
+                Ok(true) => {}
+                Ok(false) => nothings += 1,
+                Err(_) => return,
             }
         }
     }
@@ -133,4 +136,48 @@ fn runtime_gone(error: io::Error) -> PacketError {
             .raw_os_error()
             .map_or(Errno::IO, Errno::from_raw_os_error),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
+
+    use pegaflow_shm::control::ClientMessage;
+    use rustix::net::{
+        AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair, sockopt,
+    };
+
+    use super::*;
+
+    /// The last holder of the second socket waits half a minute when it closes it.
+    fn lingering() -> (TcpListener, TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        sockopt::set_socket_linger(&near, Some(Duration::from_secs(30))).unwrap();
+        near.set_nonblocking(true).unwrap();
+        while near.write(&[0; 65536]).is_ok() {}
+        (listener, near, far)
+    }
+
+    #[tokio::test]
+    async fn descriptors_that_nobody_took_do_not_hold_up_the_end_of_a_connection() {
+        let kind = SocketType::SEQPACKET;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
+        let (_listener, near, _far) = lingering();
+        send(&theirs, &[], SendFlags::NOSIGNAL).unwrap();
+        let message = ClientMessage::Unregister {
+            seq: 1,
+            registration: 2,
+        };
+        seqpacket::send(theirs.as_fd(), &message, &[near.as_fd()]).unwrap();
+        drop(near);
+        let socket = PacketSocket::new(ours).unwrap();
+        let begun = Instant::now();
+        socket.close();
+        assert!(begun.elapsed() < Duration::from_secs(5));
+    }
 }
