@@ -200,18 +200,18 @@ impl Cache {
         let Ok(domain) = self.domain(namespace.uid) else {
             return false;
         };
-        // A group that only some ranks hold has fewer shards than ranks; how many is not recorded, so its
-        // blocks come back only when all ranks hold it.
-        let mut ranks: Vec<u16> = pages.iter().map(|adopted| adopted.page.rank).collect();
+        let mut ranks: Vec<u8> = pages.iter().map(|adopted| adopted.page.rank).collect();
         ranks.sort_unstable();
-        let whole = ranks.len() == namespace.world_size as usize
+        // A group that only some ranks hold has fewer shards than there are ranks.
+        let whole = ranks.len() == usize::from(pages[0].page.shards)
             && ranks
                 .iter()
                 .enumerate()
                 .all(|(at, rank)| usize::from(*rank) == at)
-            && pages
-                .iter()
-                .all(|a| a.page.generation == pages[0].page.generation);
+            && pages.iter().all(|a| {
+                a.page.generation == pages[0].page.generation
+                    && a.page.shards == pages[0].page.shards
+            });
         if !whole {
             return false;
         }
@@ -222,7 +222,7 @@ impl Cache {
         let home = &mut self.domains[domain];
         let block = &mut home.blocks[entry.0 as usize];
         block.begin(ranks.len() as u16, born_s, &mut home.runs);
-        self.unsealed += 1;
+        self.begin_unfinished(slot);
         for adopted in pages {
             if let Err(error) = self.pool.claim(adopted.addr, adopted.page.page_bytes) {
                 tracing::warn!(%error, "a page of a previous daemon cannot be claimed");
@@ -233,7 +233,11 @@ impl Cache {
             home.bytes += u64::from(adopted.page.page_bytes);
             let block = &mut home.blocks[entry.0 as usize];
             block.shards_in += 1;
-            block.set_shard(adopted.page.rank, Shard::In(adopted.addr), &mut home.runs);
+            block.set_shard(
+                u16::from(adopted.page.rank),
+                Shard::In(adopted.addr),
+                &mut home.runs,
+            );
         }
         let home = &mut self.domains[domain];
         home.blocks[entry.0 as usize].sealed = true;
@@ -243,7 +247,7 @@ impl Cache {
             .iter()
             .map(|adopted| i64::from(adopted.page.page_bytes))
             .sum();
-        self.unsealed -= 1;
+        self.end_unfinished(slot);
         self.hold(slot, 1, bytes);
         sealed
     }

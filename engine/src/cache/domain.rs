@@ -33,6 +33,10 @@ pub struct Domain {
     pub policy: Box<dyn EvictionPolicy>,
     /// Bytes of the pages of its blocks, finished or not.
     pub bytes: u64,
+    /// Blocks that at least one lease or unfinished query holds.
+    pub pinned: u32,
+    /// Pins of all of them.
+    pub pins: u64,
     path: PathBuf,
 }
 
@@ -58,6 +62,8 @@ impl Domain {
             runs: ShardRuns::default(),
             policy,
             bytes: 0,
+            pinned: 0,
+            pins: 0,
             path,
         })
     }

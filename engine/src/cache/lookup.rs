@@ -6,9 +6,9 @@ use pegaflow_shm::BlockHash;
 use pegaflow_shm::desc::MissReason;
 use pegaflow_shm::index::{EntryId, prefetch_read};
 
-use crate::cache::Cache;
 use crate::cache::block::{Block, Shard};
 use crate::cache::domain::DomainId;
+use crate::cache::{Cache, PINS_PER_BLOCK};
 use crate::pool::PageAddr;
 
 impl Cache {
@@ -89,14 +89,20 @@ impl Cache {
         let Some(entry) = entry else {
             return Err(MissReason::Absent);
         };
+        let most = u64::from(PINS_PER_BLOCK) * u64::from(self.options.max_blocks);
         let home = &mut self.domains[domain];
         let block = &mut home.blocks[entry.0 as usize];
         if !block.sealed {
             return Err(unsealed_reason(block));
         }
-        if block.pins == 0 {
-            self.pinned += 1;
+        // A block's own counter cannot overflow before this.
+        if home.pins >= most.min(u64::from(u32::MAX)) {
+            return Err(MissReason::NoLease);
         }
+        if block.pins == 0 {
+            home.pinned += 1;
+        }
+        home.pins += 1;
         block.pins += 1;
         home.policy.touch(entry.0);
         Ok(entry.0)
@@ -104,16 +110,17 @@ impl Cache {
 
     /// Lets go of blocks that a pin call gave.
     pub fn unpin(&mut self, domain: DomainId, entries: &[u32]) {
-        let blocks = &mut self.domains[domain].blocks;
+        let home = &mut self.domains[domain];
+        home.pins -= entries.len() as u64;
         for entry in entries {
-            let block = &mut blocks[*entry as usize];
+            let block = &mut home.blocks[*entry as usize];
             assert!(
                 block.pins > 0,
                 "entry {entry} is let go more often than it was held"
             );
             block.pins -= 1;
             if block.pins == 0 {
-                self.pinned -= 1;
+                home.pinned -= 1;
             }
         }
     }

@@ -39,6 +39,9 @@ use crate::pool::Pool;
 
 /// Most isolation domains of one daemon.
 pub const MAX_DOMAINS: usize = 64;
+/// Pins that leases and unfinished queries may hold at once, for each block that an index can hold. A
+/// block that many requests share has many pins, and each costs its holder four bytes.
+pub const PINS_PER_BLOCK: u32 = 8;
 
 /// How a cache behaves.
 #[derive(Clone, Debug)]
@@ -85,12 +88,12 @@ pub struct Cache {
     unfinished: VecDeque<Unfinished>,
     options: CacheOptions,
     epoch: Instant,
-    /// Blocks that at least one lease holds.
-    pinned: u64,
     /// Blocks in an index without all their shards.
     unsealed: u64,
     evictions: Evictions,
     held: Vec<Held>,
+    /// Nothing could be evicted for an earlier block of the list at hand, and nothing has changed since.
+    exhausted: bool,
     /// Blocks that ever left an index: tells whether an earlier look-up may be stale.
     removals: u64,
     found: Vec<Option<EntryId>>,
@@ -103,6 +106,8 @@ pub struct Held {
     pub blocks: u64,
     /// Bytes of their pages.
     pub bytes: u64,
+    /// Blocks without all their shards.
+    pub unfinished: u64,
 }
 
 /// Figures for gauges.
@@ -131,10 +136,10 @@ impl Cache {
             unfinished: VecDeque::new(),
             options,
             epoch: Instant::now(),
-            pinned: 0,
             unsealed: 0,
             evictions: Evictions::default(),
             held: Vec::new(),
+            exhausted: false,
             removals: 0,
             found: Vec::new(),
         }
@@ -178,12 +183,37 @@ impl Cache {
         &self.held
     }
 
-    fn hold(&mut self, namespace: u32, blocks: i64, bytes: i64) {
+    fn held_mut(&mut self, namespace: u32) -> &mut Held {
         let position = namespace as usize;
         if self.held.len() <= position {
             self.held.resize(position + 1, Held::default());
         }
-        let held = &mut self.held[position];
+        &mut self.held[position]
+    }
+
+    /// Counts a block without all its shards.
+    fn begin_unfinished(&mut self, namespace: u32) {
+        self.unsealed += 1;
+        self.held_mut(namespace).unfinished += 1;
+    }
+
+    /// It has all its shards, or is gone.
+    fn end_unfinished(&mut self, namespace: u32) {
+        self.unsealed -= 1;
+        self.held_mut(namespace).unfinished -= 1;
+    }
+
+    /// A namespace of the catalog that holds no block and is not `in_use`.
+    pub fn unused_namespace(&self, in_use: impl Fn(u32) -> bool) -> Option<u32> {
+        let mut slots = self.catalog.namespaces().map(|namespace| namespace.slot);
+        slots.find(|slot| {
+            let held = self.held.get(*slot as usize).copied().unwrap_or_default();
+            held.blocks == 0 && held.unfinished == 0 && !in_use(*slot)
+        })
+    }
+
+    fn hold(&mut self, namespace: u32, blocks: i64, bytes: i64) {
+        let held = self.held_mut(namespace);
         held.blocks = held.blocks.wrapping_add_signed(blocks);
         held.bytes = held.bytes.wrapping_add_signed(bytes);
     }
@@ -209,7 +239,7 @@ impl Cache {
         CacheFigures {
             sealed,
             unfinished: self.unsealed,
-            pinned: self.pinned,
+            pinned: self.domains.iter().map(|d| u64::from(d.pinned)).sum(),
             used_bytes: self.domains.iter().map(|domain| domain.bytes).sum(),
             used_extents: u64::from(stats.extents - stats.extents_free),
         }

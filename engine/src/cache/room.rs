@@ -41,7 +41,13 @@ impl Cache {
             if self.drop_expired_unfinished() {
                 continue;
             }
-            let (victim_domain, victim) = self.pick_victim().ok_or(NoRoom::NothingToEvict)?;
+            if self.exhausted {
+                return Err(NoRoom::NothingToEvict);
+            }
+            let Some((victim_domain, victim)) = self.pick_victim() else {
+                self.exhausted = true;
+                return Err(NoRoom::NothingToEvict);
+            };
             self.admit(victim_domain, victim, candidate)?;
             match self.foreign_extent(victim_domain, victim, page_bytes) {
                 None => {
@@ -51,6 +57,7 @@ impl Cache {
                 Some(extent) => {
                     evacuations += 1;
                     if evacuations > EVACUATION_TRIES {
+                        self.exhausted = true;
                         return Err(NoRoom::NothingToEvict);
                     }
                     if !self.evacuate(extent) {
@@ -124,15 +131,6 @@ impl Cache {
 
     /// The next victim: of the domain that holds most, so that no user can crowd another one out.
     fn pick_victim(&mut self) -> Option<(DomainId, EntryId)> {
-        let sealed: u64 = self
-            .domains
-            .iter()
-            .map(|domain| u64::from(domain.index.writer.sealed_len()))
-            .sum();
-        if sealed <= self.pinned {
-            // Every member of every policy is leased: do not look at each of them for each block.
-            return None;
-        }
         let heaviest = (0..self.domains.len()).max_by_key(|domain| self.domains[*domain].bytes)?;
         self.victim_of(heaviest)
             .or_else(|| self.victim_elsewhere(heaviest))
@@ -146,7 +144,8 @@ impl Cache {
 
     fn victim_of(&mut self, domain: DomainId) -> Option<(DomainId, EntryId)> {
         let home = &mut self.domains[domain];
-        if home.index.writer.sealed_len() == 0 {
+        if home.index.writer.sealed_len() <= home.pinned {
+            // Every member of the policy is held: do not look at each of them for each block.
             return None;
         }
         let blocks = &home.blocks;
@@ -234,14 +233,11 @@ impl Cache {
         }
         match removed {
             Ok(key) if sealed => self.hold(key.namespace, -1, -(bytes as i64)),
-            Ok(_) => {}
+            Ok(key) => self.end_unfinished(key.namespace),
             Err(error) => tracing::error!(%error, "a block to evict is not in the index"),
         }
         let home = &mut self.domains[domain];
         let block = &mut home.blocks[entry.0 as usize];
-        if !block.sealed {
-            self.unsealed -= 1;
-        }
         block.end(&mut home.runs);
     }
 

@@ -17,6 +17,10 @@ use crate::cache::{Cache, Unfinished};
 use crate::catalog::{Catalog, PageRecord};
 use crate::pool::{PageAddr, Pool, round_page};
 
+/// Blocks that got their last shard, or left, and that may stay in the queue of unfinished ones beyond
+/// one for each unfinished block.
+const UNFINISHED_SLACK: u64 = 1024;
+
 /// Whose shard of which blocks a save brings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardScope {
@@ -64,6 +68,7 @@ impl Cache {
     ) {
         let found = self.find(scope.domain, (scope.namespace, scope.group), hashes);
         let removals = self.removals;
+        self.exhausted = false;
         for (position, hash) in hashes.iter().enumerate() {
             // An eviction for an earlier position may have taken what the look-up found.
             let stale = self.removals != removals;
@@ -122,11 +127,11 @@ impl Cache {
         };
         let key = BlockKey::new(scope.namespace, scope.group, hash);
         let mut inserted = self.domains[scope.domain].insert(&key);
-        if matches!(
-            inserted,
-            Err(InsertError::Full { .. } | InsertError::NeedReserve { .. })
-        ) && self.evict_one(scope.domain, key_hash(hash)).is_ok()
-        {
+        if let Err(InsertError::Full { .. } | InsertError::NeedReserve { .. }) = inserted {
+            if let Err(why) = self.evict_one(scope.domain, key_hash(hash)) {
+                self.free_page(page);
+                return why.into();
+            }
             inserted = self.domains[scope.domain].insert(&key);
         }
         match inserted {
@@ -135,15 +140,9 @@ impl Cache {
                 let home = &mut self.domains[scope.domain];
                 let runs = &mut home.runs;
                 home.blocks[entry.0 as usize].begin(scope.shards, born, runs);
-                self.unsealed += 1;
+                self.begin_unfinished(scope.namespace);
                 if scope.shards > 1 {
-                    let generation = self.domains[scope.domain].block(entry).generation;
-                    let domain = scope.domain;
-                    self.unfinished.push_back(Unfinished {
-                        domain,
-                        entry,
-                        generation,
-                    });
+                    self.remember_unfinished(scope.domain, entry);
                 }
                 self.begin_copy(scope, entry, page)
             }
@@ -156,6 +155,23 @@ impl Cache {
                 self.free_page(page);
                 Offer::NoSpace
             }
+        }
+    }
+
+    fn remember_unfinished(&mut self, domain: DomainId, entry: EntryId) {
+        let generation = self.domains[domain].block(entry).generation;
+        self.unfinished.push_back(Unfinished {
+            domain,
+            entry,
+            generation,
+        });
+        if self.unfinished.len() as u64 > 2 * self.unsealed + UNFINISHED_SLACK {
+            // One block that waits long must not keep the memory of all that came after it.
+            let domains = &self.domains;
+            self.unfinished.retain(|found| {
+                let block = domains[found.domain].block(found.entry);
+                block.generation == found.generation && block.shards > 0 && !block.sealed
+            });
         }
     }
 
@@ -204,7 +220,7 @@ impl Cache {
             let Shard::In(page) = block.shard(shard, &home.runs) else {
                 continue;
             };
-            let mark = (shard, block.generation);
+            let mark = (shard, block.shards, block.generation);
             match record_page(&self.catalog, &self.pool, page, scope, mark, &hash) {
                 Ok(page_bytes) => bytes += i64::from(page_bytes),
                 Err(error) => {
@@ -213,7 +229,7 @@ impl Cache {
             }
         }
         self.hold(scope.namespace, 1, bytes);
-        self.unsealed -= 1;
+        self.end_unfinished(scope.namespace);
         let home = &mut self.domains[scope.domain];
         home.policy.insert(entry.0, key_hash(&hash));
         if let Err(error) = home.index.writer.seal(entry) {
@@ -248,7 +264,7 @@ fn record_page(
     pool: &Pool,
     page: PageAddr,
     scope: &ShardScope,
-    (rank, generation): (u16, u32),
+    (shard, shards, generation): (u16, u16, u32),
     hash: &BlockHash,
 ) -> Result<u32, Box<dyn std::error::Error>> {
     let page_bytes = pool.page_bytes_of(page)?;
@@ -257,7 +273,8 @@ fn record_page(
         hash,
         namespace,
         group,
-        rank,
+        rank: u8::try_from(shard)?,
+        shards: u8::try_from(shards)?,
         generation,
         page_bytes,
     };

@@ -32,7 +32,7 @@ pub struct Discarded {
     pub unknown_namespace: u64,
     /// Of a page at another place than the record's, or with another page size than its extent's.
     pub wrong_place: u64,
-    /// Of a rank that the namespace does not have.
+    /// Of a shard that the block, or of more shards than the namespace has ranks.
     pub bad_rank: u64,
     /// Of a shard that another record holds already.
     pub duplicate: u64,
@@ -62,7 +62,7 @@ pub struct AdoptReport {
     pub discarded: Discarded,
 }
 
-type ShardKey = (BlockHash, u32, u16, u16);
+type ShardKey = (BlockHash, u32, u16, u8);
 
 /// A record's place in the file.
 struct Place {
@@ -203,7 +203,7 @@ impl Catalog {
             Some(&mut discarded.bad_checksum)
         } else if record.addr != addr.offset() || record.page_bytes != page_bytes {
             Some(&mut discarded.wrong_place)
-        } else if u32::from(record.rank) >= namespace.world_size {
+        } else if record.rank >= record.shards || u32::from(record.shards) > namespace.world_size {
             Some(&mut discarded.bad_rank)
         } else {
             None

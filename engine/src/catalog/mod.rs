@@ -61,7 +61,7 @@ pub struct Namespace {
     pub slot: u32,
     /// The isolation domain.
     pub uid: u32,
-    /// Ranks that each hold a shard of every block.
+    /// Ranks that each hold a shard of a block, of all of its groups or of some.
     pub world_size: u32,
     /// What makes the namespace this one.
     pub digest: [u8; 32],

@@ -15,7 +15,7 @@ use crate::pool::{PageAddr, PoolIdentity};
 /// First word of a catalog file.
 pub const CATALOG_MAGIC: u64 = u64::from_le_bytes(*b"PGFLOCAT");
 /// Changes whenever any structure here changes.
-pub const CATALOG_VERSION: u32 = 1;
+pub const CATALOG_VERSION: u32 = 2;
 
 /// State word of a complete page record.
 pub(super) const RECORD_SEALED: u32 = u32::from_le_bytes(*b"SEAL");
@@ -78,7 +78,8 @@ pub(super) struct Record {
     pub(super) namespace: u32,
     pub(super) generation: u32,
     pub(super) group: u16,
-    pub(super) rank: u16,
+    pub(super) rank: u8,
+    pub(super) shards: u8,
     /// CRC-32C of the namespace's digest and uid and of all of the above: when the row of a
     /// namespace is used again, what was written under the old one is not believed.
     pub(super) crc: u32,
@@ -108,6 +109,7 @@ const _: () = {
     assert!(offset_of!(Record, generation) == 48);
     assert!(offset_of!(Record, group) == 52);
     assert!(offset_of!(Record, rank) == 54);
+    assert!(offset_of!(Record, shards) == 55);
     assert!(offset_of!(Record, crc) == BODY_BYTES);
     assert!(offset_of!(Record, state) == BODY_BYTES + 4);
     assert!(cfg!(target_endian = "little"));
@@ -159,6 +161,7 @@ impl Record {
             generation: page.generation,
             group: page.group,
             rank: page.rank,
+            shards: page.shards,
             crc: 0,
             state: RECORD_SEALED,
         };
@@ -178,6 +181,7 @@ impl Record {
             namespace: self.namespace,
             group: self.group,
             rank: self.rank,
+            shards: self.shards,
             generation: self.generation,
             page_bytes: self.page_bytes,
         }
@@ -193,8 +197,10 @@ pub struct PageRecord {
     pub namespace: u32,
     /// Cache group.
     pub group: u16,
-    /// The rank whose shard the page holds.
-    pub rank: u16,
+    /// Which of the block's shards the page holds: the rank's position among those that hold the group.
+    pub rank: u8,
+    /// Shards of the block.
+    pub shards: u8,
     /// The same for all shards that were sealed together as one block.
     pub generation: u32,
     /// The page's size as the pool rounds it, in bytes.
@@ -213,13 +219,14 @@ mod tests {
             namespace: 3,
             group: 4,
             rank: 1,
+            shards: 2,
             generation: 0x0102_0304,
             page_bytes: 4096,
         };
         let record = Record::new(row.seed(), PageAddr::from_offset(0x1_0000_2000), &page);
         let bytes = bytemuck::bytes_of(&record);
         assert_eq!(bytes[..32], page.hash);
-        let golden = "002000000100000000100000030000000403020104000100";
+        let golden = "002000000100000000100000030000000403020104000102";
         assert_eq!(hex(&bytes[32..56]), golden);
         assert_eq!(
             hex(&bytes[56..]),
@@ -230,7 +237,7 @@ mod tests {
         assert_eq!(record.page(), page);
     }
 
-    const GOLDEN_RECORD_CRC: u32 = 0x0F9A_7A5E;
+    const GOLDEN_RECORD_CRC: u32 = 0xEEA1_0AA9;
     const GOLDEN_ROW_CRC: u32 = 0x25F2_AEE7;
 
     fn hex(bytes: &[u8]) -> String {
@@ -251,6 +258,7 @@ mod tests {
             namespace: 0,
             group: 0,
             rank: 0,
+            shards: 1,
             generation: 0,
             page_bytes: 512,
         };

@@ -81,12 +81,13 @@ impl Fixture {
     }
 }
 
-fn page(hash: u8, rank: u16) -> PageRecord {
+fn page(hash: u8, rank: u8) -> PageRecord {
     PageRecord {
         hash: [hash; 32],
         namespace: 0,
         group: 1,
         rank,
+        shards: 2,
         generation: 7,
         page_bytes: PAGE,
     }
@@ -433,7 +434,7 @@ proptest! {
         let mut catalog = fixture.reopen();
         for found in adopted(&catalog).pages {
             let slot = found.addr.offset() / u64::from(PAGE);
-            prop_assert!(slot < 2 && found.page == page(1, slot as u16));
+            prop_assert!(slot < 2 && found.page == page(1, slot as u8));
         }
         catalog.retain_extents(|_| false).expect("no system error");
         prop_assert_eq!(adopted(&catalog), AdoptReport::default());
