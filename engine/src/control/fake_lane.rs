@@ -100,6 +100,9 @@ fn serve(inbox: &mpsc::Receiver<LaneCommand>, log: &Mutex<Vec<Seen>>) {
                 note(Seen::Drained);
                 let _ = reply.send(());
             }
+            LaneCommand::Ping(reply) => {
+                let _ = reply.send(());
+            }
             LaneCommand::Stop => return,
         }
     }

@@ -118,6 +118,8 @@ pub enum LaneCommand {
     CloseSession(SessionId, CloseReason, Reply<()>),
     /// Takes no new work from now on and answers when everything taken is completed.
     Drain(Reply<()>),
+    /// Answers: the lane still turns.
+    Ping(Reply<()>),
     /// Ends the lane thread; the cache stays in shared memory for the next daemon.
     Stop,
 }
@@ -225,6 +227,14 @@ impl LaneHandle {
     /// The lane has stopped.
     pub async fn drain(&self) -> Result<(), Refusal> {
         self.ask(LaneCommand::Drain).await
+    }
+
+    /// Waits for a sign of life.
+    ///
+    /// # Errors
+    /// The lane has stopped.
+    pub async fn ping(&self) -> Result<(), Refusal> {
+        self.ask(LaneCommand::Ping).await
     }
 
     /// Ends the lane thread.

@@ -9,6 +9,7 @@ use pegaflow_shm::segment::SessionState;
 use pegaflow_shm::status::Status;
 
 use crate::cache::lease::LeaseEnd;
+use crate::catalog::CatalogError;
 use crate::lane::api::{
     CloseReason, LaneCommand, LaneEvent, NewRegistration, NewSession, Refusal, Reply, SessionId,
     SessionOpened,
@@ -45,6 +46,7 @@ impl Lane {
                 self.close_session(session, reason, reply);
             }
             LaneCommand::Drain(reply) => self.drain(reply),
+            LaneCommand::Ping(reply) => answer(reply, ()),
             LaneCommand::Stop => return false,
         }
         true
@@ -165,14 +167,11 @@ impl Lane {
             .namespace
             .digest(found.world_size, &packed_groups(found));
         let (uid, world_size, spec) = (found.uid, found.world_size, found.namespace.clone());
-        let namespace = match self
-            .cache
-            .catalog_mut()
-            .add_namespace(uid, world_size, digest)
-        {
+        let name = found.name.clone();
+        let namespace = match self.namespace(uid, world_size, digest) {
             Ok(namespace) => namespace,
             Err(error) => {
-                let message = format!("instance `{}` cannot start: {error}", found.name);
+                let message = format!("instance `{name}` cannot start: {error}");
                 tracing::error!("{message}");
                 let _ = self.events.send(LaneEvent::Fault { session, message });
                 return;
@@ -186,6 +185,30 @@ impl Lane {
         for (session, registration) in self.members_of(instance) {
             self.make_ready(session, registration, instance, namespace);
         }
+    }
+
+    /// The namespace's row in the catalog; one that nobody uses makes room when all are taken.
+    fn namespace(
+        &mut self,
+        uid: u32,
+        world_size: u32,
+        digest: [u8; 32],
+    ) -> Result<u32, CatalogError> {
+        let added = self
+            .cache
+            .catalog_mut()
+            .add_namespace(uid, world_size, digest);
+        if !matches!(added, Err(CatalogError::NamespacesFull)) {
+            return added;
+        }
+        let in_use: Vec<u32> = self.registry.iter().filter_map(|i| i.ready).collect();
+        let unused = self.cache.unused_namespace(|slot| in_use.contains(&slot));
+        let unused = unused.ok_or(CatalogError::NamespacesFull)?;
+        let catalog = self.cache.catalog_mut();
+        catalog.remove_namespace(unused)?;
+        let added = catalog.add_namespace(uid, world_size, digest);
+        self.namespaces.forget(unused);
+        added
     }
 
     fn instance_of(&self, session: SessionId, registration: u32) -> Option<InstanceId> {
@@ -230,7 +253,15 @@ impl Lane {
 
     /// Takes a member out of its instance and tells the others when that leaves it incomplete.
     fn leave_instance(&mut self, instance: InstanceId, session: SessionId, registration: u32) {
-        if !self.registry.leave(instance, session, registration) {
+        let broken = self.registry.leave(instance, session, registration);
+        if self.registry.get(instance).is_none() {
+            // Nobody can name these leases any more.
+            for lease in self.leases.of_instance(instance) {
+                let ended = self.leases.end(lease, LeaseEnd::OwnerGone);
+                self.finish_leases(ended);
+            }
+        }
+        if !broken {
             return;
         }
         for (session, registration) in self.members_of(instance) {
@@ -377,6 +408,7 @@ impl Lane {
             }
         }
         self.draining.get_or_insert_default().push(reply);
+        self.settle_drain();
     }
 
     /// Answers a drain once nothing is running.

@@ -6,7 +6,6 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use pegaflow_shm::desc::{Completion, Op, Submission, flags};
@@ -45,13 +44,7 @@ impl Lane {
         chunk: &[u8],
     ) -> Result<(), SessionFault> {
         load.list.take(submission, more)?;
-        let runs = submission.flags & flags::BLOCK_RUNS != 0;
-        if load.list.head.total > self.options.max_blocks {
-            load.list
-                .fail(Status::TooMany, u64::from(self.options.max_blocks));
-        } else {
-            payload::decode_blocks(chunk, runs, submission.count, &mut load.blocks)?;
-        }
+        self.take_blocks(session, &mut load, submission, chunk)?;
         if more {
             session
                 .requests
@@ -61,17 +54,45 @@ impl Lane {
         self.start_load(session, load)
     }
 
+    /// Takes a chunk's block ids in, as far as the session may keep them: a run of thousands takes eight
+    /// bytes of payload, so the credit alone would not bound what a client can have the lane keep.
+    fn take_blocks(
+        &mut self,
+        session: &mut LaneSession,
+        load: &mut LoadRequest,
+        submission: &Submission,
+        chunk: &[u8],
+    ) -> Result<(), SessionFault> {
+        let most = self.options.max_blocks as usize;
+        if load.list.failed.is_none() && session.listed_blocks + submission.count as usize > most {
+            load.list.fail(Status::TooMany, most as u64);
+            session.listed_blocks -= load.blocks.len();
+            load.blocks = Vec::new();
+        }
+        if load.list.failed.is_none() {
+            let runs = submission.flags & flags::BLOCK_RUNS != 0;
+            payload::decode_blocks(chunk, runs, submission.count, &mut load.blocks)?;
+            session.listed_blocks += submission.count as usize;
+        }
+        Ok(())
+    }
+
     fn start_load(
         &mut self,
         session: &mut LaneSession,
         mut load: Box<LoadRequest>,
     ) -> Result<(), SessionFault> {
+        session.listed_blocks -= load.blocks.len();
+        if load.copies.is_cancelled() {
+            load.list.fail(Status::Cancelled, 0);
+        }
         if load.list.failed.is_none() {
             match self.plan_load(session, &load) {
                 Ok(plan) => self.run_load(session, &mut load, plan),
                 Err((status, about)) => load.list.fail(status, about),
             }
         }
+        self.recycle(std::mem::take(&mut load.blocks));
         if load.copies.running == 0 {
             return self.finish_load(session, *load);
         }
@@ -207,7 +228,14 @@ impl Lane {
         load: LoadRequest,
     ) -> Result<(), SessionFault> {
         let daemon_ns = load.list.started.elapsed().as_nanos() as u64;
-        let cancelled = load.copies.cancelled.load(Ordering::Relaxed);
+        let cancelled = load.copies.is_cancelled();
+        if let Some((status, _)) = load.list.failed {
+            let what = match status {
+                Status::Cancelled => Counter::LoadCancelled,
+                _ => Counter::LoadFailed,
+            };
+            self.tally.add(what, u64::from(load.list.head.total));
+        }
         let (status, about) = match load.list.failed {
             Some(failed) => failed,
             None if load.copies.failed_pages > 0 && cancelled => (Status::Cancelled, 0),
@@ -226,10 +254,12 @@ impl Lane {
             ..Completion::new(Op::Load, load.list.head.request_id, status)
         };
         self.node.observe(Histogram::Load, daemon_ns);
-        self.recycle(load.blocks);
         self.complete(session, completion)
     }
 }
+
+/// Blocks of a worker's memory up to which each has a bit in [`SeenBlocks`]: 2 MiB of bits.
+const MAX_MARKED_BLOCKS: u32 = 1 << 24;
 
 /// Finds block ids that are out of range or given twice, in one pass and without sorting.
 #[derive(Default)]
@@ -239,6 +269,9 @@ pub(super) struct SeenBlocks {
 
 impl SeenBlocks {
     pub(super) fn check(&mut self, blocks: &[u32], num_blocks: u32) -> Result<(), (Status, u64)> {
+        if num_blocks > MAX_MARKED_BLOCKS {
+            return check_sorted(blocks, num_blocks);
+        }
         let words = num_blocks.div_ceil(64) as usize;
         if self.bits.len() < words {
             self.bits.resize(words, 0);
@@ -264,6 +297,19 @@ impl SeenBlocks {
     }
 }
 
+/// The same, for memories so large that a bit for each block would cost more than a sort.
+fn check_sorted(blocks: &[u32], num_blocks: u32) -> Result<(), (Status, u64)> {
+    let mut sorted = blocks.to_vec();
+    sorted.sort_unstable();
+    if let Some(wrong) = sorted.last().filter(|block| **block >= num_blocks) {
+        return Err((Status::BlockOutOfRange, u64::from(*wrong)));
+    }
+    match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err((Status::DuplicateBlock, u64::from(pair[0]))),
+        None => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -280,5 +326,15 @@ mod tests {
             Status::BlockOutOfRange
         );
         assert!(seen.bits.iter().all(|word| *word == 0));
+        assert!(
+            seen.bits.len() <= 1,
+            "a client's word does not size the marks"
+        );
+        let many = u32::MAX - 1;
+        assert_eq!(
+            seen.check(&[9, 3, 9], many),
+            Err((Status::DuplicateBlock, 9))
+        );
+        assert_eq!(seen.check(&[many - 1, 3, 9], many), Ok(()));
     }
 }

@@ -32,6 +32,9 @@ mod tasks;
 mod upkeep;
 mod wake;
 
+#[cfg(test)]
+mod tests;
+
 pub use options::LaneOptions;
 pub use start::{LaneStartError, StartedLane, start};
 pub use wake::LaneWake;

@@ -107,6 +107,15 @@ impl Lane {
                 return Err(fault.into());
             }
         };
+        let id = submission.registration;
+        let namespace = session.registration(id).ok().and_then(|r| r.ready);
+        if query
+            .scope
+            .is_some_and(|scope| namespace != Some(scope.namespace))
+        {
+            // A rank left since the first chunk; the namespace's number may mean another one by now.
+            query.list.fail(Status::NotReady, u64::from(id));
+        }
         if let (Some(scope), None) = (query.scope, query.list.failed) {
             query.digest = XxHash3_64::oneshot_with_seed(query.digest, chunk);
             if scope.group == 0 {
@@ -154,9 +163,7 @@ impl Lane {
         first: usize,
     ) {
         // As far as hashes have come: all of it from the start would cost memory for a promise.
-        query
-            .bits
-            .resize((first + hashes.len()).div_ceil(64), 0);
+        query.bits.resize((first + hashes.len()).div_ceil(64), 0);
         let (bits, misses, miss) = (&mut query.bits, &mut query.misses, &mut query.miss);
         let key = (scope.namespace, scope.group);
         self.cache.pin_members(
@@ -220,7 +227,12 @@ impl Lane {
             group: scope.group,
             key: head.args[0],
         };
-        if let Some(answer) = self.repeat(request, scope, query) {
+        let ttl = match head.args[2] {
+            0 => self.options.lease_ttl,
+            ttl_ms => Duration::from_millis(ttl_ms).min(self.options.lease_ttl_max),
+        };
+        let ttl = (now + ttl, ttl.as_millis() as u64);
+        if let Some(answer) = self.repeat(request, scope, query, ttl) {
             return answer;
         }
         let reason = query.miss.unwrap_or(MissReason::None);
@@ -248,11 +260,6 @@ impl Lane {
             };
         }
         self.count_query(scope, query);
-        let ttl = match head.args[2] {
-            0 => self.options.lease_ttl,
-            ttl_ms => Duration::from_millis(ttl_ms).min(self.options.lease_ttl_max),
-        };
-        let ttl_ms = ttl.as_millis() as u64;
         let mut entries = std::mem::take(&mut query.entries);
         let count = entries.len() as u32;
         if entries.capacity() / 4 > entries.len().max(SHORT_LIST) {
@@ -267,7 +274,7 @@ impl Lane {
             (head.total, query.digest),
             entries,
             query.bits.clone(),
-            (now + ttl, ttl_ms),
+            ttl,
             u32::from(scope.shards),
         ));
         self.tally.add(Counter::LeasesGranted, 1);
@@ -275,18 +282,19 @@ impl Lane {
         Answer {
             lease,
             count,
-            ttl_ms,
+            ttl_ms: ttl.1,
             reason,
         }
     }
 
-    /// The live lease of the same query, if there is one; a lease of another query under the same key makes
-    /// room, unless somebody has begun to load from it.
+    /// The live lease of the same query, if there is one, for as long again as this answer promises; a lease
+    /// of another query under the same key makes room, unless somebody has begun to load from it.
     fn repeat(
         &mut self,
         request: RequestKey,
         scope: &QueryScope,
         query: &mut QueryRequest,
+        (deadline, ttl_ms): (Instant, u64),
     ) -> Option<Answer> {
         let id = self.leases.of_request(&request)?;
         let lease = self.leases.get(id).ok()?;
@@ -295,13 +303,17 @@ impl Lane {
             && lease.total == query.list.head.total
             && lease.digest == query.digest;
         if same && untouched {
-            let (count, ttl_ms) = (lease.entries.len() as u32, lease.ttl_ms);
+            let count = lease.entries.len() as u32;
             let reason = match (count == lease.total, query.miss) {
                 (true, _) => MissReason::None,
                 (false, reason) => reason.unwrap_or(MissReason::Absent),
             };
             query.bits.clone_from(&lease.hits);
             self.let_go(query);
+            if let Err(status) = self.leases.extend(id, deadline, ttl_ms) {
+                tracing::error!(%status, lease = id, "a live lease was not extended");
+            }
+            self.show_lease(id);
             self.tally.add(Counter::QueryRepeated, 1);
             return Some(Answer {
                 lease: id,

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use pegaflow_shm::desc::{DescriptorFault, MissReason, Submission};
@@ -101,7 +101,7 @@ pub(super) struct QueryRequest {
     pub miss: Option<MissReason>,
     /// Misses by reason, for the metrics.
     pub misses: [u32; MissReason::ALL.len()],
-    /// Membership: bit i is set when position i is a hit.
+    /// Membership: bit i is set when position i is a hit. As long as the list that is in.
     pub bits: Vec<u64>,
 }
 
@@ -154,6 +154,10 @@ impl CopyProgress {
             failed_pages: 0,
             cancelled: Arc::new(AtomicBool::new(false)),
         }
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
     }
 }
 

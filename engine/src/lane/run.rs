@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use pegaflow_shm::bell::relax;
 use pegaflow_shm::node::{Counter, NodeWriter};
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
@@ -31,7 +32,7 @@ const BATCH: usize = 32;
 /// Marks the lane's own wake-up among the bells; sessions have ids from 1.
 pub(super) const LANE_WAKE: u64 = 0;
 /// Idle rounds between two looks at the clock.
-const CLOCK_ROUNDS: u32 = 16;
+const CLOCK_ROUNDS: u32 = 8;
 
 /// Everything the lane thread owns.
 pub(super) struct Lane {
@@ -86,7 +87,7 @@ impl Lane {
             }
             idle_rounds += 1;
             if !idle_rounds.is_multiple_of(CLOCK_ROUNDS) {
-                std::hint::spin_loop();
+                relax();
                 continue;
             }
             let now = Instant::now();

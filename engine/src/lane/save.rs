@@ -109,25 +109,36 @@ impl Lane {
         let target = registration
             .and_then(|r| r.target(submission.group))
             .cloned();
+        let about = u64::from(submission.registration);
+        let namespace = registration.and_then(|r| r.ready);
         let (Some(scope), Some(target)) = (save.scope, target) else {
-            save.list.fail(
-                Status::UnknownRegistration,
-                u64::from(submission.registration),
-            );
+            save.list.fail(Status::UnknownRegistration, about);
+            self.count_refused(save, submission.count);
             return Ok(());
         };
+        if namespace != Some(scope.namespace) {
+            // A rank left since the first chunk; the namespace's number may mean another one by now.
+            save.list.fail(Status::NotReady, about);
+        }
         let num_blocks = target.layout().num_blocks();
         if let Some(wrong) = self.blocks.iter().find(|block| **block >= num_blocks) {
             save.list.fail(Status::BlockOutOfRange, u64::from(*wrong));
         }
-        let cancelled = save
-            .copies
-            .cancelled
-            .load(std::sync::atomic::Ordering::Relaxed);
-        if save.list.failed.is_none() && !cancelled {
+        if save.list.failed.is_none() && !save.copies.is_cancelled() {
             self.offer_blocks(session, save, &scope, &target, hashes);
+        } else {
+            self.count_refused(save, submission.count);
         }
         Ok(())
+    }
+
+    /// Counts shards that were not even offered, because their request had failed or was cancelled.
+    fn count_refused(&mut self, save: &SaveRequest, shards: u32) {
+        let what = match save.list.failed {
+            Some(_) => Counter::SaveFailed,
+            None => Counter::SaveCancelled,
+        };
+        self.tally.add(what, u64::from(shards));
     }
 
     fn offer_blocks(
@@ -233,10 +244,7 @@ impl Lane {
         save: SaveRequest,
     ) -> Result<(), SessionFault> {
         let daemon_ns = save.list.started.elapsed().as_nanos() as u64;
-        let cancelled = save
-            .copies
-            .cancelled
-            .load(std::sync::atomic::Ordering::Relaxed);
+        let cancelled = save.copies.is_cancelled();
         let (status, about) = match save.list.failed {
             Some(failed) => failed,
             None if cancelled => (Status::Cancelled, 0),

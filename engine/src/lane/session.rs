@@ -85,6 +85,8 @@ pub(super) struct LaneSession {
     pub registrations: Vec<Registration>,
     last_registration: u32,
     pub requests: HashMap<u64, Request>,
+    /// Block ids that its unfinished loads keep.
+    pub listed_blocks: usize,
     /// Copy tasks of the session.
     pub copies: u32,
     /// Set once the session is to end; the replies go out with the last copy.
@@ -156,6 +158,7 @@ impl LaneSession {
             registrations: Vec::new(),
             last_registration: 0,
             requests: HashMap::new(),
+            listed_blocks: 0,
             copies: 0,
             closing: None,
             faulted: false,

@@ -59,10 +59,6 @@ impl Lane {
             }
             .into());
         }
-        let request = match session.requests.remove(&submission.request_id) {
-            Some(request) => request,
-            None => self.new_request(session, submission, op, now),
-        };
         let mut chunk = std::mem::take(&mut self.chunk);
         chunk.resize(submission.payload_bytes as usize, 0);
         session
@@ -72,6 +68,11 @@ impl Lane {
                 bytes: submission.payload_bytes,
                 arena_bytes: session.arena_bytes(),
             })?;
+        // Only now: what a request holds is let go of through the session's list.
+        let request = match session.requests.remove(&submission.request_id) {
+            Some(request) => request,
+            None => self.new_request(session, submission, op, now),
+        };
         let more = submission.flags & flags::MORE != 0;
         let outcome = match request {
             Request::Query(query) => self.query_chunk(session, query, submission, more, &chunk),

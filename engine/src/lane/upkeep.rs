@@ -52,6 +52,8 @@ impl Lane {
             return;
         }
         self.clocks.short = now;
+        // A client that submits without a pause keeps the lane from sleeping, not from stopping.
+        self.settle_drain();
         let mut ended = std::mem::take(&mut self.ended);
         self.leases.expire(now, &mut ended);
         self.finish_leases(ended.drain(..));
@@ -198,6 +200,11 @@ impl NamespaceTable {
         row.world_size = namespace.world_size;
         row.digest = namespace.digest;
         row.summary = text_field("(from a previous daemon)");
+    }
+
+    /// The row is free for another namespace.
+    pub(super) fn forget(&mut self, namespace: u32) {
+        *self.row(namespace) = bytemuck::Zeroable::zeroed();
     }
 
     pub(super) fn count_query(&mut self, namespace: u32, queried: u64, hits: u64) {

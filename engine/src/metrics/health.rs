@@ -11,8 +11,6 @@ use crate::lane::api::LaneHandle;
 
 /// How often the lane is asked for a sign of life.
 pub const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
-/// A session that never exists: asking the lane for it costs a look-up.
-const NO_SESSION: u64 = 0;
 
 /// Life of the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -94,13 +92,7 @@ impl Health {
 
     /// Asks the lane again and again and notes when it answered. Ends with the lane.
     pub async fn watch_lane(&self, lane: &LaneHandle) {
-        loop {
-            // Any answer is a sign of life; it always is that there is no such session.
-            if let Err(refusal) = lane.unregister(NO_SESSION, 0).await
-                && refusal.status == pegaflow_shm::status::Status::Internal
-            {
-                return;
-            }
+        while lane.ping().await.is_ok() {
             self.beat();
             tokio::time::sleep(HEARTBEAT_EVERY).await;
         }

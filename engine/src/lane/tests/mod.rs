@@ -1,0 +1,9 @@
+//! The lane driven through its rings: real pool, real copies, no socket.
+
+#![forbid(unsafe_code)]
+
+mod counters;
+mod hostile;
+mod leases;
+mod restart;
+mod rig;
