@@ -273,10 +273,11 @@ impl LaneSession {
     }
 
     pub(super) fn show_state(&self, state: SessionState) -> Result<(), MappingError> {
-        // SYNC: session-state. The client's acquire load also sees everything posted before.
+        // Relaxed: the client reads it as a hint. What was posted is ordered by the ring alone, and
+        // that the session is over comes over the socket.
         self.d2c
             .atomic_u32(STATE_OFFSET)?
-            .store(state as u32, Ordering::Release);
+            .store(state as u32, Ordering::Relaxed);
         Ok(())
     }
 
