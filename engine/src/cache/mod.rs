@@ -35,7 +35,7 @@ use crate::cache::domain::{Domain, DomainId};
 use crate::cache::index_file::IndexFileError;
 use crate::catalog::Catalog;
 use crate::policy::{self, Admission, AdmissionKind, PolicyKind};
-use crate::pool::Pool;
+use crate::pool::{ExtentId, Pool};
 
 /// Most isolation domains of one daemon.
 pub const MAX_DOMAINS: usize = 64;
@@ -94,6 +94,8 @@ pub struct Cache {
     held: Vec<Held>,
     /// Nothing could be evicted for an earlier block of the list at hand, and nothing has changed since.
     exhausted: bool,
+    /// Extents of another page size that could not be evacuated for the list at hand.
+    busy_extents: Vec<ExtentId>,
     /// Blocks that ever left an index: tells whether an earlier look-up may be stale.
     removals: u64,
     found: Vec<Option<EntryId>>,
@@ -140,6 +142,7 @@ impl Cache {
             evictions: Evictions::default(),
             held: Vec::new(),
             exhausted: false,
+            busy_extents: Vec::new(),
             removals: 0,
             found: Vec::new(),
         }

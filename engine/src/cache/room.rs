@@ -9,12 +9,12 @@
 use pegaflow_shm::index::{BlockKey, EntryId};
 
 use crate::cache::Cache;
-use crate::cache::block::Shard;
+use crate::cache::block::{Block, Shard};
 use crate::cache::domain::DomainId;
 use crate::cache::lookup::key_hash;
 use crate::pool::{Allocation, ExtentId, PageAddr};
 
-/// Extents of another page size that are tried before a save goes without room.
+/// Extents of another page size that are tried in vain before a list goes without room.
 const EVACUATION_TRIES: usize = 8;
 
 /// Why there is no page.
@@ -33,7 +33,6 @@ impl Cache {
         page_bytes: u32,
         candidate: u64,
     ) -> Result<PageAddr, NoRoom> {
-        let mut evacuations = 0;
         loop {
             if let Some(page) = self.take_page(page_bytes) {
                 return Ok(page);
@@ -55,14 +54,13 @@ impl Cache {
                     self.evict(victim_domain, victim);
                 }
                 Some(extent) => {
-                    evacuations += 1;
-                    if evacuations > EVACUATION_TRIES {
+                    if self.busy_extents.len() >= EVACUATION_TRIES {
                         self.exhausted = true;
                         return Err(NoRoom::NothingToEvict);
                     }
                     if !self.evacuate(extent) {
-                        // Some block of the extent is in use: treat the victim as used, try another.
-                        self.domains[victim_domain].policy.touch(victim.0);
+                        // Some block of it is in use, so none of its blocks makes room.
+                        self.busy_extents.push(extent);
                     }
                 }
             }
@@ -72,7 +70,8 @@ impl Cache {
     /// Evicts one block of the domain to free an index entry.
     pub(super) fn evict_one(&mut self, domain: DomainId, candidate: u64) -> Result<(), NoRoom> {
         self.drop_expired_unfinished();
-        let (domain, victim) = self.victim_of(domain).ok_or(NoRoom::NothingToEvict)?;
+        let victim = self.victim_of(domain, &[]);
+        let (domain, victim) = victim.ok_or(NoRoom::NothingToEvict)?;
         self.admit(domain, victim, candidate)?;
         self.evictions.capacity += 1;
         self.evict(domain, victim);
@@ -132,26 +131,35 @@ impl Cache {
     /// The next victim: of the domain that holds most, so that no user can crowd another one out.
     fn pick_victim(&mut self) -> Option<(DomainId, EntryId)> {
         let heaviest = (0..self.domains.len()).max_by_key(|domain| self.domains[*domain].bytes)?;
-        self.victim_of(heaviest)
-            .or_else(|| self.victim_elsewhere(heaviest))
+        let busy = std::mem::take(&mut self.busy_extents);
+        let others = (0..self.domains.len()).filter(|domain| *domain != heaviest);
+        let victim = std::iter::once(heaviest)
+            .chain(others)
+            .find_map(|domain| self.victim_of(domain, &busy));
+        self.busy_extents = busy;
+        victim
     }
 
-    fn victim_elsewhere(&mut self, except: DomainId) -> Option<(DomainId, EntryId)> {
-        (0..self.domains.len())
-            .filter(|domain| *domain != except)
-            .find_map(|domain| self.victim_of(domain))
-    }
-
-    fn victim_of(&mut self, domain: DomainId) -> Option<(DomainId, EntryId)> {
+    /// The domain's next victim that does not lie in `busy` extents alone.
+    fn victim_of(&mut self, domain: DomainId, busy: &[ExtentId]) -> Option<(DomainId, EntryId)> {
         let home = &mut self.domains[domain];
         if home.index.writer.sealed_len() <= home.pinned {
             // Every member of the policy is held: do not look at each of them for each block.
             return None;
         }
-        let blocks = &home.blocks;
-        let victim = home
-            .policy
-            .victim(&mut |id| blocks[id as usize].is_idle())?;
+        let (blocks, runs, pool) = (&home.blocks, &home.runs, &self.pool);
+        let is_busy = |block: &Block| {
+            (0..block.shards).all(|shard| match block.shard(shard, runs) {
+                Shard::In(page) | Shard::Copying(page) => pool
+                    .extent_of(page)
+                    .is_ok_and(|extent| busy.contains(&extent)),
+                Shard::Empty => true,
+            })
+        };
+        let victim = home.policy.victim(&mut |id| {
+            let block = &blocks[id as usize];
+            block.is_idle() && (busy.is_empty() || !is_busy(block))
+        })?;
         Some((domain, EntryId(victim)))
     }
 

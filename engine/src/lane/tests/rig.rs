@@ -30,6 +30,16 @@ pub const EXTENT: u64 = 64 << 10;
 pub const PAGE: u64 = 4 << 10;
 /// Blocks of a worker's memory.
 pub const BLOCKS: u32 = 256;
+/// The client's half of a session.
+const C2D: SegmentShape = SegmentShape {
+    slots: 1024,
+    arena_chunks: 4,
+};
+/// The daemon's half.
+const D2C: SegmentShape = SegmentShape {
+    slots: 1024,
+    arena_chunks: 4,
+};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 pub struct Rig {
@@ -123,7 +133,7 @@ impl Rig {
     pub fn connect_as(&mut self, uid: u32) -> Client {
         self.sessions += 1;
         let id = self.sessions;
-        let (shape, back) = (SegmentShape::DEFAULT_C2D, SegmentShape::DEFAULT_D2C);
+        let (shape, back) = (C2D, D2C);
         let (_, c2d) = create_segment("C2D segment", shape.total_bytes() as u64).unwrap();
         let (_, d2c) = create_segment("D2C segment", back.total_bytes() as u64).unwrap();
         let (c2d, d2c) = (Arc::new(c2d), Arc::new(d2c));
@@ -297,7 +307,7 @@ impl Client {
     /// Writes a payload to a chunk of the arena and submits it.
     pub fn submit_list(&mut self, chunk: u32, payload: &[u8], mut submission: Submission) -> u64 {
         let offset = chunk as usize * CHUNK_BYTES;
-        let arena = SegmentShape::DEFAULT_C2D.arena_offset();
+        let arena = C2D.arena_offset();
         self.c2d.copy_in(arena + offset, payload).unwrap();
         submission.payload_offset = offset as u32;
         submission.payload_bytes = payload.len() as u32;
@@ -351,7 +361,7 @@ impl Client {
     /// The bitmap of the last membership query.
     pub fn result_word(&self) -> u64 {
         let mut word = [0; 8];
-        let at = SegmentShape::DEFAULT_D2C.arena_offset();
+        let at = D2C.arena_offset();
         self.d2c.copy_out(at, &mut word).unwrap();
         u64::from_le_bytes(word)
     }
