@@ -36,7 +36,7 @@ lib: ## build libpegaflow.so with symbol versions, and its pkg-config file
 
 .PHONY: test
 test: ## all tests: units, whole system, documentation, loom models in reduced form
-	$(CARGO) build --workspace --bins
+	$(CARGO) build --workspace --bins --tests
 	$(CARGO) test --workspace --no-fail-fast
 	$(MAKE) --no-print-directory loom-quick
 

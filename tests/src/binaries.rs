@@ -55,13 +55,22 @@ fn profile_folder() -> PathBuf {
     folder.expect("the test lies in a target folder").to_owned()
 }
 
-/// Builds the workspace's programs in the profile and target folder of the running test.
+/// Builds the workspace's programs in the profile and target folder of the running test. The same
+/// command as in the Makefile, down to `--tests`: otherwise the dependencies' features differ, and
+/// cargo would replace libraries that the running `cargo test` still needs.
 fn build() -> PathBuf {
     let folder = profile_folder();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
-        .args(["build", "--quiet", "--workspace", "--bins", "--target-dir"])
+        .args([
+            "build",
+            "--quiet",
+            "--workspace",
+            "--bins",
+            "--tests",
+            "--target-dir",
+        ])
         .arg(target());
     if folder.ends_with("release") {
         command.arg("--release");
