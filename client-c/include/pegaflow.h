@@ -124,7 +124,7 @@ typedef struct pega_hash {
 /* How to connect. 0 or NULL takes the default named here. */
 typedef struct pega_options {
     uint32_t size;               /* sizeof(pega_options) */
-    uint32_t ring_slots;         /* Submission ring; a power of two, 16..32768 [1024]. */
+    uint32_t ring_slots;         /* Submission ring; a power of two, 16..32768 [256]. */
     const char *node;            /* Node name [$PEGAFLOW_NODE, else "default"]. */
     const char *socket;          /* The daemon's socket [$PEGAFLOW_SOCKET, else by node name]. */
     const char *client_name;     /* Name in tables, at most 128 bytes [program and pid]. */
@@ -133,7 +133,7 @@ typedef struct pega_options {
     uint64_t connect_timeout_ms; /* Bound of pega_connect(), autostart included [5000]. */
     uint64_t control_timeout_ms; /* Bound of register, unregister, alloc_host [30000]. */
     uint64_t spin_ns;            /* How long pega_wait() spins before it sleeps [40000]. */
-    uint32_t completion_slots;   /* Most requests not consumed; power of two, 16..32768 [1024]. */
+    uint32_t completion_slots;   /* Most requests not consumed; power of two, 16..32768 [256]. */
     uint32_t autostart;          /* Start a daemon if none listens [on if PEGAFLOW_AUTOSTART=1]. */
     uint32_t reconnect;          /* Reconnect and re-register when the daemon was away [on]. */
     uint32_t no_spin;            /* PEGA_ON: sleep at once [off]. */

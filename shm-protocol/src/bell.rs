@@ -39,7 +39,7 @@ mod spin;
 #[cfg(not(loom))]
 pub use fd::{BellError, BellFd, BellListener, Rung};
 #[cfg(not(loom))]
-pub use spin::{DEFAULT_SPIN_NS, Spinner};
+pub use spin::{DEFAULT_SPIN_NS, Spinner, relax};
 
 use core::ops::Deref;
 

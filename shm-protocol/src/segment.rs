@@ -100,14 +100,17 @@ pub struct SegmentShape {
 }
 
 impl SegmentShape {
-    /// The client's default: 1,024 submissions and an arena of 4 MiB, room for 131,072 hashes.
+    /// The client's default: 256 submissions and an arena of 4 MiB.
+    ///
+    /// A ring is passed through from end to end, so all of it competes for the first-level cache: the two
+    /// rings of a session fit it at 16 KiB each, and do not at 64.
     pub const DEFAULT_C2D: SegmentShape = SegmentShape {
-        slots: 1024,
+        slots: 256,
         arena_chunks: 256,
     };
-    /// The daemon's default: 1,024 completions and a result arena of 256 KiB.
+    /// The daemon's default: 256 completions and a result arena of 256 KiB.
     pub const DEFAULT_D2C: SegmentShape = SegmentShape {
-        slots: 1024,
+        slots: 256,
         arena_chunks: 16,
     };
 

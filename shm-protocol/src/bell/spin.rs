@@ -12,7 +12,22 @@ use crate::sync::hint;
 pub const DEFAULT_SPIN_NS: u64 = 40_000;
 
 /// Looks between two readings of the clock (about 25 ns each).
-const LOOKS_PER_CLOCK: u32 = 16;
+const LOOKS_PER_CLOCK: u32 = 8;
+
+/// Pause hints between two looks of [`relax`].
+const PAUSES_PER_LOOK: u32 = 4;
+
+/// Lets some time pass between two looks at a word that a peer is about to write.
+///
+/// Each look drags the cache line over, and the peer's store then has to fetch it back first: looking less
+/// often makes messages faster. Round trips over two lines between two cores of one machine, `pause` 0, 1, 2, 4,
+/// 6, 8, 12 times between looks: 293, 267, 247, 215, 220, 232, 252 ns.
+#[inline]
+pub fn relax() {
+    for _ in 0..PAUSES_PER_LOOK {
+        hint::spin_loop();
+    }
+}
 
 /// Spins for a bounded time.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +77,7 @@ impl Spinner {
         let start = Instant::now();
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
-                hint::spin_loop();
+                relax();
                 if let Some(value) = ready() {
                     return Some(value);
                 }

@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;
-use pegaflow_shm::bell::Spinner;
+use pegaflow_shm::bell::{Spinner, relax};
 use pegaflow_shm::desc::{Body, Completion, Op, Submission};
 use pegaflow_shm::ring::{PushError, RingMemory};
 use pegaflow_shm::status::Status;
@@ -32,9 +32,9 @@ pub enum Case {
         /// Whether the loops that wait give the CPU its hint, as the product's do; the raw ping-pong's do not.
         pause: bool,
     },
-    /// The product's rings and wait path; `spin_ns` is the spin before each sleep.
+    /// The product's rings and wait path: the answering side sleeps at once.
     Park {
-        /// Spin budget of both sides.
+        /// How long the asking side spins before it sleeps, in nanoseconds.
         spin_ns: u64,
     },
     /// Blocking reads and writes of two eventfds.
@@ -134,6 +134,19 @@ fn check_answer(body: Body, request_id: u64) -> Result<(), ToolError> {
     })
 }
 
+/// Lets time pass: a short one without giving the CPU away, which would put it to sleep.
+fn pass(gap: Duration) {
+    const SHORT: Duration = Duration::from_micros(100);
+    if gap > SHORT {
+        std::thread::sleep(gap);
+        return;
+    }
+    let start = Instant::now();
+    while start.elapsed() < gap {
+        relax();
+    }
+}
+
 impl Side {
     /// Before a case, by the asking side: the words that start from zero.
     pub fn reset(&self) {
@@ -172,7 +185,7 @@ impl Side {
                 let spins = Spins::new(self.cpus, true);
                 push(&mut self.rings, spins, &submission(number).to_body())?;
                 ring_if_asleep(&mut self.rings)?;
-                let body = pop_or_sleep(self, Spinner::new(spin_ns))?;
+                let body = pop_or_sleep(self, Spinner::with_cpus(spin_ns, self.cpus))?;
                 check_answer(body, number)
             }
             Case::Eventfd => {
@@ -199,7 +212,7 @@ impl Side {
         let mut means = Vec::with_capacity(batches as usize);
         for _ in 0..batches {
             if let Some(gap) = gap {
-                std::thread::sleep(gap);
+                pass(gap);
             }
             let start = Instant::now();
             for _ in 0..per_batch {
@@ -235,8 +248,8 @@ impl Side {
                     push(&mut self.rings, spins, &answer(body)?)?;
                     ring_if_asleep(&mut self.rings)?;
                 }
-                Case::Park { spin_ns } => {
-                    let body = pop_or_sleep(self, Spinner::new(spin_ns))?;
+                Case::Park { .. } => {
+                    let body = pop_or_sleep(self, Spinner::with_cpus(0, self.cpus))?;
                     push(&mut self.rings, Spins::new(self.cpus, true), &answer(body)?)?;
                     ring_if_asleep(&mut self.rings)?;
                 }

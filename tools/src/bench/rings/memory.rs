@@ -25,7 +25,7 @@ use crate::error::ToolError;
 
 /// Both segments, of the default size of a session.
 pub const SHAPE: SegmentShape = SegmentShape {
-    slots: 1024,
+    slots: SegmentShape::DEFAULT_C2D.slots,
     arena_chunks: 16,
 };
 
@@ -159,9 +159,9 @@ impl Alarm {
         })
     }
 
-    /// Sleeps until it is rung, a second at most.
+    /// Sleeps until it is rung; the asking side a second at most, as the library's waits have a bound.
     pub fn sleep(&self) -> Result<(), ToolError> {
-        use rustix::event::{Timespec, epoll};
+        use rustix::event::epoll;
         match self {
             Alarm::Pipe(listener) => {
                 let woken = listener.wait(std::time::Duration::from_secs(1));
@@ -171,16 +171,11 @@ impl Alarm {
                 })
             }
             Alarm::Epoll { epoll, .. } => {
-                let limit = Timespec {
-                    tv_sec: 1,
-                    tv_nsec: 0,
-                };
+                // Without a limit, as the daemon's lane sleeps when it holds no lease: a timer costs more than
+                // the wake-up. The kernel ends this process with the one that asks.
                 let mut events = Vec::with_capacity(4);
-                match epoll::wait(
-                    epoll,
-                    rustix::buffer::spare_capacity(&mut events),
-                    Some(&limit),
-                ) {
+                let events = rustix::buffer::spare_capacity(&mut events);
+                match epoll::wait(epoll, events, None) {
                     Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
                     Err(errno) => Err(ToolError::errno("epoll_wait")(errno)),
                 }

@@ -26,9 +26,11 @@ const SPIN_BATCHES: u64 = 200;
 const SPIN_PER_BATCH: u64 = 100;
 /// Round trips through the kernel: each is its own batch.
 const PARK_BATCHES: u64 = 1_000;
-/// Round trips after a pause.
+/// Round trips after an idle time.
 const IDLE_BATCHES: u64 = 200;
-/// Pause before a request that finds the other side asleep.
+/// Time for the answering side to fall asleep before the next message.
+const PARK_GAP: Duration = Duration::from_micros(20);
+/// Idle time after which the answering side's CPU sleeps too.
 const IDLE_GAP: Duration = Duration::from_micros(400);
 /// Messages of a one-way stream.
 const STREAM_MESSAGES: u64 = 1_000_000;
@@ -54,23 +56,27 @@ pub struct Bracketed {
 pub struct RingsReport {
     /// Raw one-line ping-pong around the spinning round trips, in nanoseconds.
     pub raw_rtt_ns: f64,
-    /// Raw ping-pong over two lines with pause, in nanoseconds.
+    /// Raw ping-pong over two lines, each written by one side alone: the limit of any design in which the
+    /// memory protection keeps each side from writing the other's. In nanoseconds.
     pub raw_two_lines_rtt_ns: f64,
-    /// Empty descriptor there and back, both sides spinning, in nanoseconds.
+    /// Empty descriptor there and back, both sides spinning as the product does, in nanoseconds.
     pub spin_rtt_ns: f64,
     /// `spin_rtt_ns / raw_rtt_ns`, each round against its own bracket; the limit is 2.
     pub spin_ratio: f64,
-    /// The same with the CPU's pause hint in the loops, as the product waits, in nanoseconds.
-    pub spin_pause_rtt_ns: f64,
-    /// Both sides asleep at each message, in microseconds.
+    /// The same with loops that look all the time, in nanoseconds.
+    pub spin_tight_rtt_ns: f64,
+    /// The answering side asleep at each message, the asking side waiting as the library does (spin, then
+    /// sleep), in microseconds.
     pub parked_rtt_us: f64,
     /// Ping-pong of two blocking eventfds, in microseconds.
     pub eventfd_rtt_us: f64,
     /// `parked_rtt_us / eventfd_rtt_us`; the limit is 1.3.
     pub parked_ratio: f64,
-    /// The product's wait (spin, then sleep) to a side that fell asleep 0.4 ms ago, in microseconds.
+    /// Both sides asleep at each message, in microseconds.
+    pub both_parked_rtt_us: f64,
+    /// As `parked_rtt_us`, after 0.4 ms without a message, in microseconds.
     pub parked_idle_rtt_us: f64,
-    /// Eventfd ping-pong after the same pause, in microseconds.
+    /// Eventfd ping-pong after the same idle time, in microseconds.
     pub eventfd_idle_rtt_us: f64,
     /// 64-byte descriptors one way, validated, in millions per second.
     pub oneway_mps: f64,
@@ -179,7 +185,7 @@ impl Pair {
                 &self.round_trips(case, SPIN_BATCHES, SPIN_PER_BATCH, gap)?,
             )),
             Case::Park { .. } | Case::Eventfd => {
-                let batches = if gap.is_some() {
+                let batches = if gap == Some(IDLE_GAP) {
                     IDLE_BATCHES
                 } else {
                     PARK_BATCHES
@@ -193,32 +199,33 @@ impl Pair {
     }
 }
 
-const SPIN: Case = Case::SpinRoundTrip { pause: false };
-const SPIN_PAUSE: Case = Case::SpinRoundTrip { pause: true };
-const PARKED: Case = Case::Park { spin_ns: 0 };
-const ADAPTIVE: Case = Case::Park {
+const SPIN: Case = Case::SpinRoundTrip { pause: true };
+const SPIN_TIGHT: Case = Case::SpinRoundTrip { pause: false };
+const PARKED: Case = Case::Park {
     spin_ns: DEFAULT_SPIN_NS,
 };
+const BOTH_PARKED: Case = Case::Park { spin_ns: 0 };
 
 /// Name, unit, case, and the pause before each round trip.
 type Row = (&'static str, &'static str, Case, Option<Duration>);
 
 /// What is measured, in the order of the table.
-const ROWS: [Row; 10] = [
+const ROWS: [Row; 11] = [
+    ("raw ping-pong, two lines", "ns", Case::RawTwoLines, None),
+    ("spinning round trip", "ns", SPIN, None),
     (
-        "raw ping-pong, two lines, with pause",
+        "spinning round trip, looking all the time",
         "ns",
-        Case::RawTwoLines,
+        SPIN_TIGHT,
         None,
     ),
-    ("spinning round trip", "ns", SPIN, None),
-    ("spinning round trip, with pause", "ns", SPIN_PAUSE, None),
-    ("parked round trip", "us", PARKED, None),
-    ("eventfd ping-pong", "us", Case::Eventfd, None),
+    ("parked round trip", "us", PARKED, Some(PARK_GAP)),
+    ("eventfd ping-pong", "us", Case::Eventfd, Some(PARK_GAP)),
+    ("round trip, both parked", "us", BOTH_PARKED, Some(PARK_GAP)),
     (
-        "spin, then park, after an idle time",
+        "parked round trip after an idle time",
         "us",
-        ADAPTIVE,
+        PARKED,
         Some(IDLE_GAP),
     ),
     (
@@ -286,6 +293,7 @@ fn summarise(
         &cases[row.expect("every case asked for is in the table")]
     };
     let value = |case| of(case, None).value();
+    let parked = |case, gap| of(case, Some(gap)).value();
     let textbook_cached_mps = value(Case::TextbookCached);
     let textbook_indexed_mps = value(Case::TextbookIndexed);
     let textbook_mps = textbook_cached_mps.max(textbook_indexed_mps);
@@ -294,12 +302,13 @@ fn summarise(
         raw_two_lines_rtt_ns: value(Case::RawTwoLines),
         spin_rtt_ns: value(SPIN),
         spin_ratio: of(SPIN, None).ratio(),
-        spin_pause_rtt_ns: value(SPIN_PAUSE),
-        parked_rtt_us: value(PARKED),
-        eventfd_rtt_us: value(Case::Eventfd),
-        parked_ratio: value(PARKED) / value(Case::Eventfd),
-        parked_idle_rtt_us: of(ADAPTIVE, Some(IDLE_GAP)).value(),
-        eventfd_idle_rtt_us: of(Case::Eventfd, Some(IDLE_GAP)).value(),
+        spin_tight_rtt_ns: value(SPIN_TIGHT),
+        parked_rtt_us: parked(PARKED, PARK_GAP),
+        eventfd_rtt_us: parked(Case::Eventfd, PARK_GAP),
+        parked_ratio: parked(PARKED, PARK_GAP) / parked(Case::Eventfd, PARK_GAP),
+        both_parked_rtt_us: parked(BOTH_PARKED, PARK_GAP),
+        parked_idle_rtt_us: parked(PARKED, IDLE_GAP),
+        eventfd_idle_rtt_us: parked(Case::Eventfd, IDLE_GAP),
         oneway_mps: value(Case::OneWay),
         textbook_mps,
         oneway_ratio: value(Case::OneWay) / textbook_mps,

@@ -4,6 +4,8 @@
 
 use std::time::{Duration, Instant};
 
+use pegaflow_shm::bell::relax;
+
 use crate::error::ToolError;
 
 /// Longest silence of the other process that is put down to a busy machine.
@@ -19,7 +21,8 @@ pub struct Spins {
 }
 
 impl Spins {
-    /// For processes that share `cpus` CPUs; `pause` puts the CPU's hint into the loop.
+    /// For processes that share `cpus` CPUs; with `pause` they look as often as the product's
+    /// loops do, without it all the time.
     pub fn new(cpus: usize, pause: bool) -> Spins {
         Spins {
             yields: cpus < 2,
@@ -43,7 +46,7 @@ impl Spins {
                 return Ok(value);
             }
             if self.pause {
-                std::hint::spin_loop();
+                relax();
             }
             spins += 1;
             if self.yields || spins == SPINS_PER_CLOCK {
