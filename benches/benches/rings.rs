@@ -1,7 +1,8 @@
 //! The product's rings, the machine's limits and peers, in one run.
 //!
-//! `cargo bench -p pegaflow-benches --bench rings --features peers`; `PEGAFLOW_BENCH_ROUNDS` sets the rounds (5).
-//! Peers without a process boundary (crossbeam, rtrb) run between two threads, which can only flatter them.
+//! `cargo bench -p pegaflow-benches --bench rings --features peers`; `PEGAFLOW_BENCH_ROUNDS` sets
+//! the rounds (5). Peers without a process boundary (crossbeam, rtrb) run between two threads,
+//! which can only flatter them.
 
 #![forbid(unsafe_code)]
 

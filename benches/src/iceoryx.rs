@@ -27,7 +27,8 @@ struct Ports {
     incoming: In,
 }
 
-/// Both services of a run, seen from one side. Nothing is lost: a full buffer holds the publisher up.
+/// Both services of a run, seen from one side. Nothing is lost: a full buffer holds the publisher
+/// up.
 fn ports(run: u32, is_peer: bool) -> Outcome<Ports> {
     set_log_level(LogLevel::Error);
     let node = NodeBuilder::new().create::<ipc::Service>()?;

@@ -1,8 +1,8 @@
 //! Messages of the session socket.
 //!
 //! The socket is `SOCK_SEQPACKET`: one message is one packet, a JSON object with a `type`, and file
-//! descriptors travel beside it. Nothing here is on a hot path; JSON keeps the two sides compatible when
-//! one of them knows more fields than the other.
+//! descriptors travel beside it. Nothing here is on a hot path; JSON keeps the two sides compatible
+//! when one of them knows more fields than the other.
 //!
 //! ```text
 //! client                                daemon
@@ -18,8 +18,8 @@
 //! …                                     Closing{reason}, then end of file
 //! ```
 //!
-//! Each request of the client carries a `seq`, and its answer repeats it. The end of the socket is the
-//! end of the session, for either side.
+//! Each request of the client carries a `seq`, and its answer repeats it. The end of the socket is
+//! the end of the session, for either side.
 
 #![forbid(unsafe_code)]
 
@@ -157,7 +157,8 @@ pub struct SegmentLayout {
 pub enum MemoryRef {
     /// A memfd that the client shared with [`ClientMessage::AddRegion`].
     Region(u32),
-    /// Plain memory of the client's process, reached with `process_vm_readv` and `process_vm_writev`.
+    /// Plain memory of the client's process, reached with `process_vm_readv` and
+    /// `process_vm_writev`.
     Process,
 }
 
@@ -165,8 +166,9 @@ pub enum MemoryRef {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum DaemonMessage {
-    /// Answer to [`Hello`], with four descriptors: D2C memfd, the eventfd that rings the daemon, the read
-    /// end of the pipe that the daemon rings the client with, and the index file (read-only).
+    /// Answer to [`Hello`], with four descriptors: D2C memfd, the eventfd that rings the daemon,
+    /// the read end of the pipe that the daemon rings the client with, and the index file
+    /// (read-only).
     Welcome(Welcome),
     /// The session does not come about; the socket ends after it.
     Refused {

@@ -1,9 +1,10 @@
 //! Namespaces: the domain in which one block hash means one run of bytes.
 //!
-//! Two instances share blocks only when everything that decides the bytes is equal: the model and its
-//! revision, the dtype, how the engine lays a block out, the parallel topology, the tokens in a block,
-//! the hash algorithm and its salt, and the sizes of the segments that each rank packs into a page. All
-//! of it goes into one BLAKE3 digest; nothing is left to a default that could silently differ.
+//! Two instances share blocks only when everything that decides the bytes is equal: the model and
+//! its revision, the dtype, how the engine lays a block out, the parallel topology, the tokens in a
+//! block, the hash algorithm and its salt, and the sizes of the segments that each rank packs into
+//! a page. All of it goes into one BLAKE3 digest; nothing is left to a default that could silently
+//! differ.
 
 #![forbid(unsafe_code)]
 
@@ -37,7 +38,8 @@ pub struct NamespaceSpec {
 /// Longest text field in bytes.
 pub const MAX_FIELD_BYTES: usize = 1024;
 
-/// Segment sizes, in packing order, of one rank's group: what gives the bytes of a page their meaning.
+/// Segment sizes, in packing order, of one rank's group: what gives the bytes of a page their
+/// meaning.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackedGroup {
     /// Worker rank.
@@ -99,7 +101,8 @@ impl NamespaceSpec {
         Ok(())
     }
 
-    /// Digest over the spec, the world size and every rank's packed groups, sorted by rank and group.
+    /// Digest over the spec, the world size and every rank's packed groups, sorted by rank and
+    /// group.
     pub fn digest(&self, world_size: u32, groups: &[PackedGroup]) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new_derive_key("pegaflow namespace v1");
         for (_, value, _) in self.fields() {

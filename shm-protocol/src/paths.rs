@@ -42,8 +42,8 @@ pub fn node_dir(node: &str) -> PathBuf {
     root.join(node)
 }
 
-/// The session socket of a node: `PEGAFLOW_SOCKET` if set, else `/run/pegaflow/<node>.sock` for root and
-/// the user's runtime folder for everybody else.
+/// The session socket of a node: `PEGAFLOW_SOCKET` if set, else `/run/pegaflow/<node>.sock` for
+/// root and the user's runtime folder for everybody else.
 pub fn socket_path(node: &str) -> PathBuf {
     if let Some(path) = std::env::var_os("PEGAFLOW_SOCKET") {
         return PathBuf::from(path);

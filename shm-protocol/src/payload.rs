@@ -7,8 +7,8 @@
 //! | load | block ids |
 //!
 //! Block ids are `count` little-endian `u32`, or, with [`flags::BLOCK_RUNS`], pairs
-//! `(start: u32, length: u32)` whose lengths add up to `count`. Engines hand out blocks in runs, and
-//! bytes are what a list costs, so the writer takes whichever form is shorter.
+//! `(start: u32, length: u32)` whose lengths add up to `count`. Engines hand out blocks in runs,
+//! and bytes are what a list costs, so the writer takes whichever form is shorter.
 
 #![forbid(unsafe_code)]
 
@@ -19,8 +19,8 @@ use crate::desc::{DescriptorFault, flags};
 pub const CHUNK_BYTES: usize = 16 * 1024;
 /// Hashes in a full query chunk.
 pub const QUERY_CHUNK_HASHES: usize = CHUNK_BYTES / 32;
-/// Blocks in a full save chunk (32 bytes of hash and 4 of block id each), kept even so that ids stay
-/// 8-byte aligned.
+/// Blocks in a full save chunk (32 bytes of hash and 4 of block id each), kept even so that ids
+/// stay 8-byte aligned.
 pub const SAVE_CHUNK_BLOCKS: usize = (CHUNK_BYTES / 36) & !1;
 /// Blocks in a full load chunk.
 pub const LOAD_CHUNK_BLOCKS: usize = CHUNK_BYTES / 4;

@@ -1,10 +1,10 @@
 //! The two segments of a session: where everything lies in them.
 //!
-//! *Client-to-daemon* (C2D): header, doorbell and progress words of the client, submission slots, payload
-//! arena. Created and written by the client, mapped read-only by the daemon.
-//! *Daemon-to-client* (D2C): the same of the daemon, completion slots, result arena. Created and written
-//! by the daemon, mapped read-only by the client. So each byte of shared memory has one writer, and the
-//! MMU enforces it.
+//! *Client-to-daemon* (C2D): header, doorbell and progress words of the client, submission slots,
+//! payload arena. Created and written by the client, mapped read-only by the daemon.
+//! *Daemon-to-client* (D2C): the same of the daemon, completion slots, result arena. Created and
+//! written by the daemon, mapped read-only by the client. So each byte of shared memory has one
+//! writer, and the MMU enforces it.
 //!
 //! ```text
 //! 0     header      magic, version, feature bits, boot id, table of offsets
@@ -102,8 +102,8 @@ pub struct SegmentShape {
 impl SegmentShape {
     /// The client's default: 256 submissions and an arena of 4 MiB.
     ///
-    /// A ring is passed through from end to end, so all of it competes for the first-level cache: the two
-    /// rings of a session fit it at 16 KiB each, and do not at 64.
+    /// A ring is passed through from end to end, so all of it competes for the first-level cache:
+    /// the two rings of a session fit it at 16 KiB each, and do not at 64.
     pub const DEFAULT_C2D: SegmentShape = SegmentShape {
         slots: 256,
         arena_chunks: 256,

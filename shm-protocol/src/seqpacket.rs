@@ -16,8 +16,8 @@ use serde::de::DeserializeOwned;
 
 use crate::control::{MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS};
 
-/// Most descriptors that the kernel passes with one packet (`SCM_MAX_FD`). All of them are taken in,
-/// so that none is left to the kernel to close; see [`take_descriptors`].
+/// Most descriptors that the kernel passes with one packet (`SCM_MAX_FD`). All of them are taken
+/// in, so that none is left to the kernel to close; see [`take_descriptors`].
 const MOST_FDS: usize = 253;
 
 /// A packet could not be sent or received.
@@ -101,7 +101,8 @@ pub fn receive<M: DeserializeOwned>(
         match recvmsg(socket, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
             Ok(received) => break received,
             Err(Errno::INTR) => {}
-            // A peer that closed without reading everything raises this once, before its last words.
+            // A peer that closed without reading everything raises this once, before its last
+            // words.
             Err(Errno::CONNRESET) if !reset => reset = true,
             Err(Errno::CONNRESET) => return Err(PacketError::Closed),
             Err(error) => return Err(error.into()),

@@ -32,8 +32,8 @@ fn explore(model: impl Fn() + Sync + Send + 'static) {
     explore_with(None, model);
 }
 
-/// At most two or three switches at arbitrary points (stale reads are still all explored): for models
-/// whose full exploration takes minutes.
+/// At most two or three switches at arbitrary points (stale reads are still all explored): for
+/// models whose full exploration takes minutes.
 fn explore_switches(bound: usize, model: impl Fn() + Sync + Send + 'static) {
     explore_with(Some(bound), model);
 }

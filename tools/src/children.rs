@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | returns or panics | the owners' `Drop` |
 //! | SIGINT, SIGTERM, SIGHUP | the thread that [`clean_up_on_signals`] starts |
-//! | SIGKILL | the kernel ends the children ([`die_with_parent`]); the next run removes folders ([`sweep`]) |
+//! | SIGKILL | the kernel ends children ([`die_with_parent`]), the next run [`sweep`]s folders |
 
 #![forbid(unsafe_code)]
 
@@ -73,7 +73,8 @@ pub fn end_process(pid: u32, mut gone: impl FnMut() -> bool) {
     }
 }
 
-/// Call before any other thread starts: interrupting signals end the children and remove the folders first.
+/// Call before any other thread starts: interrupting signals end the children and remove the
+/// folders first.
 pub fn clean_up_on_signals() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -101,8 +102,8 @@ pub fn clean_up_on_signals() {
     });
 }
 
-/// First thing in a child: takes signals that the parent blocked, and the kernel ends this process when the
-/// thread that started it ends.
+/// First thing in a child: takes signals that the parent blocked, and the kernel ends this process
+/// when the thread that started it ends.
 pub fn die_with_parent() {
     // A spawned process inherits the mask of `clean_up_on_signals`.
     let _ = SigSet::all().thread_unblock();

@@ -55,7 +55,8 @@ struct Global {
     /// Node to look at
     #[arg(long, global = true, value_name = "NAME", env = "PEGAFLOW_NODE", default_value = paths::DEFAULT_NODE)]
     node: String,
-    /// Session socket of a running daemon. bench and replay use that daemon instead of one of their own
+    /// Session socket of a running daemon. bench and replay use that daemon instead of one of their
+    /// own
     #[arg(long, global = true, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// Folder that holds one folder of shared files per node; on tmpfs

@@ -102,7 +102,8 @@ fn all_json(view: &NodeView) -> Value {
     })
 }
 
-/// `pegactl metrics --prometheus`: the text exposition format, for a node whose daemon cannot answer.
+/// `pegactl metrics --prometheus`: the text exposition format, for a node whose daemon cannot
+/// answer.
 pub fn prometheus(view: &NodeView) -> String {
     let mut text = String::new();
     let mut last = "";

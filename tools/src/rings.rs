@@ -39,7 +39,8 @@ struct Segment {
 }
 
 impl Segment {
-    /// Follows a link of the `sessions` folder: it leads to the memfd through a process that holds it.
+    /// Follows a link of the `sessions` folder: it leads to the memfd through a process that holds
+    /// it.
     fn open(path: &Path, magic: u64) -> Result<Segment, SegmentError> {
         let file = NamedFile::from_fd(OwnedFd::from(File::open(path)?), "session segment")?;
         let mapping = file.map(Access::ReadOnly)?;
@@ -86,7 +87,8 @@ struct RingState {
     slots: u32,
     /// Messages published since the session began.
     published: u64,
-    /// Messages that the consumer has reported as read; it reports every quarter of a lap and when idle.
+    /// Messages that the consumer has reported as read; it reports every quarter of a lap and when
+    /// idle.
     consumed: u64,
     /// `published - consumed`: an upper bound of what waits.
     waiting: u64,

@@ -1,7 +1,9 @@
-//! Opening the cache at start: the pool of a previous daemon with every block that was sealed, or a new one.
+//! Opening the cache at start: the pool of a previous daemon with every block that was sealed, or a
+//! new one.
 //!
-//! Only blocks all of whose shards have valid records come back; everything else is cleared from the
-//! catalog, so that it is not looked at again. The index is always built anew, under the new boot id.
+//! Only blocks all of whose shards have valid records come back; everything else is cleared from
+//! the catalog, so that it is not looked at again. The index is always built anew, under the new
+//! boot id.
 
 #![forbid(unsafe_code)]
 

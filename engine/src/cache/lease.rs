@@ -1,9 +1,9 @@
 //! Leases: time-limited holds on an ordered list of blocks.
 //!
-//! A lease id carries a generation, so that an id from the past never names a later lease. Each worker
-//! rank loads from a lease once; the lease ends when the last one has, when it is released, replaced or
-//! expired, or when its session goes. Whatever ends it, its blocks stay pinned until the copies that use
-//! them have drained.
+//! A lease id carries a generation, so that an id from the past never names a later lease. Each
+//! worker rank loads from a lease once; the lease ends when the last one has, when it is released,
+//! replaced or expired, or when its session goes. Whatever ends it, its blocks stay pinned until
+//! the copies that use them have drained.
 
 #![forbid(unsafe_code)]
 
@@ -268,8 +268,8 @@ impl LeaseTable {
     /// The lease is gone.
     pub fn extend(&mut self, id: u64, deadline: Instant, ttl_ms: u64) -> Result<(), Status> {
         self.get(id)?;
-        // The queue of deadlines is not touched: `expire` puts a lease that is not due back in, so a client
-        // that extends in a loop cannot make it grow.
+        // The queue of deadlines is not touched: `expire` puts a lease that is not due back in, so
+        // a client that extends in a loop cannot make it grow.
         if let Some(lease) = self.slot_mut(id).filter(|lease| lease.deadline < deadline) {
             lease.deadline = deadline;
             lease.ttl_ms = ttl_ms;

@@ -12,8 +12,8 @@ use crate::cache::{Cache, PINS_PER_BLOCK};
 use crate::pool::PageAddr;
 
 impl Cache {
-    /// Pins the longest prefix of `hashes` that is sealed, appends its entries to `pinned`, and tells why the
-    /// next one is a miss; `None` when all are hits.
+    /// Pins the longest prefix of `hashes` that is sealed, appends its entries to `pinned`, and
+    /// tells why the next one is a miss; `None` when all are hits.
     pub fn pin_prefix(
         &mut self,
         domain: DomainId,
@@ -36,8 +36,8 @@ impl Cache {
         miss
     }
 
-    /// Pins each of `hashes` that is sealed, appends the entries to `pinned`, and calls `outcome` with each
-    /// position: `None` for a hit.
+    /// Pins each of `hashes` that is sealed, appends the entries to `pinned`, and calls `outcome`
+    /// with each position: `None` for a hit.
     pub fn pin_members(
         &mut self,
         domain: DomainId,

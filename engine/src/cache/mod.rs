@@ -39,8 +39,8 @@ use crate::pool::{ExtentId, Pool};
 
 /// Most isolation domains of one daemon.
 pub const MAX_DOMAINS: usize = 64;
-/// Pins that leases and unfinished queries may hold at once, for each block that an index can hold. A
-/// block that many requests share has many pins, and each costs its holder four bytes.
+/// Pins that leases and unfinished queries may hold at once, for each block that an index can hold.
+/// A block that many requests share has many pins, and each costs its holder four bytes.
 pub const PINS_PER_BLOCK: u32 = 8;
 
 /// How a cache behaves.
@@ -92,7 +92,8 @@ pub struct Cache {
     unsealed: u64,
     evictions: Evictions,
     held: Vec<Held>,
-    /// Nothing could be evicted for an earlier block of the list at hand, and nothing has changed since.
+    /// Nothing could be evicted for an earlier block of the list at hand, and nothing has changed
+    /// since.
     exhausted: bool,
     /// Extents of another page size that could not be evacuated for the list at hand.
     busy_extents: Vec<ExtentId>,

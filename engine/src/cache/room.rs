@@ -1,8 +1,9 @@
 //! Finding a page: allocate, else evict.
 //!
-//! Victims come in the policy's order. A victim whose pages have another size frees nothing that the new
-//! page could use, unless its whole extent empties: then every block of that extent goes, and the extent
-//! changes its page size. Without that, the first model on a node would keep the pool for ever.
+//! Victims come in the policy's order. A victim whose pages have another size frees nothing that
+//! the new page could use, unless its whole extent empties: then every block of that extent goes,
+//! and the extent changes its page size. Without that, the first model on a node would keep the
+//! pool for ever.
 
 #![forbid(unsafe_code)]
 
@@ -255,8 +256,8 @@ impl Cache {
     }
 
     fn drop_page(&mut self, domain: DomainId, page: PageAddr) -> u64 {
-        // The record goes before the page can be used again, so that a crash in between loses a page and
-        // never adopts another block's bytes.
+        // The record goes before the page can be used again, so that a crash in between loses a
+        // page and never adopts another block's bytes.
         if let Err(error) = self.catalog.clear(page) {
             tracing::error!(%error, "a catalog record cannot be cleared");
         }

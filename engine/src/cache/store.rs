@@ -1,8 +1,8 @@
 //! Taking shards in: what to copy, and what a finished or failed copy means.
 //!
-//! A block goes *absent* → *unfinished* (in the index, invisible to clients) → *sealed* (visible) when the
-//! last of its shards is completely copied. A failed copy takes its shard back, and a block without any
-//! shard leaves the index, so that nothing half-written is ever a hit.
+//! A block goes *absent* → *unfinished* (in the index, invisible to clients) → *sealed* (visible)
+//! when the last of its shards is completely copied. A failed copy takes its shard back, and a
+//! block without any shard leaves the index, so that nothing half-written is ever a hit.
 
 #![forbid(unsafe_code)]
 
@@ -17,8 +17,8 @@ use crate::cache::{Cache, Unfinished};
 use crate::catalog::{Catalog, PageRecord};
 use crate::pool::{PageAddr, Pool, round_page};
 
-/// Blocks that got their last shard, or left, and that may stay in the queue of unfinished ones beyond
-/// one for each unfinished block.
+/// Blocks that got their last shard, or left, and that may stay in the queue of unfinished ones
+/// beyond one for each unfinished block.
 const UNFINISHED_SLACK: u64 = 1024;
 
 /// Whose shard of which blocks a save brings.
@@ -59,7 +59,8 @@ pub enum Offer {
 }
 
 impl Cache {
-    /// Offers one rank's shards of blocks, in the order of `hashes`; `outcome` hears each position once.
+    /// Offers one rank's shards of blocks, in the order of `hashes`; `outcome` hears each position
+    /// once.
     pub fn offer(
         &mut self,
         scope: &ShardScope,
@@ -92,7 +93,8 @@ impl Cache {
         let home = &mut self.domains[scope.domain];
         let block = home.block(entry);
         if block.shards != scope.shards {
-            // The namespace digest fixes the shards of a group: only a defect could bring this about.
+            // The namespace digest fixes the shards of a group: only a defect could bring this
+            // about.
             tracing::error!(
                 found = block.shards,
                 expected = scope.shards,

@@ -1,5 +1,5 @@
-//! The cache against a model: random saves, copies that end or fail, queries and releases, over a pool far
-//! too small for them, with two page sizes and blocks of one and of two shards.
+//! The cache against a model: random saves, copies that end or fail, queries and releases, over a
+//! pool far too small for them, with two page sizes and blocks of one and of two shards.
 
 #![forbid(unsafe_code)]
 

@@ -197,7 +197,8 @@ pub struct PageRecord {
     pub namespace: u32,
     /// Cache group.
     pub group: u16,
-    /// Which of the block's shards the page holds: the rank's position among those that hold the group.
+    /// Which of the block's shards the page holds: the rank's position among those that hold the
+    /// group.
     pub rank: u8,
     /// Shards of the block.
     pub shards: u8,

@@ -1,7 +1,7 @@
 //! What the control thread asks of the lane, and what the lane tells it.
 //!
-//! The lane owns all cache state and is never called into: commands go through a channel and wake it,
-//! answers come back through one-shot channels, and events go the other way.
+//! The lane owns all cache state and is never called into: commands go through a channel and wake
+//! it, answers come back through one-shot channels, and events go the other way.
 
 #![forbid(unsafe_code)]
 

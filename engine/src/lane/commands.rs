@@ -146,8 +146,8 @@ impl Lane {
         Ok(id)
     }
 
-    /// Tells everybody concerned when a registration makes its instance complete, or the newcomer alone when
-    /// it was complete before.
+    /// Tells everybody concerned when a registration makes its instance complete, or the newcomer
+    /// alone when it was complete before.
     fn announce(&mut self, session: SessionId, registration: u32) {
         let Some(instance) = self.instance_of(session, registration) else {
             return;

@@ -54,8 +54,9 @@ impl Lane {
         self.start_load(session, load)
     }
 
-    /// Takes a chunk's block ids in, as far as the session may keep them: a run of thousands takes eight
-    /// bytes of payload, so the credit alone would not bound what a client can have the lane keep.
+    /// Takes a chunk's block ids in, as far as the session may keep them: a run of thousands takes
+    /// eight bytes of payload, so the credit alone would not bound what a client can have the lane
+    /// keep.
     fn take_blocks(
         &mut self,
         session: &mut LaneSession,
@@ -258,8 +259,8 @@ impl Lane {
     }
 }
 
-/// Finds block ids that are out of range or given twice, in one pass and without sorting. A group's most
-/// blocks bound its marks to 2 MiB.
+/// Finds block ids that are out of range or given twice, in one pass and without sorting. A group's
+/// most blocks bound its marks to 2 MiB.
 #[derive(Default)]
 pub(super) struct SeenBlocks {
     bits: Vec<u64>,

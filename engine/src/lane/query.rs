@@ -113,7 +113,8 @@ impl Lane {
             .scope
             .is_some_and(|scope| namespace != Some(scope.namespace))
         {
-            // A rank left since the first chunk; the namespace's number may mean another one by now.
+            // A rank left since the first chunk; the namespace's number may mean another one by
+            // now.
             query.list.fail(Status::NotReady, u64::from(id));
         }
         if let (Some(scope), None) = (query.scope, query.list.failed) {
@@ -287,8 +288,9 @@ impl Lane {
         }
     }
 
-    /// The live lease of the same query, if there is one, for as long again as this answer promises; a lease
-    /// of another query under the same key makes room, unless somebody has begun to load from it.
+    /// The live lease of the same query, if there is one, for as long again as this answer
+    /// promises; a lease of another query under the same key makes room, unless somebody has begun
+    /// to load from it.
     fn repeat(
         &mut self,
         request: RequestKey,

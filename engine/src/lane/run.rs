@@ -152,8 +152,8 @@ impl Lane {
         Ok(())
     }
 
-    /// Lets `work` act on a session and on the lane at once; a fault ends the session. Then settles what
-    /// the work may have brought to an end.
+    /// Lets `work` act on a session and on the lane at once; a fault ends the session. Then settles
+    /// what the work may have brought to an end.
     pub(super) fn with_session(
         &mut self,
         id: SessionId,
@@ -197,8 +197,8 @@ impl Lane {
         });
     }
 
-    /// Watches a session's bell. Edge-triggered, so that the bell need not be read, which a client could
-    /// make block.
+    /// Watches a session's bell. Edge-triggered, so that the bell need not be read, which a client
+    /// could make block.
     pub(super) fn watch(&self, session: &LaneSession) -> Result<(), Errno> {
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         let data = epoll::EventData::new_u64(session.id);

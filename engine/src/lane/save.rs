@@ -117,7 +117,8 @@ impl Lane {
             return Ok(());
         };
         if namespace != Some(scope.namespace) {
-            // A rank left since the first chunk; the namespace's number may mean another one by now.
+            // A rank left since the first chunk; the namespace's number may mean another one by
+            // now.
             save.list.fail(Status::NotReady, about);
         }
         let num_blocks = target.layout().num_blocks();

@@ -42,8 +42,8 @@ pub(super) enum SessionFault {
 
 /// A registration of the session.
 pub(super) struct Registration {
-    /// Its id. Ids are not used twice in a session, so that a late chunk of a request never meets the memory
-    /// of another registration.
+    /// Its id. Ids are not used twice in a session, so that a late chunk of a request never meets
+    /// the memory of another registration.
     pub id: u32,
     pub instance: InstanceId,
     pub rank: Option<u32>,
@@ -198,7 +198,8 @@ impl LaneSession {
         !self.faulted && self.closing.is_none() && self.submissions.ready()
     }
 
-    /// True when a slot was claimed by a thread that has not published it, and others after it have.
+    /// True when a slot was claimed by a thread that has not published it, and others after it
+    /// have.
     pub(super) fn is_stalled(&self) -> bool {
         self.submissions.stalled()
     }

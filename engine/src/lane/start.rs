@@ -56,8 +56,8 @@ pub struct StartedLane {
     pub thread: JoinHandle<()>,
 }
 
-/// Brings the cache up and starts the lane thread. `progress` is told the bytes of the pool that are
-/// populated so far, from several threads.
+/// Brings the cache up and starts the lane thread. `progress` is told the bytes of the pool that
+/// are populated so far, from several threads.
 ///
 /// # Errors
 /// The pool does not fit, its files cannot be made, or a thread cannot be started.
@@ -148,8 +148,8 @@ pub fn start(
     })
 }
 
-/// A lane that panics may have left private state half changed. Shared memory is consistent at every
-/// instruction, so the daemon ends at once and the next one takes the sealed blocks over.
+/// A lane that panics may have left private state half changed. Shared memory is consistent at
+/// every instruction, so the daemon ends at once and the next one takes the sealed blocks over.
 fn run(lane: Lane) {
     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| lane.run())).is_err() {
         tracing::error!("the lane panicked: the daemon aborts, its pool stays for the next one");

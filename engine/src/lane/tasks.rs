@@ -13,8 +13,8 @@ use crate::lane::api::SessionId;
 use crate::lane::run::Lane;
 use crate::lane::session::LaneSession;
 
-/// Bytes of one task: long enough that handing it over costs nothing, short enough that all copy threads
-/// get their share of a request and that a cancellation is quick.
+/// Bytes of one task: long enough that handing it over costs nothing, short enough that all copy
+/// threads get their share of a request and that a cancellation is quick.
 const TASK_BYTES: u64 = 512 * 1024;
 
 /// Whose copies a task makes.
@@ -73,8 +73,8 @@ impl TaskTable {
 }
 
 impl Lane {
-    /// Cuts the pages at hand, `self.pages`, into tasks and hands them out; returns how many. `entries` has
-    /// an element for each page of a save and none for a load.
+    /// Cuts the pages at hand, `self.pages`, into tasks and hands them out; returns how many.
+    /// `entries` has an element for each page of a save and none for a load.
     pub(super) fn dispatch(
         &mut self,
         session: &mut LaneSession,
@@ -128,8 +128,8 @@ impl Lane {
         }
     }
 
-    /// Hands out tasks that had to wait for room. The backlog is bounded by what the sessions' unfinished
-    /// requests can list.
+    /// Hands out tasks that had to wait for room. The backlog is bounded by what the sessions'
+    /// unfinished requests can list.
     pub(super) fn hand_out_backlog(&mut self) {
         while let Some(task) = self.backlog.pop_front() {
             if let Err(task) = self.workers.submit(task) {

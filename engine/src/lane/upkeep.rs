@@ -1,4 +1,5 @@
-//! What happens by the clock: leases expire, stalled rings end their session, figures are published.
+//! What happens by the clock: leases expire, stalled rings end their session, figures are
+//! published.
 
 #![forbid(unsafe_code)]
 

@@ -161,8 +161,8 @@ impl Instance {
         ranks.chain(self.schedulers.iter().map(|member| (None, member)))
     }
 
-    /// The groups that a member can name in a complete instance: a rank those it registered, a scheduler
-    /// those of any rank.
+    /// The groups that a member can name in a complete instance: a rank those it registered, a
+    /// scheduler those of any rank.
     pub fn places(&self, rank: Option<u32>) -> Vec<GroupPlace> {
         let mut groups: Vec<u16> = self
             .ranks()

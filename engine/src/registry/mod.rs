@@ -1,8 +1,8 @@
 //! Which instances there are, which ranks of them have registered, and who must be told.
 //!
-//! An instance is complete when all `world_size` ranks are in. Only then is its namespace known, because
-//! the namespace covers what every rank packs into its pages; until then queries and saves answer
-//! "not ready". Nothing here knows about rings or memory.
+//! An instance is complete when all `world_size` ranks are in. Only then is its namespace known,
+//! because the namespace covers what every rank packs into its pages; until then queries and saves
+//! answer "not ready". Nothing here knows about rings or memory.
 
 #![forbid(unsafe_code)]
 
@@ -56,7 +56,8 @@ impl Registry {
     /// Adds a rank or a scheduler to its instance, which is made if it is not there.
     ///
     /// # Errors
-    /// The registration contradicts the instance, its rank is taken, or there are too many instances.
+    /// The registration contradicts the instance, its rank is taken, or there are too many
+    /// instances.
     pub fn join(
         &mut self,
         uid: u32,

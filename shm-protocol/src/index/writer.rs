@@ -157,8 +157,8 @@ impl<M: WritableIndexMemory> IndexWriter<M> {
 
     /// Gives storage to at least `step_entries` more entries (in whole pages, up to the
     /// capacity). `allocate` gets the byte range in the file and must return only when writing
-    /// it cannot fail, as after `NamedFile::reserve`; its error comes back. Returns the entries that have storage now; at the
-    /// capacity, `allocate` is not called.
+    /// it cannot fail, as after `NamedFile::reserve`; its error comes back. Returns the entries
+    /// that have storage now; at the capacity, `allocate` is not called.
     pub fn reserve<E>(
         &mut self,
         step_entries: u32,

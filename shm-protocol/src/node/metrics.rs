@@ -1,12 +1,14 @@
 //! The counters, gauges and histograms of a node, from one table.
 //!
-//! Each has a fixed position in the node file, so that the daemon writes it with one relaxed add, and
-//! `/metrics` as well as a tool that maps the file of a busy or dead daemon read the same numbers.
+//! Each has a fixed position in the node file, so that the daemon writes it with one relaxed add,
+//! and `/metrics` as well as a tool that maps the file of a busy or dead daemon read the same
+//! numbers.
 
 #![forbid(unsafe_code)]
 
 macro_rules! metrics {
-    ($(#[$meta:meta])* $kind:ident; $($name:ident = $family:literal, [$($key:literal = $value:literal),*], $help:literal;)*) => {
+    ($(#[$meta:meta])* $kind:ident;
+     $($name:ident = $family:literal, [$($key:literal = $value:literal),*], $help:literal;)*) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(usize)]

@@ -1,7 +1,7 @@
 //! The node file: what a daemon tells about itself, in shared memory.
 //!
-//! `/dev/shm/pegaflow/<node>/node` is written by the daemon alone and mapped read-only by tools. It needs
-//! no answer from the daemon, so it can be read while the daemon is busy and after it died.
+//! `/dev/shm/pegaflow/<node>/node` is written by the daemon alone and mapped read-only by tools. It
+//! needs no answer from the daemon, so it can be read while the daemon is busy and after it died.
 //!
 //! ```text
 //! 0       NodeHeader
@@ -13,8 +13,8 @@
 //!         namespaces  NAMESPACE_ROWS × (version, NamespaceRow)
 //! ```
 //!
-//! Counters, gauges and buckets are single atomic words. A table row carries a version that is odd while
-//! the daemon writes the row; a reader that sees it odd or changed reads again.
+//! Counters, gauges and buckets are single atomic words. A table row carries a version that is odd
+//! while the daemon writes the row; a reader that sees it odd or changed reads again.
 
 mod metrics;
 mod rows;
@@ -50,8 +50,8 @@ pub struct NodeHeader {
     pub boot_id: BootId,
     /// Unix time of the start in milliseconds.
     pub started_unix_ms: u64,
-    /// Start time of the process in clock ticks since the kernel booted (`/proc/<pid>/stat` field 22),
-    /// so that a recycled process id is not taken for the daemon.
+    /// Start time of the process in clock ticks since the kernel booted (`/proc/<pid>/stat` field
+    /// 22), so that a recycled process id is not taken for the daemon.
     pub pid_start_ticks: u64,
     /// Bytes of the whole file.
     pub total_bytes: u64,

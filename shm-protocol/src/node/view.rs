@@ -63,7 +63,8 @@ struct Words {
     _mapping: Arc<Mapping>,
 }
 
-// SAFETY: `base` points into a mapping that `_mapping` keeps alive, and is only used for atomic access.
+// SAFETY: `base` points into a mapping that `_mapping` keeps alive, and is only used for atomic
+// access.
 unsafe impl Send for Words {}
 // SAFETY: as above; atomics may be shared.
 unsafe impl Sync for Words {}
@@ -87,8 +88,8 @@ impl Words {
     #[inline]
     fn word(&self, at: usize) -> &AtomicU64 {
         assert!(at < TOTAL_WORDS);
-        // SAFETY: `at` is below TOTAL_WORDS, which `new` checked against the mapping's length; a mapping is
-        // page-aligned, and all access to these bytes is atomic on both sides.
+        // SAFETY: `at` is below TOTAL_WORDS, which `new` checked against the mapping's length; a
+        // mapping is page-aligned, and all access to these bytes is atomic on both sides.
         unsafe { self.base.add(at).as_ref() }
     }
 

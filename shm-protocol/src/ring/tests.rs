@@ -1,5 +1,7 @@
 //! Ring guarantees that need no second process, over heap memory (so Miri can run them).
 
+#![forbid(unsafe_code)]
+
 use super::*;
 use crate::sync::Ordering;
 

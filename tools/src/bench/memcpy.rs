@@ -1,4 +1,5 @@
-//! What `memcpy` reaches between a memfd and a tmpfs file, with several threads: the limit of a save.
+//! What `memcpy` reaches between a memfd and a tmpfs file, with several threads: the limit of a
+//! save.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier};
@@ -59,8 +60,9 @@ impl Memcpy {
                     barrier.wait();
                     let source = std::ptr::with_exposed_provenance::<u8>(source);
                     let target = std::ptr::with_exposed_provenance_mut::<u8>(target);
-                    // SAFETY: both ranges were checked against their mappings, which `self` keeps; the mappings
-                    // do not overlap, no other process knows them, and threads copy disjoint parts.
+                    // SAFETY: both ranges were checked against their mappings, which `self` keeps;
+                    // the mappings do not overlap, no other process knows them, and threads copy
+                    // disjoint parts.
                     unsafe { std::ptr::copy_nonoverlapping(source, target, length) };
                 }));
             }

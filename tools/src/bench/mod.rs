@@ -28,10 +28,11 @@ use crate::replay::member::{Identity, Member};
 /// What to measure.
 #[derive(Clone, Debug, Subcommand)]
 pub enum BenchCommand {
-    /// Rings and doorbells between two processes, against the cache line's own round trip, eventfds and an
-    /// unchecked textbook ring
+    /// Rings and doorbells between two processes, against the cache line's own round trip, eventfds
+    /// and an unchecked textbook ring
     Rings(RingsArgs),
-    /// Query (with lease), probe and release of a fully cached prefix, from another process than the one that saved it
+    /// Query (with lease), probe and release of a fully cached prefix, from another process than
+    /// the one that saved it
     Query(QueryArgs),
     /// Save until sealed, and load, against memcpy with the daemon's number of copy threads
     Save(SaveArgs),

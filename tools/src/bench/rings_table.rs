@@ -81,10 +81,11 @@ pub fn render(report: &RingsReport) -> String {
     let _ = write!(
         text,
         "{limits}\n\
-         spinning: validation and doorbell checks on both sides. two lines: what each side writes alone, as\n\
-         the product's rings are; one line, written by both, is the faster raw ping-pong around each case.\n\
-         parked: the answering side sleeps at each message, the asking side waits as the library does.\n\
-         idle time: 0.4 ms without a message, so that the CPU sleeps as well."
+         spinning: validation and doorbell checks on both sides.\n\
+         two lines: what each side writes alone, as the product's rings are; one line, written by\n\
+         both, is the faster raw ping-pong around each case.\n\
+         parked: the answering side sleeps at each message, the asking side waits as the library\n\
+         does. idle time: 0.4 ms without a message, so that the CPU sleeps as well."
     );
     text
 }

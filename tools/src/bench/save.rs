@@ -1,4 +1,5 @@
-//! `bench save`: from submitting a save of new blocks until all are sealed, and the load of the same blocks.
+//! `bench save`: from submitting a save of new blocks until all are sealed, and the load of the
+//! same blocks.
 
 #![forbid(unsafe_code)]
 

@@ -10,8 +10,8 @@ const IO_URING_PARAMS_BYTES: usize = 256;
 /// Sets up a small io_uring and gives it back.
 pub fn io_uring_setup() -> io::Result<()> {
     let mut params = [0_u64; IO_URING_PARAMS_BYTES / 8];
-    // SAFETY: the kernel reads and writes `struct io_uring_params` of 120 bytes at the pointer, which leads to
-    // 256 zeroed, 8-byte aligned bytes of our own.
+    // SAFETY: the kernel reads and writes `struct io_uring_params` of 120 bytes at the pointer,
+    // which leads to 256 zeroed, 8-byte aligned bytes of our own.
     let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 4 as c_uint, params.as_mut_ptr()) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
@@ -25,7 +25,8 @@ pub fn io_uring_setup() -> io::Result<()> {
 pub enum Cuda {
     /// There is no driver library.
     NoDriver,
-    /// The library lacks a function or one failed; the number is a `CUresult`, 0 for a missing function.
+    /// The library lacks a function or one failed; the number is a `CUresult`, 0 for a missing
+    /// function.
     Broken(&'static str, i32),
     /// It works.
     Devices {
@@ -36,10 +37,11 @@ pub enum Cuda {
     },
 }
 
-/// Loads `libcuda.so.1` and counts devices. The library stays loaded: it does not survive being unloaded.
+/// Loads `libcuda.so.1` and counts devices. The library stays loaded: it does not survive being
+/// unloaded.
 pub fn cuda() -> Cuda {
-    // SAFETY: the name is NUL-terminated. Loading runs the library's constructors, which is what a process that
-    // uses CUDA does as well.
+    // SAFETY: the name is NUL-terminated. Loading runs the library's constructors, which is what a
+    // process that uses CUDA does as well.
     let library =
         unsafe { libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     if library.is_null() {
@@ -52,8 +54,9 @@ pub fn cuda() -> Cuda {
     let (Some(init), Some(get_version), Some(get_count)) = (init, get_version, get_count) else {
         return Cuda::Broken("a function is missing", 0);
     };
-    // SAFETY: the three functions have had these signatures since CUDA 1: `CUresult cuInit(unsigned int)` and
-    // `CUresult cuDriverGetVersion(int *)`, `CUresult cuDeviceGetCount(int *)`; the pointers lead to our integers.
+    // SAFETY: the three functions have had these signatures since CUDA 1: `CUresult cuInit(unsigned
+    // int)` and `CUresult cuDriverGetVersion(int *)`, `CUresult cuDeviceGetCount(int *)`; the
+    // pointers lead to our integers.
     let (init, get_version, get_count) = unsafe {
         (
             std::mem::transmute::<*mut c_void, extern "C" fn(c_uint) -> c_int>(init),

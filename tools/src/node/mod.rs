@@ -90,7 +90,8 @@ impl NodeView {
         Liveness::of(self.header.pid, self.header.pid_start_ticks)
     }
 
-    /// Of a dead daemon: it could not unlink its socket, which is the last thing an orderly stop does.
+    /// Of a dead daemon: it could not unlink its socket, which is the last thing an orderly stop
+    /// does.
     pub fn ended_uncleanly(&self) -> bool {
         self.liveness() == Liveness::Dead && Path::new(&field_text(&self.header.socket)).exists()
     }

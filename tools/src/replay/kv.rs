@@ -1,8 +1,8 @@
 //! Paged KV memory of a worker, as an engine would have it.
 //!
-//! A block is a row of one or more arrays (layers-first: all blocks' first segments, then all second ones …), and
-//! the daemon packs the segments of a block into one page. The memory is either shared with the daemon or plain
-//! memory of this process.
+//! A block is a row of one or more arrays (layers-first: all blocks' first segments, then all
+//! second ones …), and the daemon packs the segments of a block into one page. The memory is either
+//! shared with the daemon or plain memory of this process.
 
 use std::alloc::{Layout, alloc_zeroed};
 use std::ptr::NonNull;
@@ -53,7 +53,8 @@ impl KvShape {
     }
 }
 
-/// Zeroed pages of this process that are never given back: the daemon may write them until the process ends.
+/// Zeroed pages of this process that are never given back: the daemon may write them until the
+/// process ends.
 #[derive(Debug)]
 struct ProcessMemory {
     base: NonNull<u8>,
@@ -130,8 +131,8 @@ impl KvCache {
                 }
                 Memory::Process(memory) => {
                     let base = memory.at(segment * array, array).as_ptr();
-                    // SAFETY: the array is inside memory that this process never gives back, and that it
-                    // reaches only by the copies below, never through references.
+                    // SAFETY: the array is inside memory that this process never gives back, and
+                    // that it reaches only by the copies below, never through references.
                     unsafe { SegmentMemory::at(base, bytes as u64, bytes as u64) }
                 }
             })
@@ -171,7 +172,8 @@ impl KvCache {
         }
     }
 
-    /// Calls `visit` for each part of a block with its place in memory, its place in the page and its length.
+    /// Calls `visit` for each part of a block with its place in memory, its place in the page and
+    /// its length.
     fn parts(&self, block: u32) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
         let KvShape {
             num_blocks,

@@ -5,8 +5,8 @@
 //!    requests →        probe, query → lease       →        load, verify, compute, save
 //! ```
 //!
-//! All processes are this program with a hidden argument and talk by JSON lines over pipes; with the daemon they
-//! talk through the client library, as an engine does.
+//! All processes are this program with a hidden argument and talk by JSON lines over pipes; with
+//! the daemon they talk through the client library, as an engine does.
 
 #![deny(unsafe_code)]
 

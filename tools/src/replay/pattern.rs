@@ -1,8 +1,9 @@
 //! The bytes a block "computes" to: a function of namespace, group, rank and hash.
 //!
-//! Any byte that comes from another block, another rank's shard, another page offset or an older content
-//! differs. The seed of a page is a BLAKE3 hash; its words are a counter through a bijective mixer, several
-//! GB/s on one core, so that checking every loaded byte does not dominate a replay.
+//! Any byte that comes from another block, another rank's shard, another page offset or an older
+//! content differs. The seed of a page is a BLAKE3 hash; its words are a counter through a
+//! bijective mixer, several GB/s on one core, so that checking every loaded byte does not dominate
+//! a replay.
 
 #![forbid(unsafe_code)]
 
@@ -113,7 +114,8 @@ fn describe(seed: u64, offset: usize, found: &[u8]) -> Mismatch {
     }
 }
 
-/// Overwrites a page with what no block holds, so that bytes left from before cannot pass as loaded.
+/// Overwrites a page with what no block holds, so that bytes left from before cannot pass as
+/// loaded.
 pub fn poison(round: u64, out: &mut [u8]) {
     out.fill(0xA5 ^ (round as u8));
 }

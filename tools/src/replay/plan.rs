@@ -59,13 +59,14 @@ fn flag_value(value: impl ValueEnum) -> String {
 /// Flags of `replay`.
 #[derive(Clone, Debug, Args)]
 pub struct ReplayArgs {
-    /// Trace in the Mooncake format (one JSON object a line: timestamp, input_length, output_length,
-    /// hash_ids). Without it a seeded workload of multi-turn conversations is generated. Timestamps are
-    /// ignored: requests follow one another as fast as they are done
+    /// Trace in the Mooncake format (one JSON object a line: timestamp, input_length,
+    /// output_length, hash_ids). Without it a seeded workload of multi-turn conversations is
+    /// generated. Timestamps are ignored: requests follow one another as fast as they are done
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
     /// Engines: each is a scheduler process with its own instance; requests are dealt to them by
-    /// conversation, else in turn. With one engine they run in order, and hit ratios can be compared
+    /// conversation, else in turn. With one engine they run in order, and hit ratios can be
+    /// compared
     #[arg(long, value_name = "N", default_value = "1")]
     pub engines: NonZero<usize>,
     /// Worker processes per engine; each holds one shard of every block
@@ -80,7 +81,8 @@ pub struct ReplayArgs {
     /// KV memory: allocated through the library and shared with the daemon, or plain process memory
     #[arg(long, value_enum, default_value_t = MemoryKind::Shared)]
     pub memory: MemoryKind,
-    /// Size of the daemon's pool, such as 1GiB [default: half of what the workload's different blocks need]
+    /// Size of the daemon's pool, such as 1GiB [default: half of what the workload's different
+    /// blocks need]
     #[arg(long, value_name = "SIZE", conflicts_with = "capacity_blocks")]
     pub pool_size: Option<ByteSize>,
     /// Size the pool so that exactly this many blocks fit
@@ -144,7 +146,8 @@ fn fit_pool(pages: u64, page_bytes: u64) -> Result<(u64, u64), ToolError> {
 }
 
 impl Plan {
-    /// Works the sizes out. With `uses_running` the daemon exists already and flags for it are refused.
+    /// Works the sizes out. With `uses_running` the daemon exists already and flags for it are
+    /// refused.
     ///
     /// # Errors
     /// Sizes that contradict each other.

@@ -1,7 +1,7 @@
 //! A seeded workload of conversations, for when there is no trace.
 //!
-//! Conversations share a few system prompts and grow turn by turn, so their prefixes overlap as a chat service's
-//! do. Same seed, same workload, on any machine.
+//! Conversations share a few system prompts and grow turn by turn, so their prefixes overlap as a
+//! chat service's do. Same seed, same workload, on any machine.
 
 #![forbid(unsafe_code)]
 

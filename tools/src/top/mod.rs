@@ -45,7 +45,8 @@ pub fn top(args: &TopArgs, place: &NodePlace, as_json: bool) -> Result<(), ToolE
     shown.map_err(ToolError::io("drawing on the terminal"))
 }
 
-/// A daemon that was started anew has a new file: the one mapped here would show its predecessor for ever.
+/// A daemon that was started anew has a new file: the one mapped here would show its predecessor
+/// for ever.
 fn follow(view: NodeView, place: &NodePlace) -> NodeView {
     match NodeView::open(place) {
         Ok(newer) if newer.header.boot_id != view.header.boot_id => newer,

@@ -48,7 +48,8 @@ fn block_lists_in_the_making_have_a_maximum() {
     let mut rig = Rig::start(dir.path(), 1);
     let memory = Memory::new();
     let (mut client, worker) = rig.worker("a", "", &memory);
-    // Lists of 1,024 blocks, the most that there can be, in eight bytes each, and none of them finished.
+    // Lists of 1,024 blocks, the most that there can be, in eight bytes each, and none of them
+    // finished.
     let run = [0u32, 1023];
     for request in 0..4 {
         let head = Submission {

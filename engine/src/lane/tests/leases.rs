@@ -27,7 +27,8 @@ fn a_query_abandoned_in_the_middle_of_its_list_leaves_no_pin() {
     rig.close(&other);
     rig.expect_gauge(Gauge::BlocksPinned, 0);
 
-    // The same by a contradiction instead of an end: the fault itself keeps the pins until the close.
+    // The same by a contradiction instead of an end: the fault itself keeps the pins until the
+    // close.
     let other = &mut rig.connect();
     let again = rig.register(other, self::spec("a", "", 1, None), &[], &memory);
     let head = list(Op::Query, again.unwrap(), 0, 4);

@@ -29,7 +29,8 @@ pub enum Case {
     RawTwoLines,
     /// The product's rings, both sides spinning, with validation and doorbell checks.
     SpinRoundTrip {
-        /// Whether the loops that wait give the CPU its hint, as the product's do; the raw ping-pong's do not.
+        /// Whether the loops that wait give the CPU its hint, as the product's do; the raw
+        /// ping-pong's do not.
         pause: bool,
     },
     /// The product's rings and wait path: the answering side sleeps at once.
@@ -199,8 +200,8 @@ impl Side {
         }
     }
 
-    /// Times `batches` batches of `per_batch` round trips, pausing for `gap` before each; the mean nanoseconds
-    /// of one round trip in each batch.
+    /// Times `batches` batches of `per_batch` round trips, pausing for `gap` before each; the mean
+    /// nanoseconds of one round trip in each batch.
     pub fn ask_batches(
         &mut self,
         case: Case,

@@ -159,7 +159,8 @@ impl Alarm {
         })
     }
 
-    /// Sleeps until it is rung; the asking side a second at most, as the library's waits have a bound.
+    /// Sleeps until it is rung; the asking side a second at most, as the library's waits have a
+    /// bound.
     pub fn sleep(&self) -> Result<(), ToolError> {
         use rustix::event::epoll;
         match self {
@@ -171,8 +172,8 @@ impl Alarm {
                 })
             }
             Alarm::Epoll { epoll, .. } => {
-                // Without a limit, as the daemon's lane sleeps when it holds no lease: a timer costs more than
-                // the wake-up. The kernel ends this process with the one that asks.
+                // Without a limit, as the daemon's lane sleeps when it holds no lease: a timer
+                // costs more than the wake-up. The kernel ends this process with the one that asks.
                 let mut events = Vec::with_capacity(4);
                 let events = rustix::buffer::spare_capacity(&mut events);
                 match epoll::wait(epoll, events, None) {

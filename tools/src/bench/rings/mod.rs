@@ -1,7 +1,7 @@
 //! `bench rings`: the product's rings between two processes, against the machine's limits.
 //!
-//! The CPUs of a virtual machine move between near and far, so each case stands between two raw ping-pongs and is
-//! judged against the median of both.
+//! The CPUs of a virtual machine move between near and far, so each case stands between two raw
+//! ping-pongs and is judged against the median of both.
 
 #![forbid(unsafe_code)]
 
@@ -56,8 +56,8 @@ pub struct Bracketed {
 pub struct RingsReport {
     /// Raw one-line ping-pong around the spinning round trips, in nanoseconds.
     pub raw_rtt_ns: f64,
-    /// Raw ping-pong over two lines, each written by one side alone: the limit of any design in which the
-    /// memory protection keeps each side from writing the other's. In nanoseconds.
+    /// Raw ping-pong over two lines, each written by one side alone: the limit of any design in
+    /// which the memory protection keeps each side from writing the other's. In nanoseconds.
     pub raw_two_lines_rtt_ns: f64,
     /// Empty descriptor there and back, both sides spinning as the product does, in nanoseconds.
     pub spin_rtt_ns: f64,
@@ -65,8 +65,8 @@ pub struct RingsReport {
     pub spin_ratio: f64,
     /// The same with loops that look all the time, in nanoseconds.
     pub spin_tight_rtt_ns: f64,
-    /// The answering side asleep at each message, the asking side waiting as the library does (spin, then
-    /// sleep), in microseconds.
+    /// The answering side asleep at each message, the asking side waiting as the library does
+    /// (spin, then sleep), in microseconds.
     pub parked_rtt_us: f64,
     /// Ping-pong of two blocking eventfds, in microseconds.
     pub eventfd_rtt_us: f64,
@@ -249,7 +249,8 @@ const ROWS: [Row; 11] = [
     ),
 ];
 
-/// Runs every case `rounds` times. `daemon_nop` measures one median round trip through a real daemon.
+/// Runs every case `rounds` times. `daemon_nop` measures one median round trip through a real
+/// daemon.
 ///
 /// # Errors
 /// The second process cannot be started, failed or is gone.

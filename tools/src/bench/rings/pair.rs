@@ -94,8 +94,8 @@ fn duplicate(fd: &impl AsFd) -> Result<OwnedFd, ToolError> {
 }
 
 impl Pair {
-    /// Starts the second process (this executable with [`PEER_ARGUMENT`]) and connects the rings. Pins the
-    /// calling thread and the second process to two CPUs if there are two.
+    /// Starts the second process (this executable with [`PEER_ARGUMENT`]) and connects the rings.
+    /// Pins the calling thread and the second process to two CPUs if there are two.
     ///
     /// # Errors
     /// No process, no memory, or an answer that makes no sense.
