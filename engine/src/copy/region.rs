@@ -11,7 +11,8 @@ use super::error::MemoryError;
 ///
 /// The bytes are the client's: they change at any time, and no Rust reference ever points to them.
 /// What keeps the daemon safe is checked in [`RegionMapping::map`]: the file cannot shrink, and a
-/// hole that the client punches is filled with zero pages by the kernel, not with SIGBUS.
+/// hole that the client punches is filled with zero pages by the kernel. Filling is charged to the
+/// daemon; only strict overcommit (`vm.overcommit_memory=2`) or a memory limit can refuse it.
 #[derive(Debug)]
 pub struct RegionMapping {
     base: NonNull<u8>,
