@@ -3,6 +3,8 @@
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code)]
+mod c_scheduler;
+#[allow(unsafe_code)]
 mod memcpy;
 pub mod query;
 pub mod rings;

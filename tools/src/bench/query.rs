@@ -1,14 +1,18 @@
-//! `bench query`: a worker process saves a prefix, this process probes, queries and releases it.
+//! `bench query`: a worker process saves a prefix, this one probes, queries and releases it through
+//! through the C interface.
 
 #![forbid(unsafe_code)]
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use pegaflow::ffi::pega_completion;
 use pegaflow_shm::BlockHash;
+use pegaflow_shm::status::Status;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::c_scheduler::CScheduler;
 use super::{QueryArgs, identity, rounds_for};
 use crate::daemon::{DaemonInUse, DaemonSpec};
 use crate::error::ToolError;
@@ -16,7 +20,6 @@ use crate::node::NodePlace;
 use crate::output::{count, nanos, print_json, table};
 use crate::replay::kv::{KvShape, MemoryKind};
 use crate::replay::latency::quantile;
-use crate::replay::member::{Member, expect_ok};
 use crate::replay::scheduler::WorkerProcess;
 use crate::replay::trace::block_hash;
 use crate::replay::worker::Task;
@@ -134,8 +137,7 @@ fn measure(
     let identity = identity(daemon.socket(), "query", kv);
     let mut worker = WorkerProcess::start(&identity, 0)?;
     worker.answer()?;
-    let member = Member::scheduler(&identity)?;
-    member.wait_ready()?;
+    let scheduler = CScheduler::connect(&identity)?;
     let hash_ids: Vec<u64> = (0..u64::from(most)).collect();
     let hashes: Vec<BlockHash> = hash_ids.iter().map(|id| block_hash(*id)).collect();
     let blocks = (0..most).collect();
@@ -157,7 +159,7 @@ fn measure(
     let mut key = 0;
     let rows: Result<Vec<Row>, ToolError> = sizes
         .iter()
-        .map(|size| one_size(&member, &hashes[..*size as usize], args, &mut key))
+        .map(|size| one_size(&scheduler, &hashes[..*size as usize], args, &mut key))
         .collect();
     let rows = rows?;
     worker.finish()?;
@@ -165,7 +167,7 @@ fn measure(
 }
 
 fn one_size(
-    member: &Member,
+    scheduler: &CScheduler,
     hashes: &[BlockHash],
     args: &QueryArgs,
     key: &mut u64,
@@ -173,12 +175,12 @@ fn one_size(
     let mut once = || -> Result<[f64; 4], ToolError> {
         *key += 1;
         let start = Instant::now();
-        let probed = member.probe(hashes)?;
+        let probed = scheduler.probe(hashes)?;
         let probe = start.elapsed();
         let start = Instant::now();
-        let answer = member.query(*key, hashes)?;
+        let answer = scheduler.query(*key, hashes)?;
         let query = start.elapsed();
-        let answer = expect_ok("query", answer)?;
+        expect_ok("query", &answer)?;
         if probed as usize != hashes.len() || answer.count as usize != hashes.len() {
             let (probe, query, all) = (probed, answer.count, hashes.len());
             let what = format!("of {all} cached blocks, probe found {probe} and query {query}");
@@ -188,8 +190,9 @@ fn one_size(
             });
         }
         let start = Instant::now();
-        expect_ok("release", member.release(answer.lease)?)?;
+        let released = scheduler.release(answer.lease)?;
         let release = start.elapsed();
+        expect_ok("release", &released)?;
         let nanos = |elapsed: Duration| elapsed.as_nanos() as f64;
         Ok([
             nanos(query),
@@ -218,5 +221,16 @@ fn one_size(
         daemon_us: column(1),
         probe_us: column(2),
         release_us: column(3),
+    })
+}
+
+fn expect_ok(what: &str, answer: &pega_completion) -> Result<(), ToolError> {
+    if answer.status == Status::Ok as u32 {
+        return Ok(());
+    }
+    let status = u8::try_from(answer.status).ok().and_then(Status::from_code);
+    Err(ToolError::Child {
+        process: "the daemon".into(),
+        what: format!("{what} was answered with {status:?} ({})", answer.status),
     })
 }

@@ -35,7 +35,8 @@ pub struct Identity {
 }
 
 impl Identity {
-    fn namespace(&self) -> NamespaceSpec {
+    /// What makes the blocks of its processes comparable.
+    pub fn namespace(&self) -> NamespaceSpec {
         NamespaceSpec {
             model: "pegactl".into(),
             dtype: "bytes".into(),
