@@ -197,6 +197,21 @@ fn structs_of_older_and_newer_callers_are_understood() {
 }
 
 #[test]
+fn an_impossible_size_of_options_is_refused_before_anything_is_written() {
+    let mut room = [u32::MAX; 4];
+    for size in [0, 1, 3, 4, 7, 9, 4097, 4100, u32::MAX] {
+        // SAFETY: an impossible size is refused, so that nothing is written.
+        let refused = unsafe { pega_options_init(room.as_mut_ptr().cast(), size) };
+        assert_eq!(refused, code(Status::InvalidArgument), "size {size}");
+        assert!(last_error().contains(&format!("size {size}")));
+        assert_eq!(room, [u32::MAX; 4], "size {size}");
+    }
+    // SAFETY: there is room for as many bytes.
+    assert_eq!(unsafe { pega_options_init(room.as_mut_ptr().cast(), 8) }, 0);
+    assert_eq!((room[0], room[2], room[3]), (8, u32::MAX, u32::MAX));
+}
+
+#[test]
 fn texts_exist_for_every_code_and_either_sign() {
     // SAFETY: the texts are valid for ever.
     let text = |pointer: *const c_char| unsafe { CStr::from_ptr(pointer) }.to_str().unwrap();

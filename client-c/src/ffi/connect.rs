@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use super::guard::exports;
-use super::pointers::{handle, null, put, read_sized, text, write_sized};
+use super::pointers::{handle, init_sized, null, put, read_sized, text, write_sized};
 use super::types::*;
 use crate::{Client, Error, Options};
 
@@ -16,11 +16,7 @@ exports! {
     try fn pega_options_init(options: *mut pega_options, size: u32) -> c_int {
         // SAFETY: by the header, `options` has room for `size` bytes.
         unsafe {
-            if options.is_null() {
-                return Err(null("options"));
-            }
-            options.cast::<u32>().write_unaligned(size);
-            write_sized(options, &defaults())?;
+            init_sized(options, size, &defaults())?;
         }
         Ok(0)
     }

@@ -135,6 +135,27 @@ pub(super) unsafe fn write_sized<T: Sized0>(pointer: *mut T, value: &T) -> Resul
     Ok(())
 }
 
+/// Writes a sized struct and its size, which the caller gives beside it.
+///
+/// # Safety
+/// `pointer` is NULL or leads to `size` writable bytes.
+pub(super) unsafe fn init_sized<T: Sized0>(
+    pointer: *mut T,
+    size: u32,
+    value: &T,
+) -> Result<(), Error> {
+    if pointer.is_null() {
+        return Err(null(T::NAME));
+    }
+    // Before anything is written: there may be no room even for the size.
+    check_size::<T>(size as usize)?;
+    // SAFETY: the caller vouches for `size` bytes, which are no less than the smallest struct.
+    unsafe {
+        pointer.cast::<u32>().write_unaligned(size);
+        write_sized(pointer, value)
+    }
+}
+
 /// A caller's array.
 ///
 /// # Safety
