@@ -31,6 +31,9 @@ pub mod autostart;
 pub mod client;
 mod completion;
 mod error;
+#[cfg(test)]
+#[path = "../tests/fake/mod.rs"]
+mod fake;
 pub mod ffi;
 mod keeper;
 pub mod memory;

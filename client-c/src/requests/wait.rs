@@ -151,12 +151,38 @@ impl Shared {
         }
         inner.table.set_waiting(id, true);
         let mut turn = Turn {
+            shared: self,
             id,
             timeout,
             deadline: None,
             leads: false,
             spun: false,
+            waits: true,
+            over: false,
         };
+        // The lock goes along, so that a panic has let go of it when `turn` is dropped.
+        let (mut inner, outcome) = self.take_turns(inner, &mut turn, wakes);
+        turn.waits = false;
+        inner.table.set_waiting(id, false);
+        if turn.leads {
+            inner.leader = None;
+            self.hand_over(&mut inner, wakes);
+        } else if inner.leader.is_none() {
+            wakes.followers |= inner.followers > 0;
+        }
+        turn.over = true;
+        drop(inner);
+        outcome
+    }
+
+    /// Leads or follows until there is an outcome.
+    fn take_turns<'a>(
+        &'a self,
+        mut inner: MutexGuard<'a, Inner>,
+        turn: &mut Turn<'a>,
+        wakes: &mut Wakes,
+    ) -> (MutexGuard<'a, Inner>, Result<Completion, Error>) {
+        let id = turn.id;
         let outcome = loop {
             if let Some(completion) = inner.table.take(id) {
                 break Ok(completion);
@@ -168,29 +194,21 @@ impl Shared {
             if turn.spun && turn.left().is_zero() {
                 break Err(Error::Timeout {
                     what: "the request",
-                    bound: timeout,
+                    bound: turn.timeout,
                 });
             }
             inner = match inner.leader {
-                Some(_) if !turn.leads => self.follow(inner, &mut turn, wakes),
-                _ => self.lead(inner, &mut turn, wakes),
+                Some(_) if !turn.leads => self.follow(inner, turn, wakes),
+                _ => self.lead(inner, turn, wakes),
             };
         };
-        inner.table.set_waiting(id, false);
-        if turn.leads {
-            inner.leader = None;
-            self.hand_over(&mut inner, wakes);
-        } else if inner.leader.is_none() {
-            wakes.followers |= inner.followers > 0;
-        }
-        drop(inner);
-        outcome
+        (inner, outcome)
     }
 
     fn follow<'a>(
         &'a self,
         mut inner: MutexGuard<'a, Inner>,
-        turn: &mut Turn,
+        turn: &mut Turn<'a>,
         wakes: &mut Wakes,
     ) -> MutexGuard<'a, Inner> {
         turn.spun = true;
@@ -210,7 +228,7 @@ impl Shared {
     fn lead<'a>(
         &'a self,
         mut inner: MutexGuard<'a, Inner>,
-        turn: &mut Turn,
+        turn: &mut Turn<'a>,
         wakes: &mut Wakes,
     ) -> MutexGuard<'a, Inner> {
         turn.leads = true;
@@ -242,7 +260,7 @@ impl Shared {
     }
 
     /// Looks for a completion for about as long as a sleep would cost.
-    fn spin(&self, session: &Session, deliveries: u64, turn: &mut Turn) {
+    fn spin(&self, session: &Session, deliveries: u64, turn: &mut Turn<'_>) {
         let look = || {
             let there =
                 session.has_completion() || self.deliveries.load(Ordering::Relaxed) != deliveries;
@@ -256,6 +274,8 @@ impl Shared {
     }
 
     fn sleep(&self, session: &Arc<Session>, left: Duration) {
+        #[cfg(test)]
+        tests::before_sleep();
         let mut fds = [
             PollFd::new(&session.pipe, PollFlags::IN),
             PollFd::new(&self.events.leader, PollFlags::IN),
@@ -306,21 +326,48 @@ impl Wakes {
 }
 
 /// One thread's wait.
-struct Turn {
+struct Turn<'a> {
+    shared: &'a Shared,
     id: u64,
     timeout: Duration,
     deadline: Option<Instant>,
     leads: bool,
     spun: bool,
+    /// The request's table entry counts this thread.
+    waits: bool,
+    /// The wait has ended as it should.
+    over: bool,
 }
 
-impl Turn {
+impl Turn<'_> {
     /// Time that is left; the clock starts at the first call.
     fn left(&mut self) -> Duration {
         let now = Instant::now();
         let timeout = self.timeout.min(Duration::from_secs(u64::from(u32::MAX)));
         let deadline = *self.deadline.get_or_insert_with(|| now + timeout);
         deadline.saturating_duration_since(now)
+    }
+}
+
+impl Drop for Turn<'_> {
+    /// After a panic: otherwise the others would wait for ever for this thread to collect. Only
+    /// what cannot panic is done here; whoever wakes up does the rest.
+    fn drop(&mut self) {
+        if self.over {
+            return;
+        }
+        let mut inner = self.shared.lock();
+        if self.leads {
+            inner.leader = None;
+        }
+        if self.waits {
+            inner.table.set_waiting(self.id, false);
+        }
+        // The descriptor's user as well: this thread may have taken the ring that was meant for it.
+        inner.local_signalled = true;
+        drop(inner);
+        self.shared.finished.notify_all();
+        self.shared.events.local.signal();
     }
 }
 
@@ -334,4 +381,70 @@ fn take_ready(inner: &mut Inner, limit: usize, sink: &mut impl FnMut(Completion)
         taken += 1;
     }
     taken
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::fake::Fake;
+    use crate::{Client, Options};
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    thread_local! {
+        static BEFORE_SLEEP: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+    }
+
+    pub(super) fn before_sleep() {
+        if let Some(act) = BEFORE_SLEEP.take() {
+            act();
+        }
+    }
+
+    #[test]
+    fn a_leader_that_panics_is_succeeded() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("test.sock");
+        let fake = Fake::start(&socket);
+        let options = Options {
+            socket: Some(socket),
+            autostart: Some(false),
+            ..Options::default()
+        };
+        let client = Client::connect(options).unwrap();
+        fake.world.hold.store(true, Ordering::Relaxed);
+        let [led, followed] = [(); 2].map(|()| client.nop().unwrap());
+        std::thread::scope(|scope| {
+            let leader = scope.spawn(|| {
+                let shared = client.shared().clone();
+                BEFORE_SLEEP.set(Some(Box::new(move || {
+                    while shared.lock().followers == 0 {
+                        std::thread::yield_now();
+                    }
+                    panic!("on purpose");
+                })));
+                let wait = || client.wait(led, LONG);
+                assert!(catch_unwind(AssertUnwindSafe(wait)).is_err());
+            });
+            while client.shared().lock().leader.is_none() {
+                std::thread::yield_now();
+            }
+            let follower = scope.spawn(|| client.wait(followed, LONG).unwrap());
+            leader.join().unwrap();
+            fake.world.hold.store(false, Ordering::Relaxed);
+            assert!(follower.join().unwrap().is_ok());
+        });
+        // The leader's own request is nobody's now: a poll finds it.
+        let mut done = [Completion::default()];
+        let deadline = Instant::now() + LONG;
+        while client.poll(&mut done) == 0 {
+            assert!(Instant::now() < deadline);
+        }
+        assert_eq!(done[0].request, led);
+        let inner = client.shared().lock();
+        assert_eq!((inner.leader, inner.followers), (None, 0));
+    }
 }

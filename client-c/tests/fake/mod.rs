@@ -54,6 +54,8 @@ pub enum Rudeness {
     ConsumedAhead,
     /// Takes requests and never answers.
     Mute,
+    /// Does not look at its socket.
+    Deaf,
 }
 
 /// What all sessions of a fake share.
@@ -66,8 +68,12 @@ pub struct World {
     pub unregistered: AtomicU32,
     pub refuse_register: Mutex<Option<Status>>,
     pub never_ready: AtomicBool,
+    /// Leaves requests in the ring for now.
+    pub hold: AtomicBool,
     pub sessions: AtomicU64,
     pub submissions: AtomicU64,
+    /// Sessions whose end the fake has taken notice of.
+    pub left: AtomicU64,
     stop: AtomicBool,
     sockets: Mutex<Vec<OwnedFd>>,
 }
@@ -114,8 +120,10 @@ impl Fake {
             unregistered: AtomicU32::new(0),
             refuse_register: Mutex::new(None),
             never_ready: AtomicBool::new(false),
+            hold: AtomicBool::new(false),
             sessions: AtomicU64::new(0),
             submissions: AtomicU64::new(0),
+            left: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             sockets: Mutex::new(Vec::new()),
         });
@@ -181,7 +189,11 @@ fn accept_all(world: &Arc<World>, listener: &OwnedFd) {
             .unwrap()
             .push(socket.as_fd().try_clone_to_owned().unwrap());
         let world = world.clone();
-        threads.push(std::thread::spawn(move || serve::session(&world, socket)));
+        threads.push(std::thread::spawn(move || {
+            let end = socket.as_fd().try_clone_to_owned().unwrap();
+            serve::session(&world, socket);
+            let _ = shutdown(&end, Shutdown::Both);
+        }));
     }
     for thread in threads {
         thread.join().unwrap();

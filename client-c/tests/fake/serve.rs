@@ -185,7 +185,8 @@ impl Session {
     fn turn(&mut self) -> bool {
         let start = Instant::now();
         let mut worked = false;
-        while !self.frozen && start.elapsed() < Duration::from_micros(200) {
+        let hold = self.world.hold.load(Ordering::Relaxed);
+        while !self.frozen && !hold && start.elapsed() < Duration::from_micros(200) {
             match self.submissions.try_pop() {
                 Ok(Some(body)) => {
                     worked = true;
@@ -196,10 +197,17 @@ impl Session {
                 Err(_) => return false,
             }
         }
-        match receive::<ClientMessage>(self.socket.as_fd()) {
-            Ok((message, fds)) => self.control(message, fds),
-            Err(error) if error.would_block() => {}
-            Err(_) => return false,
+        if self.world.rudeness() != Rudeness::Deaf {
+            match receive::<ClientMessage>(self.socket.as_fd()) {
+                Ok((message, fds)) => self.control(message, fds),
+                Err(error) if error.would_block() => {}
+                Err(_) => {
+                    // Long enough to tell a client that waits for this from one that does not.
+                    std::thread::sleep(Duration::from_millis(20));
+                    self.world.left.fetch_add(1, Ordering::Relaxed);
+                    return false;
+                }
+            }
         }
         if self.frozen {
             std::thread::sleep(Duration::from_millis(1));
@@ -211,7 +219,9 @@ impl Session {
 
     fn sleep(&mut self) {
         self.sleeper.arm();
-        if let Ok(Some(body)) = self.submissions.try_pop() {
+        if self.world.hold.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+        } else if let Ok(Some(body)) = self.submissions.try_pop() {
             self.sleeper.disarm();
             self.submission(Submission::from_body(body));
             return;
