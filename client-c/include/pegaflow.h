@@ -275,7 +275,7 @@ const char *pega_op_label(uint32_t op);
  * options  room for `size` bytes
  * size     sizeof(pega_options)
  *
- * -PEGA_INVALID_ARGUMENT: NULL, or an impossible size.
+ * -PEGA_INVALID_ARGUMENT: NULL, or an impossible size; nothing is written.
  */
 int pega_options_init(pega_options *options, uint32_t size);
 
@@ -298,8 +298,9 @@ int pega_connect(const pega_options *options, pega_client **client);
  * Ends the session, its registrations and leases, frees all memory of pega_alloc_host(), and frees
  * the client. No other call on this client may run then or come after. Unfinished requests get no
  * completion; the daemon ends their copies before it forgets the memory, but a load may still write
- * for a moment: wait for loads, or unregister, before you reuse or unmap KV memory. Blocks up to
- * connect_timeout_ms if a reconnect is just under way. NULL does nothing.
+ * for a moment: wait for loads, or unregister, before you reuse or unmap KV memory. Waits until the
+ * daemon has taken notice, at most half a second; blocks up to connect_timeout_ms if a reconnect is
+ * just under way. NULL does nothing.
  *
  * Always 0.
  */

@@ -26,6 +26,9 @@ use crate::shared::timespec;
 /// Longest sleep without looking up.
 const LONGEST_SLEEP: Duration = Duration::from_secs(10);
 
+/// How long the end of a client waits for the daemon to take notice.
+const LEAVE_BOUND: Duration = Duration::from_millis(500);
+
 /// Refusals after which a session counts as up although a registration is not back.
 const PATIENCE: u32 = 6;
 
@@ -65,6 +68,7 @@ impl Keeper {
             }
         }
         if let Ok(session) = self.shared.session() {
+            session.channel.take_leave(Instant::now() + LEAVE_BOUND);
             self.shared.lose(session.number, "this client disconnected");
         }
     }

@@ -119,6 +119,18 @@ impl Channel {
         let _ = shutdown(&self.socket, Shutdown::Both);
     }
 
+    /// Ends the connection in good order: says that nothing more comes, and takes what does come
+    /// until the daemon has closed its end too. Gives up at the deadline.
+    ///
+    /// The daemon tells a client that left from one that died by whether the process still lives
+    /// when it sees the end of the socket; a process that ends right after this has left.
+    pub(crate) fn take_leave(&self, deadline: Instant) {
+        if shutdown(&self.socket, Shutdown::Write).is_err() {
+            return;
+        }
+        while Instant::now() < deadline && self.receive(deadline).is_ok() {}
+    }
+
     fn await_socket(
         &self,
         flags: PollFlags,
