@@ -308,6 +308,42 @@ fn where_nobody_listens_the_error_says_what_to_do() {
 }
 
 #[test]
+fn an_autostarted_daemon_inherits_no_descriptor() {
+    let place = Place::new();
+    let folder = place.folder.path();
+    let marker = std::fs::File::create(folder.join("marker")).unwrap();
+    // A duplicate is not closed by `exec` unless somebody sees to it.
+    let _engines = rustix::io::dup(&marker).unwrap();
+    let (program, pid) = (folder.join("daemon"), folder.join("pid"));
+    let script = format!("#!/bin/sh\necho $$ > {}\nexec sleep 3\n", pid.display());
+    std::fs::write(&program, script).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    std::fs::set_permissions(&program, mode).unwrap();
+    let options = Options {
+        autostart: Some(true),
+        daemon: Some(program),
+        connect_timeout: Duration::from_millis(500),
+        ..place.options()
+    };
+    let error = Client::connect(options).unwrap_err();
+    assert!(error.to_string().contains("does not listen"), "{error}");
+    let pid = std::fs::read_to_string(pid).unwrap();
+    let process = PathBuf::from("/proc").join(pid.trim());
+    let name = || std::fs::read_to_string(process.join("comm")).unwrap();
+    until("the shell is the daemon", || name() == "sleep\n");
+    let open: Vec<(String, PathBuf)> = std::fs::read_dir(process.join("fd"))
+        .unwrap()
+        .flatten()
+        .map(|fd| {
+            let target = std::fs::read_link(fd.path()).unwrap();
+            (fd.file_name().into_string().unwrap(), target)
+        })
+        .collect();
+    let standard = |fd: &str| ["0", "1", "2"].contains(&fd);
+    assert!(open.iter().all(|(fd, _)| standard(fd)), "{open:?}");
+}
+
+#[test]
 fn waiting_for_ready_has_a_bound() {
     let place = Place::new();
     let fake = Fake::start(&place.socket());
@@ -334,6 +370,26 @@ fn cancelling_needs_an_unfinished_request() {
         client.cancel(request).unwrap_err().status(),
         Status::UnknownRequest
     );
+}
+
+#[test]
+fn a_client_that_ends_waits_until_the_daemon_has_taken_notice() {
+    let place = Place::new();
+    let fake = Fake::start(&place.socket());
+    for round in 1..=5 {
+        let client = place.client();
+        let _ = client.register(&registration(Vec::new())).unwrap();
+        // Nobody has read these completions when the client goes.
+        let _ = client.nop().unwrap();
+        let _ = client.nop().unwrap();
+        drop(client);
+        assert_eq!(fake.world.left.load(Ordering::Relaxed), round);
+    }
+    let client = place.client();
+    fake.world.set_rudeness(Rudeness::Deaf);
+    let start = Instant::now();
+    drop(client);
+    assert!(start.elapsed() < Duration::from_secs(2), "but not for ever");
 }
 
 #[test]

@@ -6,6 +6,9 @@ use std::process::Command;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+/// Descriptors that are closed for an autostarted daemon where the kernel cannot close them all.
+const MOST_DESCRIPTORS: libc::c_int = 65_536;
+
 /// Raised in each forked child, so that a client can tell cheaply that it is not its own process.
 static FORKS: AtomicU32 = AtomicU32::new(0);
 
@@ -72,7 +75,8 @@ pub(crate) fn allow_tracer(pid: u32) {
 }
 
 /// Makes the command the leader of a session of its own, so that it outlives this one's terminal
-/// and gets none of its signals.
+/// and gets none of its signals. Of this process's descriptors it gets its standard ones only: a
+/// daemon that outlives the engine must not keep the engine's sockets and files open.
 pub(crate) fn detach(command: &mut Command) {
     let start = || {
         // SAFETY: takes nothing, and is async-signal-safe.
@@ -86,10 +90,30 @@ pub(crate) fn detach(command: &mut Command) {
             libc::sigemptyset(&mut none);
             libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
         }
+        close_on_exec();
         Ok(())
     };
     // SAFETY: the closure makes async-signal-safe calls only and allocates nothing.
     unsafe { command.pre_exec(start) };
+}
+
+/// Marks every descriptor but the standard three to be closed by `exec`. Async-signal-safe.
+fn close_on_exec() {
+    let (first, last) = (3 as libc::c_uint, libc::c_uint::MAX);
+    // SAFETY: takes numbers and touches no memory of ours; no descriptor is closed before the
+    // `exec`, so that the standard library can still report why it failed.
+    let marked = unsafe {
+        let flag = libc::CLOSE_RANGE_CLOEXEC;
+        libc::syscall(libc::SYS_close_range, first, last, flag)
+    };
+    if marked == 0 {
+        return;
+    }
+    // A filter on system calls may not know this one yet: one by one then, as far as is sensible.
+    for fd in 3..MOST_DESCRIPTORS {
+        // SAFETY: takes numbers only; a descriptor that is not open gives an error and no more.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
 }
 
 #[cfg(test)]
