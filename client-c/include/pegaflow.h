@@ -164,7 +164,7 @@ typedef struct pega_namespace {
 typedef struct pega_segment {
     uint32_t size;         /* sizeof(pega_segment) */
     uint32_t memory;       /* PEGA_MEMORY_AUTO */
-    void *address;         /* First byte of block 0. */
+    void *address;         /* First byte of block 0; needs no alignment. */
     uint64_t block_stride; /* Bytes from one block to the next. */
     uint64_t bytes;        /* Bytes of one block in this segment. */
 } pega_segment;
@@ -201,10 +201,10 @@ typedef struct pega_completion {
     uint32_t status;    /* PEGA_OK or a (positive) status. */
     uint32_t reason;    /* Query: PEGA_REASON_* of the first position that is not a hit. */
     uint64_t request;   /* The request. */
-    uint64_t lease;     /* Query: the lease, 0 without a hit. Release, renew: the lease named. */
+    uint64_t lease;     /* Query: the lease, 0 without a hit. Load, release, renew: as named. */
     uint32_t count;     /* Query: hits. Load: blocks loaded. Save: blocks newly stored. */
     uint32_t skipped;   /* Save: already held or on their way in; not copied again. */
-    uint32_t dropped;   /* Save: not stored, for want of room or because a copy failed. */
+    uint32_t dropped;   /* Save: not stored: no room, or the copy failed. Load: copy failed. */
     uint32_t reserved0; /* 0 */
     uint64_t bytes;     /* Bytes copied. */
     uint64_t value;     /* What an error is about; query, renew: time to live in ms. */
@@ -238,7 +238,7 @@ typedef struct pega_limits {
     uint64_t membership_hashes; /* In one query of another group. */
     uint64_t save_blocks;       /* In one save. */
     uint64_t load_blocks;       /* In one load. */
-    uint64_t requests;          /* Requests not yet consumed. */
+    uint64_t requests;          /* Not yet consumed; 3/4 of ring_slots of them not yet finished. */
 } pega_limits;
 
 /* ---------------------------------------------------------------- versions and texts */
@@ -375,9 +375,9 @@ int pega_wait_ready(pega_client *client, uint32_t registration, uint64_t timeout
 /* ---------------------------------------------------------------- probes */
 
 /*
- * Counts how many of `count` hashes, from the first on, are cached without a gap. Reads shared
- * memory: no system call, no daemon. The answer is advice: only a query's lease holds the blocks. 0
- * hits while the daemon is away or the instance is incomplete. Never blocks.
+ * Counts how many of `count` hashes, from the first on, are cached without a gap, in any group.
+ * Reads shared memory: no system call, no daemon. The answer is advice: only a query's lease holds
+ * the blocks. 0 hits while the daemon is away or the instance is incomplete. Never blocks.
  *
  * hits  gets the count
  *
@@ -402,7 +402,9 @@ int pega_probe_membership(pega_client *client, uint32_t registration, uint16_t g
  *
  * Each submits one request, gives it an id (never 0, never used twice by one client) and returns at
  * once. Lists are copied before the return. The request ends with exactly one completion, which
- * pega_poll() or pega_wait() hands out. None of them blocks. All can fail with
+ * pega_poll() or pega_wait() hands out. None of them blocks. What only the daemon can judge (the
+ * group, block ids, the lease) is the completion's status, not a failure of the call. All can fail
+ * with
  *
  * -PEGA_AGAIN: ring, arena or credit has no room now: consume completions, then submit again.
  * -PEGA_TOO_MANY: the list is longer than pega_get_limits() allows: split it.
@@ -414,13 +416,15 @@ int pega_probe_membership(pega_client *client, uint32_t registration, uint16_t g
 /*
  * Pins cached blocks and answers with a lease on them: for group 0 the longest cached prefix of the
  * list, for any other group every cached position. A repeated query with the same key and hashes
- * gives the same lease and no second pin; the same key with other hashes replaces it. Without a hit
- * there is no lease. While the daemon is away it completes at once: status PEGA_DISCONNECTED, count
- * 0.
+ * gives the same lease and no second pin; the same key with other hashes replaces it, and the old
+ * lease is over. Without a hit there is no lease. While the daemon is away it completes at once:
+ * status PEGA_DISCONNECTED, count 0.
  *
- * key           the engine's name of its request, any value
- * ttl_ms        time to live of the lease; 0 takes the daemon's default
- * bitmap        group 0: NULL. Other groups: gets a bit for each position, as
+ * key           the engine's name of its request, any value. Keys of different groups do not meet;
+ *               within a group all processes of an instance share them.
+ * ttl_ms        time to live of the lease; 0 takes the daemon's default, and --lease-ttl-max bounds
+ *               it: the completion's `value` is what it got
+ * bitmap        group 0: NULL, or else left alone. Other groups: gets a bit for each position, as
  *               pega_probe_membership() writes them, when the completion is consumed (all 0 unless
  *               its status is PEGA_OK). It must stay valid until then, or until pega_disconnect()
  *               returned. Only the first (count + 63) / 64 words are written.
@@ -437,8 +441,10 @@ int pega_query(pega_client *client, uint32_t registration, uint16_t group, uint6
  * lease is over. The blocks must not be touched until the completion. After another status than
  * PEGA_OK their content is undefined.
  *
+ * group  that of the query
  * lease  of a query of any process of the instance
- * first  position in the lease's list of hits
+ * first  position in the lease's list of hits, which has no gaps: for another group than 0, the
+ *        number of bits set below a position in the query's bitmap
  */
 int pega_load(pega_client *client, uint32_t registration, uint16_t group, uint64_t lease,
               uint32_t first, const uint32_t *blocks, size_t count, uint64_t *request);
@@ -452,16 +458,24 @@ int pega_load(pega_client *client, uint32_t registration, uint16_t group, uint64
 int pega_save(pega_client *client, uint32_t registration, uint16_t group, const pega_hash *hashes,
               const uint32_t *blocks, size_t count, uint64_t *request);
 
-/* Gives a lease back without loading. Completes with PEGA_UNKNOWN_LEASE if it is over already. */
+/*
+ * Gives a lease back without loading. If it is over already, completes with PEGA_UNKNOWN_LEASE,
+ * PEGA_LEASE_CONSUMED or PEGA_LEASE_EXPIRED: harmless.
+ */
 int pega_release(pega_client *client, uint32_t registration, uint64_t lease, uint64_t *request);
 
-/* Sets a lease's time to live to ttl_ms from now; 0 takes the daemon's default. */
+/* Sets a lease's time to live to ttl_ms from now, with the defaults and bounds of pega_query(). */
 int pega_renew(pega_client *client, uint32_t registration, uint64_t lease, uint64_t ttl_ms,
                uint64_t *request);
 
 /*
  * Asks to cancel an unfinished request. Both complete: the cancelled one with PEGA_CANCELLED, or
- * with its result if that was faster; in either case no copy of it runs any more.
+ * with its result if that was faster; in either case no copy of it runs any more. Only loads and
+ * saves can be cancelled: for all else, and where it comes too late, the cancel completes with
+ * PEGA_UNKNOWN_REQUEST and the other request with its result.
+ *
+ * cancelled  the request to cancel
+ * request    gets the id of the cancel itself
  *
  * -PEGA_UNKNOWN_REQUEST: it is finished, or was never submitted here.
  */
@@ -478,7 +492,8 @@ int pega_nop(pega_client *client, uint64_t *request);
  *
  * completions  room for `capacity` of them
  *
- * Returns how many were written, 0..capacity; 0 also arms pega_completion_fd().
+ * Returns how many were written, 0..capacity, or a negative status; 0 also arms
+ * pega_completion_fd().
  */
 int pega_poll(pega_client *client, pega_completion *completions, size_t capacity);
 
