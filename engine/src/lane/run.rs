@@ -31,6 +31,8 @@ use crate::registry::Registry;
 const BATCH: usize = 32;
 /// Marks the lane's own wake-up among the bells; sessions have ids from 1.
 pub(super) const LANE_WAKE: u64 = 0;
+/// How long the lane polls while the copy threads need every CPU.
+const CROWDED_SPIN: Duration = Duration::from_micros(2);
 /// Idle rounds between two looks at the clock.
 const CLOCK_ROUNDS: u32 = 8;
 
@@ -54,6 +56,8 @@ pub(super) struct Lane {
     pub wake: Arc<LaneWake>,
     pub epoll: OwnedFd,
     pub draining: Option<Vec<Reply<()>>>,
+    /// There are no more CPUs than copy threads.
+    pub crowded: bool,
     /// A client rang without a submission to read: a ring may have a gap, so look by the clock.
     pub suspect_gap: bool,
     /// Private copy of the chunk at hand.
@@ -92,7 +96,7 @@ impl Lane {
             }
             let now = Instant::now();
             self.upkeep(now);
-            if now.duration_since(*idle_since.get_or_insert(now)) >= self.options.spin {
+            if now.duration_since(*idle_since.get_or_insert(now)) >= self.patience() {
                 self.sleep();
                 idle_since = None;
             }
@@ -100,6 +104,16 @@ impl Lane {
         self.workers.stop();
         while self.take_done() {}
         self.publish(Instant::now());
+    }
+
+    /// How long to poll without work. While long copies run on every CPU there is, polling would take
+    /// the time from them; a copy's end wakes the lane.
+    fn patience(&self) -> Duration {
+        if self.crowded && self.tasks.runs_long() {
+            CROWDED_SPIN.min(self.options.spin)
+        } else {
+            self.options.spin
+        }
     }
 
     fn take_commands(&mut self) -> Option<bool> {
@@ -215,7 +229,10 @@ impl Lane {
     /// Sleeps until a client, a copy thread, a command or the clock has something.
     fn sleep(&mut self) {
         self.settle_drain();
-        self.publish(Instant::now());
+        // A running copy will wake the lane: what it has gathered can wait until then.
+        if !self.tasks.runs_long() {
+            self.publish(Instant::now());
+        }
         self.wake.park();
         for session in self.sessions.iter_mut().flatten() {
             session.arm();

@@ -126,6 +126,7 @@ pub fn start(
         wake,
         epoll,
         draining: None,
+        crowded: std::thread::available_parallelism().is_ok_and(|cpus| cpus <= threads),
         suspect_gap: false,
         chunk: Vec::new(),
         blocks: Vec::new(),

@@ -17,6 +17,9 @@ use crate::lane::session::LaneSession;
 /// threads get their share of a request and that a cancellation is quick.
 const TASK_BYTES: u64 = 512 * 1024;
 
+/// Pages of this size and more take longer to copy than the lane takes to sleep and wake up.
+const LONG_PAGE_BYTES: u64 = 256 * 1024;
+
 /// Whose copies a task makes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TaskOwner {
@@ -47,6 +50,8 @@ pub(super) struct Task {
 pub(super) struct TaskTable {
     slots: Vec<Option<Task>>,
     free: Vec<usize>,
+    /// Tasks of pages so large that copying one takes longer than a sleep and a wake-up.
+    long: usize,
 }
 
 impl TaskTable {
@@ -55,16 +60,23 @@ impl TaskTable {
             self.slots.push(None);
             self.slots.len() - 1
         });
+        self.long += usize::from(task.page_bytes >= LONG_PAGE_BYTES);
         self.slots[position] = Some(task);
         position as u64
     }
 
     fn take(&mut self, tag: u64) -> Option<Task> {
         let task = self.slots.get_mut(tag as usize)?.take();
-        if task.is_some() {
+        if let Some(task) = &task {
+            self.long -= usize::from(task.page_bytes >= LONG_PAGE_BYTES);
             self.free.push(tag as usize);
         }
         task
+    }
+
+    /// True when copies run that take longer than a sleep and a wake-up.
+    pub(super) fn runs_long(&self) -> bool {
+        self.long > 0
     }
 
     pub(super) fn len(&self) -> usize {
