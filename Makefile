@@ -106,7 +106,7 @@ bench-rings: build ## rings against raw ping-pongs and a textbook ring
 
 .PHONY: bench-peers
 bench-peers: ## rings beside iceoryx2, crossbeam and rtrb in one run
-	$(CARGO) bench -p pegaflow-benches $(ARGS)
+	$(CARGO) bench -p pegaflow-benches --features peers --bench rings $(ARGS)
 
 .PHONY: install
 install: build lib ## install binaries, library, header, pkg-config file and unit under PREFIX
