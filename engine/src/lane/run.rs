@@ -106,8 +106,8 @@ impl Lane {
         self.publish(Instant::now());
     }
 
-    /// How long to poll without work. While long copies run on every CPU there is, polling would take
-    /// the time from them; a copy's end wakes the lane.
+    /// How long to poll without work. While long copies run on every CPU there is, polling would
+    /// take the time from them; a copy's end wakes the lane.
     fn patience(&self) -> Duration {
         if self.crowded && self.tasks.runs_long() {
             CROWDED_SPIN.min(self.options.spin)

@@ -202,7 +202,8 @@ impl Plan {
         daemon.copy_threads = args.copy_threads.map(NonZero::get);
         let time = crate::output::unix_now_ms();
         Ok(Plan {
-            capacity_blocks: daemon.max_blocks,
+            // A running daemon has the room that it was started with.
+            capacity_blocks: daemon.max_blocks.filter(|_| !uses_running),
             daemon,
             engines: args.engines.get(),
             ranks: args.ranks,
