@@ -65,6 +65,12 @@ pub fn start(
     options: LaneOptions,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<StartedLane, LaneStartError> {
+    let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let mut options = options;
+    if cpus.get() == 1 && !options.spin.is_zero() {
+        tracing::info!("one CPU: the lane sleeps at once, since clients run only when it does not");
+        options.spin = Duration::ZERO;
+    }
     let threads = NonZeroUsize::new(options.copy_threads).unwrap_or(NonZeroUsize::MIN);
     let opened = open_cache(&options, threads, progress)?;
     let wake = Arc::new(LaneWake::new()?);
@@ -126,7 +132,7 @@ pub fn start(
         wake,
         epoll,
         draining: None,
-        crowded: std::thread::available_parallelism().is_ok_and(|cpus| cpus <= threads),
+        crowded: cpus <= threads,
         suspect_gap: false,
         chunk: Vec::new(),
         blocks: Vec::new(),
