@@ -250,11 +250,6 @@ impl Cache {
         block.end(&mut home.runs);
     }
 
-    /// Ends a block without pages: its only copy failed.
-    pub(super) fn forget(&mut self, domain: DomainId, entry: EntryId) {
-        self.evict(domain, entry);
-    }
-
     fn drop_page(&mut self, domain: DomainId, page: PageAddr) -> u64 {
         // The record goes before the page can be used again, so that a crash in between loses a
         // page and never adopts another block's bytes.

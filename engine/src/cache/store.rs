@@ -257,7 +257,7 @@ impl Cache {
         let empty = block.shards_in == 0 && block.copying == 0;
         self.free_page(page);
         if empty {
-            self.forget(scope.domain, entry);
+            self.evict(scope.domain, entry);
         }
     }
 }

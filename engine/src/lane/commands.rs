@@ -4,6 +4,7 @@
 
 use std::sync::atomic::Ordering;
 
+use pegaflow_shm::control::Mode;
 use pegaflow_shm::node::Counter;
 use pegaflow_shm::segment::SessionState;
 use pegaflow_shm::status::Status;
@@ -130,7 +131,7 @@ impl Lane {
             id,
             instance,
             rank: spec.rank,
-            save_only: Self::is_save_only(spec.mode),
+            save_only: spec.mode == Mode::SaveOnly,
             domain: session.domain,
             ready: None,
             places: Vec::new(),

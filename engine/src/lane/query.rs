@@ -4,7 +4,6 @@
 
 use std::time::{Duration, Instant};
 
-use pegaflow_shm::control::Mode;
 use pegaflow_shm::desc::{Completion, DescriptorFault, MissReason, Op, Submission};
 use pegaflow_shm::node::{Counter, Histogram};
 use pegaflow_shm::payload;
@@ -368,9 +367,5 @@ impl Lane {
             entries.clear();
             self.entry_lists.push(entries);
         }
-    }
-
-    pub(super) fn is_save_only(mode: Mode) -> bool {
-        mode == Mode::SaveOnly
     }
 }

@@ -10,7 +10,6 @@
 #![forbid(unsafe_code)]
 
 mod error;
-mod fingerprint;
 mod overlap;
 mod valid;
 
@@ -18,7 +17,6 @@ mod valid;
 mod tests;
 
 pub use error::{LayoutError, MemoryName};
-pub use fingerprint::write_layout_fingerprint;
 pub use pegaflow_shm::control::{GroupLayout, MAX_SEGMENTS, MemoryRef, SegmentLayout};
 pub use valid::{Part, ValidLayout};
 

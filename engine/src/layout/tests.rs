@@ -1,5 +1,6 @@
 use std::collections::HashSet;
 
+use pegaflow_shm::namespace::{NamespaceSpec, PackedGroup};
 use proptest::prelude::*;
 
 use super::*;
@@ -229,9 +230,13 @@ fn limits_themselves_are_accepted() {
 #[test]
 fn the_fingerprint_knows_sizes_and_order_but_not_places() {
     let fingerprint = |segments| {
-        let mut hasher = blake3::Hasher::new();
-        write_layout_fingerprint(&validate(&group(4, segments)).unwrap(), &mut hasher);
-        hasher.finalize()
+        let valid = validate(&group(4, segments)).unwrap();
+        let packed = PackedGroup {
+            rank: 0,
+            group: valid.group(),
+            segment_bytes: valid.segment_bytes().to_vec(),
+        };
+        NamespaceSpec::default().digest(1, &[packed])
     };
     let merged = fingerprint(vec![segment(0, 96, 32), segment(32, 96, 64)]);
     assert_eq!(

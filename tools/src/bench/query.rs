@@ -10,7 +10,7 @@ use pegaflow::ffi::pega_completion;
 use pegaflow_shm::BlockHash;
 use pegaflow_shm::status::Status;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::c_scheduler::CScheduler;
 use super::{QueryArgs, identity, rounds_for};
@@ -81,7 +81,7 @@ pub fn command(
     if as_json {
         match (args.blocks, rows.as_slice()) {
             (Some(_), [row]) => print_json(row),
-            _ => print_json(&json!({ "sizes": rows.iter().map(row_json).collect::<Vec<_>>() })),
+            _ => print_json(&json!({ "sizes": rows })),
         }
         return Ok(());
     }
@@ -116,10 +116,6 @@ pub fn command(
     }
     println!("fully cached prefix, fresh request key each time, saved by another process\n{table}");
     Ok(())
-}
-
-fn row_json(row: &Row) -> Value {
-    json!(row)
 }
 
 fn measure(
