@@ -14,6 +14,7 @@ use std::path::Path;
 
 use pegaflow_shm::BlockHash;
 use pegaflow_shm::index::BlockKey;
+use pegaflow_shm::node::text_field;
 
 use crate::cache::block::Shard;
 use crate::cache::lookup::key_hash;
@@ -119,6 +120,7 @@ fn open_files(
         pool_bytes: options.pool_bytes,
         extent_bytes: options.extent_bytes,
         pool: file.identity(),
+        node: text_field(&options.node_name),
     };
     let mut found = None;
     if options.adopt {
@@ -199,7 +201,10 @@ impl Cache {
         let Some(namespace) = self.catalog.namespace_in(slot) else {
             return false;
         };
-        let Ok(domain) = self.domain(namespace.uid) else {
+        let Ok(uid) = u32::try_from(namespace.domain_key) else {
+            return false;
+        };
+        let Ok(domain) = self.domain(uid) else {
             return false;
         };
         let mut ranks: Vec<u8> = pages.iter().map(|adopted| adopted.page.rank).collect();

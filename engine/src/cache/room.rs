@@ -216,8 +216,9 @@ impl Cache {
     fn owner_of(&self, page: PageAddr) -> Option<(DomainId, EntryId)> {
         let record = self.catalog.record(page)?;
         let key = BlockKey::new(record.namespace, record.group, &record.hash);
-        let uid = self.catalog.namespace_in(record.namespace)?.uid;
-        let domain = self.domains.iter().position(|domain| domain.uid == uid)?;
+        let key_of_domain = self.catalog.namespace_in(record.namespace)?.domain_key;
+        let mut domains = self.domains.iter();
+        let domain = domains.position(|domain| u64::from(domain.uid) == key_of_domain)?;
         let entry = self.domains[domain].index.writer.find(&key)?;
         Some((domain, entry))
     }

@@ -274,6 +274,7 @@ fn record_page(
     let (namespace, group, hash) = (scope.namespace, scope.group, *hash);
     let record = PageRecord {
         hash,
+        checksum: 0,
         namespace,
         group,
         rank: u8::try_from(shard)?,

@@ -36,6 +36,7 @@ fn fixture(extents: u64, max_blocks: u32, policy: PolicyKind) -> Fixture {
         pool_bytes,
         extent_bytes: EXTENT,
         pool: identity,
+        node: [0; 64],
     };
     let mut catalog =
         Catalog::create(&dir.path().join("catalog"), &geometry, [1; 16]).expect("a catalog");

@@ -26,12 +26,13 @@ pub struct AdoptedPage {
 /// Records that were thrown away, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Discarded {
-    /// Neither empty nor sealed, or with a wrong checksum.
+    /// Neither empty nor sealed, or with a wrong checksum: torn, strayed from another page's place,
+    /// or of a namespace that gave up its row.
     pub bad_checksum: u64,
     /// Of a namespace that is not in the catalog.
     pub unknown_namespace: u64,
-    /// Of a page at another place than the record's, or with another page size than its extent's.
-    pub wrong_place: u64,
+    /// With another page size than its extent's.
+    pub wrong_page_size: u64,
     /// Of a shard that the block, or of more shards than the namespace has ranks.
     pub bad_rank: u64,
     /// Of a shard that another record holds already.
@@ -45,7 +46,7 @@ impl Discarded {
     pub fn total(&self) -> u64 {
         self.bad_checksum
             + self.unknown_namespace
-            + self.wrong_place
+            + self.wrong_page_size
             + self.bad_rank
             + self.duplicate
             + self.bad_extents
@@ -199,10 +200,10 @@ impl Catalog {
         let Ok((namespace, seed)) = self.namespace(record.namespace) else {
             return Some(&mut discarded.unknown_namespace);
         };
-        if record.crc != record.computed_crc(*seed) {
+        if record.crc != record.computed_crc(*seed, addr) {
             Some(&mut discarded.bad_checksum)
-        } else if record.addr != addr.offset() || record.page_bytes != page_bytes {
-            Some(&mut discarded.wrong_place)
+        } else if record.page_bytes != page_bytes {
+            Some(&mut discarded.wrong_page_size)
         } else if record.rank >= record.shards || u32::from(record.shards) > namespace.world_size {
             Some(&mut discarded.bad_rank)
         } else {

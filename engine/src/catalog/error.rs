@@ -5,7 +5,7 @@
 use pegaflow_shm::mapping::MappingError;
 use thiserror::Error;
 
-use super::{CATALOG_MAGIC, CATALOG_VERSION, MAX_DOMAINS, MAX_NAMESPACES};
+use super::{CATALOG_MAGIC, CATALOG_VERSION, MAX_NAMESPACES};
 use crate::pool::{ExtentId, PageAddr};
 
 /// A refused catalog operation. What the next daemon will adopt has not changed.
@@ -57,9 +57,6 @@ pub enum CatalogError {
         /// Ranks asked for.
         wanted: u32,
     },
-    /// The domain table is full.
-    #[error("all {MAX_DOMAINS} isolation domains of the catalog are in use")]
-    DomainsFull,
     /// No such namespace.
     #[error("namespace {namespace} is not in the catalog")]
     UnknownNamespace {
@@ -105,6 +102,14 @@ pub enum DiscardReason {
     /// The header is damaged.
     #[error("the checksum of its header is wrong")]
     HeaderChecksum,
+    /// The folder was another node's, which was renamed or copied.
+    #[error("it is of node `{found}`, not `{wanted}`")]
+    Node {
+        /// The node found.
+        found: String,
+        /// This daemon's node.
+        wanted: String,
+    },
     /// It describes a pool of another size.
     #[error("it describes a pool of {found_bytes} bytes, the pool has {wanted_bytes}")]
     PoolBytes {

@@ -10,18 +10,16 @@ use std::path::Path;
 use bytemuck::Zeroable;
 use pegaflow_shm::BootId;
 use pegaflow_shm::mapping::{Access, MappingError, NamedFile};
+use pegaflow_shm::node::field_text;
 
 use super::layout::Layout;
 use super::record::{
     CATALOG_MAGIC, CATALOG_VERSION, HEADER_CRC_BYTES, Header, NamespaceRow, RECORD_BYTES,
 };
-use super::{Catalog, CatalogError, DiscardReason, Geometry, MAX_DOMAINS, MAX_NAMESPACES};
+use super::{Catalog, CatalogError, DiscardReason, Geometry, MAX_NAMESPACES};
 use crate::pool::ExtentId;
 
 const PURPOSE: &str = "catalog";
-
-/// Upper half of a domain's word.
-const DOMAIN_USED: u64 = (u32::from_le_bytes(*b"USER") as u64) << 32;
 
 /// What was found under the catalog's name.
 pub enum OpenedCatalog {
@@ -89,6 +87,7 @@ impl Catalog {
             pool_bytes: geometry.pool_bytes,
             extent_bytes: geometry.extent_bytes,
             pool: geometry.pool,
+            node: geometry.node,
             ..Header::zeroed()
         };
         let header = Header {
@@ -111,7 +110,6 @@ impl Catalog {
             layout,
             extents: vec![0; layout.extents as usize],
             namespaces: vec![None; MAX_NAMESPACES as usize],
-            domains: Vec::new(),
         })
     }
 
@@ -134,13 +132,6 @@ impl Catalog {
             let page_bytes = self.extent_row(extent)?.unwrap_or(0);
             self.extents[extent as usize] = page_bytes;
         }
-        for slot in 0..MAX_DOMAINS {
-            let word = self.load(Layout::domain(slot))?;
-            if word & !u64::from(u32::MAX) != DOMAIN_USED {
-                break;
-            }
-            self.domains.push(word as u32);
-        }
         Ok(())
     }
 
@@ -162,11 +153,6 @@ impl Catalog {
 /// An extent's row: the page size and its complement, so that no stray value passes for one.
 pub(super) fn extent_word(page_bytes: u32) -> u64 {
     u64::from(!page_bytes) << 32 | u64::from(page_bytes)
-}
-
-/// A domain's row.
-pub(super) fn domain_word(uid: u32) -> u64 {
-    DOMAIN_USED | u64::from(uid)
 }
 
 fn layout_of(geometry: &Geometry) -> Result<Layout, CatalogError> {
@@ -221,6 +207,9 @@ fn refusal(
         }
     } else if header.crc != header.computed_crc() {
         DiscardReason::HeaderChecksum
+    } else if header.node != geometry.node {
+        let (found, wanted) = (field_text(&header.node), field_text(&geometry.node));
+        DiscardReason::Node { found, wanted }
     } else if header.pool_bytes != geometry.pool_bytes {
         let (found_bytes, wanted_bytes) = (header.pool_bytes, geometry.pool_bytes);
         DiscardReason::PoolBytes {

@@ -1,7 +1,7 @@
 //! Where everything lies in the catalog file.
 //!
 //! ```text
-//! 0        header, then the isolation-domain table
+//! 0        header
 //! 4 KiB    namespace table: 1,024 rows of 64 bytes
 //! 68 KiB   extent table: 8 bytes per extent, rounded up to 4 KiB
 //! ...      one record area per extent: 64 bytes for each 512 bytes of the extent, rounded up
@@ -11,21 +11,18 @@
 
 #![forbid(unsafe_code)]
 
-use super::record::RECORD_BYTES;
+use super::record::{Header, RECORD_BYTES};
 use super::{CatalogError, Geometry};
 use crate::pool::{ExtentId, MIN_PAGE_BYTES, PageAddr};
 
 /// Rows of the namespace table.
 pub const MAX_NAMESPACES: u32 = 1024;
-/// Rows of the isolation-domain table.
-pub const MAX_DOMAINS: u32 = 128;
 
 const PAGE_BYTES: u64 = 4096;
-const DOMAINS_AT: u64 = 1024;
 const NAMESPACES_AT: u64 = PAGE_BYTES;
 const EXTENT_TABLE_AT: u64 = NAMESPACES_AT + MAX_NAMESPACES as u64 * RECORD_BYTES;
 
-const _: () = assert!(DOMAINS_AT + MAX_DOMAINS as u64 * 8 <= NAMESPACES_AT);
+const _: () = assert!(size_of::<Header>() as u64 <= NAMESPACES_AT);
 const _: () = assert!(EXTENT_TABLE_AT.is_multiple_of(PAGE_BYTES));
 
 /// Byte offsets for one pool geometry.
@@ -65,10 +62,6 @@ impl Layout {
             area_bytes,
             file_bytes,
         })
-    }
-
-    pub(super) fn domain(slot: u32) -> u64 {
-        DOMAINS_AT + u64::from(slot) * 8
     }
 
     pub(super) fn namespace(slot: u32) -> u64 {

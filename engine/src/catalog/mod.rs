@@ -8,7 +8,7 @@
 //! * an extent's row names its page size only while its record area is allocated, and a row is
 //!   emptied before the area is given back;
 //! * a record counts only under the namespace that it was written for: the checksum covers the
-//!   namespace's digest and uid.
+//!   namespace's digest, its domain and the page's address.
 //!
 //! The process that dies loses nothing that it has stored: the file is shared memory. So ordering
 //! matters between the compiler and the stores only, and release stores settle it. A record can be
@@ -32,8 +32,8 @@ mod tests;
 pub use adopt::{AdoptReport, AdoptedPage, Discarded};
 pub use error::{CatalogError, DiscardReason};
 pub use file::OpenedCatalog;
-pub use layout::{MAX_DOMAINS, MAX_NAMESPACES};
-pub use record::{CATALOG_MAGIC, CATALOG_VERSION, PageRecord};
+pub use layout::MAX_NAMESPACES;
+pub use record::{CATALOG_MAGIC, CATALOG_VERSION, NodeName, PageRecord};
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -52,6 +52,8 @@ pub struct Geometry {
     pub extent_bytes: u64,
     /// The pool file.
     pub pool: PoolIdentity,
+    /// The node's name, filled up with zeros.
+    pub node: NodeName,
 }
 
 /// A namespace as the catalog knows it.
@@ -59,8 +61,8 @@ pub struct Geometry {
 pub struct Namespace {
     /// Row of the namespace table: what page records name.
     pub slot: u32,
-    /// The isolation domain.
-    pub uid: u32,
+    /// The isolation domain: a user's number, zero-extended.
+    pub domain_key: u64,
     /// Ranks that each hold a shard of a block, of all of its groups or of some.
     pub world_size: u32,
     /// What makes the namespace this one.
@@ -76,15 +78,13 @@ pub struct Catalog {
     extents: Vec<u32>,
     /// The namespace table as far as it is valid, each row with the seed of its checksums.
     namespaces: Vec<Option<(NamespaceRow, u32)>>,
-    /// The isolation-domain table as far as it is valid.
-    domains: Vec<u32>,
 }
 
 impl Catalog {
     /// The row of a namespace, made if there is none.
     pub fn add_namespace(
         &mut self,
-        uid: u32,
+        domain_key: u64,
         world_size: u32,
         digest: [u8; 32],
     ) -> Result<u32, CatalogError> {
@@ -93,7 +93,7 @@ impl Catalog {
         }
         let known = self
             .namespaces()
-            .find(|row| row.uid == uid && row.digest == digest);
+            .find(|row| row.domain_key == domain_key && row.digest == digest);
         if let Some(Namespace {
             slot,
             world_size: found,
@@ -109,7 +109,7 @@ impl Catalog {
         }
         let free = self.namespaces.iter().position(Option::is_none);
         let slot = free.ok_or(CatalogError::NamespacesFull)?;
-        let row = NamespaceRow::new(uid, world_size, digest);
+        let row = NamespaceRow::new(domain_key, world_size, digest);
         self.publish(
             Layout::namespace(slot as u32),
             bytemuck::cast(row),
@@ -133,37 +133,17 @@ impl Catalog {
         self.namespaces.iter().zip(0..).filter_map(|(row, slot)| {
             let NamespaceRow {
                 digest,
-                uid,
+                domain_key,
                 world_size,
                 ..
             } = row.as_ref()?.0;
             Some(Namespace {
                 slot,
-                uid,
+                domain_key,
                 world_size,
                 digest,
             })
         })
-    }
-
-    /// The number of an isolation domain, made if there is none: the same for this user as long as
-    /// the catalog lives.
-    pub fn domain(&mut self, uid: u32) -> Result<u32, CatalogError> {
-        if let Some(slot) = self.domains.iter().position(|known| *known == uid) {
-            return Ok(slot as u32);
-        }
-        let slot = self.domains.len() as u32;
-        if slot == MAX_DOMAINS {
-            return Err(CatalogError::DomainsFull);
-        }
-        self.store(Layout::domain(slot), file::domain_word(uid))?;
-        self.domains.push(uid);
-        Ok(slot)
-    }
-
-    /// The users of the isolation domains, by number.
-    pub fn domains(&self) -> &[u32] {
-        &self.domains
     }
 
     /// Makes room for the records of an extent, all empty. Called before the first page of an

@@ -9,13 +9,14 @@ use std::mem::{offset_of, size_of};
 
 use bytemuck::{Pod, Zeroable};
 use pegaflow_shm::BlockHash;
+use pegaflow_shm::paths::MAX_NODE_NAME_BYTES;
 
 use crate::pool::{PageAddr, PoolIdentity};
 
 /// First word of a catalog file.
 pub const CATALOG_MAGIC: u64 = u64::from_le_bytes(*b"PGFLOCAT");
 /// Changes whenever any structure here changes.
-pub const CATALOG_VERSION: u32 = 2;
+pub const CATALOG_VERSION: u32 = 3;
 
 /// State word of a complete page record.
 pub(super) const RECORD_SEALED: u32 = u32::from_le_bytes(*b"SEAL");
@@ -28,6 +29,9 @@ pub(super) const EMPTY: u32 = 0;
 pub(super) const WORDS: usize = 8;
 /// Bytes of a record.
 pub(super) const RECORD_BYTES: u64 = 64;
+
+/// A node's name, filled up with zeros.
+pub type NodeName = [u8; MAX_NODE_NAME_BYTES];
 
 /// The beginning of the file. Written once, when the file is created, but for the boot id.
 #[repr(C)]
@@ -42,6 +46,8 @@ pub(super) struct Header {
     pub(super) pool_bytes: u64,
     pub(super) extent_bytes: u64,
     pub(super) pool: PoolIdentity,
+    /// Name of the node, filled up with zeros.
+    pub(super) node: NodeName,
     /// CRC-32C of all of the above.
     pub(super) crc: u32,
     pub(super) reserved: u32,
@@ -57,9 +63,9 @@ pub(super) const HEADER_CRC_BYTES: usize = offset_of!(Header, crc);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub(super) struct NamespaceRow {
     pub(super) digest: [u8; 32],
-    pub(super) uid: u32,
+    pub(super) domain_key: u64,
     pub(super) world_size: u32,
-    pub(super) reserved: [u8; 16],
+    pub(super) reserved: [u8; 12],
     /// CRC-32C of all of the above.
     pub(super) crc: u32,
     /// [`ROW_USED`] or [`EMPTY`].
@@ -71,8 +77,8 @@ pub(super) struct NamespaceRow {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub(super) struct Record {
     pub(super) hash: BlockHash,
-    /// The page's byte offset in the pool: a record that strayed is not believed.
-    pub(super) addr: u64,
+    /// Of the page's bytes; 0 for none.
+    pub(super) checksum: u64,
     pub(super) page_bytes: u32,
     /// Row of the namespace table.
     pub(super) namespace: u32,
@@ -80,8 +86,9 @@ pub(super) struct Record {
     pub(super) group: u16,
     pub(super) rank: u8,
     pub(super) shards: u8,
-    /// CRC-32C of the namespace's digest and uid and of all of the above: when the row of a
-    /// namespace is used again, what was written under the old one is not believed.
+    /// CRC-32C of the namespace's digest and domain key, the page's byte offset in the pool, and
+    /// all of the above: what was written under a namespace whose row is used again, and a record
+    /// that strayed to another page's place, are not believed.
     pub(super) crc: u32,
     /// [`RECORD_SEALED`] or [`EMPTY`].
     pub(super) state: u32,
@@ -91,19 +98,20 @@ pub(super) struct Record {
 const BODY_BYTES: usize = 56;
 
 const _: () = {
-    assert!(size_of::<Header>() == 80);
+    assert!(size_of::<Header>() == 144);
     assert!(offset_of!(Header, pool_bytes) == 16);
     assert!(offset_of!(Header, pool) == 32);
-    assert!(offset_of!(Header, crc) == 56);
-    assert!(offset_of!(Header, boot_id) == 64);
+    assert!(offset_of!(Header, node) == 56);
+    assert!(offset_of!(Header, crc) == 120);
+    assert!(offset_of!(Header, boot_id) == 128);
     assert!(size_of::<NamespaceRow>() == RECORD_BYTES as usize);
-    assert!(offset_of!(NamespaceRow, uid) == 32);
-    assert!(offset_of!(NamespaceRow, world_size) == 36);
+    assert!(offset_of!(NamespaceRow, domain_key) == 32);
+    assert!(offset_of!(NamespaceRow, world_size) == 40);
     assert!(offset_of!(NamespaceRow, crc) == BODY_BYTES);
     assert!(offset_of!(NamespaceRow, state) == BODY_BYTES + 4);
     assert!(size_of::<Record>() == RECORD_BYTES as usize);
     assert!(size_of::<Record>() == WORDS * 8);
-    assert!(offset_of!(Record, addr) == 32);
+    assert!(offset_of!(Record, checksum) == 32);
     assert!(offset_of!(Record, page_bytes) == 40);
     assert!(offset_of!(Record, namespace) == 44);
     assert!(offset_of!(Record, generation) == 48);
@@ -122,12 +130,12 @@ impl Header {
 }
 
 impl NamespaceRow {
-    pub(super) fn new(uid: u32, world_size: u32, digest: [u8; 32]) -> Self {
+    pub(super) fn new(domain_key: u64, world_size: u32, digest: [u8; 32]) -> Self {
         let row = Self {
             digest,
-            uid,
+            domain_key,
             world_size,
-            reserved: [0; 16],
+            reserved: [0; 12],
             crc: 0,
             state: ROW_USED,
         };
@@ -143,7 +151,7 @@ impl NamespaceRow {
 
     /// Where the checksums of the namespace's records begin.
     pub(super) fn seed(&self) -> u32 {
-        crc32c::crc32c_append(crc32c::crc32c(&self.digest), &self.uid.to_le_bytes())
+        crc32c::crc32c_append(crc32c::crc32c(&self.digest), &self.domain_key.to_le_bytes())
     }
 
     fn computed_crc(&self) -> u32 {
@@ -155,7 +163,7 @@ impl Record {
     pub(super) fn new(seed: u32, addr: PageAddr, page: &PageRecord) -> Self {
         let record = Self {
             hash: page.hash,
-            addr: addr.offset(),
+            checksum: page.checksum,
             page_bytes: page.page_bytes,
             namespace: page.namespace,
             generation: page.generation,
@@ -166,18 +174,20 @@ impl Record {
             state: RECORD_SEALED,
         };
         Self {
-            crc: record.computed_crc(seed),
+            crc: record.computed_crc(seed, addr),
             ..record
         }
     }
 
-    pub(super) fn computed_crc(&self, seed: u32) -> u32 {
-        crc32c::crc32c_append(seed, &bytemuck::bytes_of(self)[..BODY_BYTES])
+    pub(super) fn computed_crc(&self, seed: u32, addr: PageAddr) -> u32 {
+        let place = crc32c::crc32c_append(seed, &addr.offset().to_le_bytes());
+        crc32c::crc32c_append(place, &bytemuck::bytes_of(self)[..BODY_BYTES])
     }
 
     pub(super) fn page(&self) -> PageRecord {
         PageRecord {
             hash: self.hash,
+            checksum: self.checksum,
             namespace: self.namespace,
             group: self.group,
             rank: self.rank,
@@ -193,6 +203,8 @@ impl Record {
 pub struct PageRecord {
     /// The block's name.
     pub hash: BlockHash,
+    /// Of the page's bytes; 0 when none was taken.
+    pub checksum: u64,
     /// Row of the namespace table.
     pub namespace: u32,
     /// Cache group.
@@ -217,6 +229,7 @@ mod tests {
         let row = NamespaceRow::new(1000, 2, [7; 32]);
         let page = PageRecord {
             hash: std::array::from_fn(|at| at as u8),
+            checksum: 0x0A0B_0C0D_0E0F_1011,
             namespace: 3,
             group: 4,
             rank: 1,
@@ -227,7 +240,7 @@ mod tests {
         let record = Record::new(row.seed(), PageAddr::from_offset(0x1_0000_2000), &page);
         let bytes = bytemuck::bytes_of(&record);
         assert_eq!(bytes[..32], page.hash);
-        let golden = "002000000100000000100000030000000403020104000102";
+        let golden = "11100f0e0d0c0b0a00100000030000000403020104000102";
         assert_eq!(hex(&bytes[32..56]), golden);
         assert_eq!(
             hex(&bytes[56..]),
@@ -238,8 +251,8 @@ mod tests {
         assert_eq!(record.page(), page);
     }
 
-    const GOLDEN_RECORD_CRC: u32 = 0xEEA1_0AA9;
-    const GOLDEN_ROW_CRC: u32 = 0x25F2_AEE7;
+    const GOLDEN_RECORD_CRC: u32 = 0xBF2F_566D;
+    const GOLDEN_ROW_CRC: u32 = 0xAA81_2C90;
 
     fn hex(bytes: &[u8]) -> String {
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -247,15 +260,17 @@ mod tests {
 
     #[test]
     fn a_record_is_not_believed_under_another_namespace() {
-        let seeds = [(1, [7; 32]), (2, [7; 32]), (1, [8; 32])]
-            .map(|(uid, digest)| NamespaceRow::new(uid, 1, digest).seed());
-        assert!(seeds[0] != seeds[1] && seeds[0] != seeds[2] && seeds[1] != seeds[2]);
+        let seeds = [(1, [7; 32]), (2, [7; 32]), (1 << 32, [7; 32]), (1, [8; 32])]
+            .map(|(key, digest)| NamespaceRow::new(key, 1, digest).seed());
+        let different: std::collections::HashSet<u32> = seeds.into();
+        assert_eq!(different.len(), seeds.len());
     }
 
     #[test]
-    fn every_flipped_bit_of_a_record_is_noticed() {
+    fn a_record_is_not_believed_at_another_pages_place() {
         let page = PageRecord {
             hash: [1; 32],
+            checksum: 0,
             namespace: 0,
             group: 0,
             rank: 0,
@@ -264,11 +279,31 @@ mod tests {
             page_bytes: 512,
         };
         let record = Record::new(5, PageAddr::from_offset(512), &page);
+        for elsewhere in [0, 1024, 512 << 32] {
+            let place = PageAddr::from_offset(elsewhere);
+            assert_ne!(record.crc, record.computed_crc(5, place), "{elsewhere}");
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_of_a_record_is_noticed() {
+        let page = PageRecord {
+            hash: [1; 32],
+            checksum: 3,
+            namespace: 0,
+            group: 0,
+            rank: 0,
+            shards: 1,
+            generation: 0,
+            page_bytes: 512,
+        };
+        let addr = PageAddr::from_offset(512);
+        let record = Record::new(5, addr, &page);
         for bit in 0..60 * 8 {
             let mut bytes: [u8; 64] = bytemuck::cast(record);
             bytes[bit / 8] ^= 1 << (bit % 8);
             let flipped: Record = bytemuck::cast(bytes);
-            assert_ne!(flipped.crc, flipped.computed_crc(5), "bit {bit}");
+            assert_ne!(flipped.crc, flipped.computed_crc(5, addr), "bit {bit}");
         }
     }
 }

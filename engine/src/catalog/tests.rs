@@ -27,6 +27,7 @@ fn geometry() -> Geometry {
         pool_bytes: EXTENTS * EXTENT,
         extent_bytes: EXTENT,
         pool,
+        node: pegaflow_shm::node::text_field("n1"),
     }
 }
 
@@ -84,6 +85,7 @@ impl Fixture {
 fn page(hash: u8, rank: u8) -> PageRecord {
     PageRecord {
         hash: [hash; 32],
+        checksum: u64::from(hash) << 40,
         namespace: 0,
         group: 1,
         rank,
@@ -104,10 +106,7 @@ fn adopted(catalog: &Catalog) -> AdoptReport {
 #[test]
 fn sealed_pages_come_back_after_the_daemon_is_gone() {
     let fixture = Fixture::new();
-    let mut catalog = fixture.prepared();
-    assert_eq!(catalog.domain(1000).expect("room"), 0);
-    assert_eq!(catalog.domain(1001).expect("room"), 1);
-    assert_eq!(catalog.domain(1000).expect("known"), 0);
+    let catalog = fixture.prepared();
     catalog.write_sealed(at(0), &page(1, 0)).expect("prepared");
     catalog.write_sealed(at(15), &page(1, 1)).expect("prepared");
     catalog.write_sealed(at(3), &page(2, 0)).expect("prepared");
@@ -121,10 +120,9 @@ fn sealed_pages_come_back_after_the_daemon_is_gone() {
         expected.map(|(addr, page)| AdoptedPage { addr, page })
     );
     assert_eq!(report.discarded.total(), 0);
-    assert_eq!(catalog.domains(), [1000, 1001]);
     let namespace = Namespace {
         slot: 0,
-        uid: 1000,
+        domain_key: 1000,
         world_size: 2,
         digest: [5; 32],
     };
@@ -249,7 +247,7 @@ fn records_that_strayed_or_name_a_rank_too_many_are_thrown_away() {
     fixture.overwrite(area + 5 * 64, &record);
     let report = adopted(&fixture.reopen());
     let expected = Discarded {
-        wrong_place: 1,
+        bad_checksum: 1,
         bad_rank: 1,
         ..Discarded::default()
     };
@@ -341,8 +339,8 @@ fn requests_that_do_not_fit_are_refused() {
             wanted: 3
         })
     ));
-    for uid in 0..MAX_NAMESPACES - 1 {
-        catalog.add_namespace(uid, 1, [1; 32]).expect("room");
+    for key in 0..u64::from(MAX_NAMESPACES) - 1 {
+        catalog.add_namespace(key, 1, [1; 32]).expect("room");
     }
     assert!(matches!(
         catalog.add_namespace(1, 1, [2; 32]),
@@ -383,6 +381,9 @@ fn a_catalog_of_another_pool_or_daemon_is_discarded_with_the_reason() {
         ..good
     };
     assert!(matches!(reason(&replaced), DiscardReason::OtherPoolFile));
+    let mut renamed = good;
+    renamed.node[1] = b'2';
+    assert_eq!(reason(&renamed).to_string(), "it is of node `n1`, not `n2`");
     let file = OpenOptions::new()
         .write(true)
         .open(&fixture.path)
@@ -417,7 +418,7 @@ proptest! {
     #[test]
     fn garbage_behind_the_header_is_never_adopted_and_never_panics(
         writes in prop::collection::vec(
-            (80..150_000_u64, prop::collection::vec(any::<u8>(), 1..200)),
+            (144..150_000_u64, prop::collection::vec(any::<u8>(), 1..200)),
             1..40,
         ),
     ) {

@@ -173,6 +173,7 @@ fn lane_options(prepared: &Prepared) -> LaneOptions {
     LaneOptions {
         dir: prepared.node_dir.path().to_owned(),
         boot_id: prepared.boot_id,
+        node_name: config.node.clone(),
         node: prepared.node.clone(),
         pool_bytes: config.pool_bytes,
         extent_bytes: config.extent_bytes,

@@ -198,7 +198,7 @@ impl Lane {
         let added = self
             .cache
             .catalog_mut()
-            .add_namespace(uid, world_size, digest);
+            .add_namespace(u64::from(uid), world_size, digest);
         if !matches!(added, Err(CatalogError::NamespacesFull)) {
             return added;
         }
@@ -207,7 +207,7 @@ impl Lane {
         let unused = unused.ok_or(CatalogError::NamespacesFull)?;
         let catalog = self.cache.catalog_mut();
         catalog.remove_namespace(unused)?;
-        let added = catalog.add_namespace(uid, world_size, digest);
+        let added = catalog.add_namespace(u64::from(uid), world_size, digest);
         self.namespaces.forget(unused);
         added
     }

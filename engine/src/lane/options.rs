@@ -17,6 +17,8 @@ pub struct LaneOptions {
     pub dir: PathBuf,
     /// Boot id.
     pub boot_id: BootId,
+    /// Name of the node.
+    pub node_name: String,
     /// The node file.
     pub node: NodeWriter,
     /// Bytes of the pool; a multiple of the extent size.

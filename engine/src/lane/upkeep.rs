@@ -197,7 +197,8 @@ impl NamespaceTable {
     pub(super) fn note_adopted(&mut self, namespace: &Namespace) {
         let row = self.row(namespace.slot);
         row.used = 1;
-        row.uid = namespace.uid;
+        // The node file shows users; a domain that is no user's shows as the largest number.
+        row.uid = u32::try_from(namespace.domain_key).unwrap_or(u32::MAX);
         row.world_size = namespace.world_size;
         row.digest = namespace.digest;
         row.summary = text_field("(from a previous daemon)");

@@ -79,6 +79,7 @@ fn options(dir: &std::path::Path, node: NodeWriter, boot: u8) -> LaneOptions {
     LaneOptions {
         dir: dir.to_owned(),
         boot_id: [boot; 16],
+        node_name: "n1".to_owned(),
         node,
         pool_bytes: 16 * EXTENT,
         extent_bytes: EXTENT,
