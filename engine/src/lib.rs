@@ -2,6 +2,7 @@
 
 pub mod cache;
 pub mod catalog;
+pub mod clock;
 pub mod config;
 pub mod control;
 pub mod copy;

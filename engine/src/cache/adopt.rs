@@ -225,7 +225,7 @@ impl Cache {
         let Ok(entry) = self.domains[domain].insert(&BlockKey::new(slot, group, &hash)) else {
             return false;
         };
-        let born_s = self.now_s();
+        let born_s = self.now_s;
         let home = &mut self.domains[domain];
         let block = &mut home.blocks[entry.0 as usize];
         block.begin(ranks.len() as u16, born_s, &mut home.runs);

@@ -26,7 +26,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pegaflow_shm::BootId;
 use pegaflow_shm::index::EntryId;
@@ -87,7 +87,8 @@ pub struct Cache {
     admission: Option<Box<dyn Admission>>,
     unfinished: VecDeque<Unfinished>,
     options: CacheOptions,
-    epoch: Instant,
+    /// Seconds since the start, as the lane told last.
+    now_s: u32,
     /// Blocks in an index without all their shards.
     unsealed: u64,
     evictions: Evictions,
@@ -138,7 +139,7 @@ impl Cache {
             admission: policy::build_admission(options.admission, options.max_blocks),
             unfinished: VecDeque::new(),
             options,
-            epoch: Instant::now(),
+            now_s: 0,
             unsealed: 0,
             evictions: Evictions::default(),
             held: Vec::new(),
@@ -264,8 +265,10 @@ impl Cache {
         std::mem::take(&mut self.evictions)
     }
 
-    fn now_s(&self) -> u32 {
-        self.epoch.elapsed().as_secs() as u32
+    /// Sets the cache's clock, by which blocks that wait for shards grow old: seconds since the
+    /// start.
+    pub fn tell_time(&mut self, now_s: u32) {
+        self.now_s = now_s;
     }
 }
 

@@ -266,7 +266,7 @@ impl Cache {
     /// Drops blocks whose remaining shards never came. True when one went.
     pub fn drop_expired_unfinished(&mut self) -> bool {
         let ttl_s = self.options.incomplete_ttl.as_secs() as u32;
-        let now_s = self.now_s();
+        let now_s = self.now_s;
         let mut dropped = false;
         while let Some(oldest) = self.unfinished.front().copied() {
             let block = *self.domains[oldest.domain].block(oldest.entry);

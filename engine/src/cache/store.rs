@@ -139,7 +139,7 @@ impl Cache {
         }
         match inserted {
             Ok(entry) => {
-                let born = self.now_s();
+                let born = self.now_s;
                 let home = &mut self.domains[scope.domain];
                 let runs = &mut home.runs;
                 home.blocks[entry.0 as usize].begin(scope.shards, born, runs);

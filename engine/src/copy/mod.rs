@@ -19,6 +19,7 @@ mod process;
 mod process_pass;
 mod region;
 mod task;
+mod threads;
 mod workers;
 
 #[cfg(test)]
@@ -33,4 +34,5 @@ pub use memory::{ClientMemory, PoolMemory};
 pub use process::ProcessMemory;
 pub use region::RegionMapping;
 pub use task::{CopyDone, CopyTask, Direction, PageCopy};
+pub use threads::CopyThreads;
 pub use workers::{CopyOptions, CopyWorkers};

@@ -11,16 +11,18 @@ use pegaflow_shm::status::Status;
 
 use crate::cache::lease::LeaseEnd;
 use crate::catalog::CatalogError;
+use crate::clock::Clock;
 use crate::lane::api::{
     CloseReason, LaneCommand, LaneEvent, NewRegistration, NewSession, Refusal, Reply, SessionId,
     SessionOpened,
 };
+use crate::lane::machine::Machine;
 use crate::lane::request::Request;
 use crate::lane::run::Lane;
 use crate::lane::session::{LaneSession, MAX_REGISTRATIONS, Registration};
 use crate::registry::{InstanceId, Member, MemberGroup, packed_groups};
 
-impl Lane {
+impl<M: Machine> Lane<M> {
     /// Handles one command; false ends the lane.
     pub(super) fn command(&mut self, command: LaneCommand) -> bool {
         match command {
@@ -77,7 +79,7 @@ impl Lane {
             .client_index()
             .map_err(|error| system(&error))?;
         let id = new.id;
-        let session = LaneSession::new(new, domain, crate::lane::upkeep::unix_ms())
+        let session = LaneSession::new(new, domain, self.clock.unix_ms())
             .map_err(|error| Refusal::new(Status::SystemError, format!("session {id}: {error}")))?;
         self.watch(&session)
             .map_err(|error| Refusal::new(Status::SystemError, format!("session {id}: {error}")))?;

@@ -10,10 +10,12 @@ use pegaflow_shm::node::{Counter, Histogram, LeaseRow};
 use pegaflow_shm::status::Status;
 
 use crate::cache::lease::{Ended, LeaseEnd, LeaseTable};
+use crate::clock::Clock;
+use crate::lane::machine::Machine;
 use crate::lane::run::Lane;
 use crate::lane::session::{LaneSession, SessionFault};
 
-impl Lane {
+impl<M: Machine> Lane<M> {
     pub(super) fn release(
         &mut self,
         session: &mut LaneSession,
@@ -26,7 +28,7 @@ impl Lane {
             let ended = self.leases.end(id, LeaseEnd::Released);
             self.finish_leases(ended);
             self.node
-                .observe(Histogram::Release, now.elapsed().as_nanos() as u64);
+                .observe(Histogram::Release, self.since(now).as_nanos() as u64);
         }
         let mut completion = Completion::new(Op::Release, submission.request_id, status);
         completion.lease = id;
@@ -115,12 +117,12 @@ impl Lane {
         let Ok(lease) = self.leases.get(id) else {
             return;
         };
-        let left = lease.deadline.saturating_duration_since(Instant::now());
+        let left = lease.deadline.saturating_duration_since(self.clock.now());
         let row = LeaseRow {
             lease: id,
             session: lease.session,
             request_key: lease.request.key,
-            expires_unix_ms: crate::lane::upkeep::unix_ms() + left.as_millis() as u64,
+            expires_unix_ms: self.clock.unix_ms() + left.as_millis() as u64,
             blocks: lease.entries.len() as u32,
             consumed_by: lease.consumed_by(),
             world_size: lease.world_size,

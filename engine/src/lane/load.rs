@@ -14,6 +14,7 @@ use pegaflow_shm::payload;
 use pegaflow_shm::status::Status;
 
 use crate::copy::{BoundLayout, Direction, PageCopy};
+use crate::lane::machine::Machine;
 use crate::lane::request::{CopyProgress, ListProgress, LoadRequest, Request};
 use crate::lane::run::Lane;
 use crate::lane::session::{LaneSession, SessionFault};
@@ -26,7 +27,7 @@ struct Plan {
     rank: u32,
 }
 
-impl Lane {
+impl<M: Machine> Lane<M> {
     pub(super) fn new_load(&mut self, submission: &Submission, now: Instant) -> LoadRequest {
         LoadRequest {
             list: ListProgress::new(submission, now),
@@ -228,7 +229,7 @@ impl Lane {
         session: &mut LaneSession,
         load: LoadRequest,
     ) -> Result<(), SessionFault> {
-        let daemon_ns = load.list.started.elapsed().as_nanos() as u64;
+        let daemon_ns = self.since(load.list.started).as_nanos() as u64;
         let cancelled = load.copies.is_cancelled();
         if let Some((status, _)) = load.list.failed {
             let what = match status {

@@ -5,6 +5,7 @@
 //! | [`api`] | commands and events between the control thread and the lane |
 //! | [`wake`] | waking the lane when it sleeps |
 //! | `run` | the loop: poll, copy results, timers, sleep |
+//! | [`machine`] | the clock and the copy threads, which a simulation replaces |
 //! | `session` | one session's rings, registrations and unfinished requests |
 //! | `commands` | sessions and registrations come and go |
 //! | `submit` | a submission is checked and its chunks put together |
@@ -19,6 +20,7 @@ pub mod api;
 mod commands;
 mod lease_ops;
 mod load;
+mod machine;
 mod options;
 mod query;
 mod request;
@@ -35,6 +37,7 @@ mod wake;
 #[cfg(test)]
 mod tests;
 
+pub use machine::{Machine, RealMachine};
 pub use options::LaneOptions;
 pub use start::{LaneStartError, StartedLane, start};
 pub use wake::LaneWake;

@@ -11,6 +11,8 @@ use pegaflow_shm::status::Status;
 use twox_hash::XxHash3_64;
 
 use crate::cache::lease::{Lease, LeaseEnd, RequestKey};
+use crate::clock::Clock;
+use crate::lane::machine::Machine;
 use crate::lane::request::{ListProgress, QueryRequest, QueryScope, Request};
 use crate::lane::run::Lane;
 use crate::lane::session::{LaneSession, SessionFault};
@@ -26,7 +28,7 @@ struct Answer {
     reason: MissReason,
 }
 
-impl Lane {
+impl<M: Machine> Lane<M> {
     pub(super) fn new_query(
         &mut self,
         session: &LaneSession,
@@ -186,7 +188,7 @@ impl Lane {
         session: &mut LaneSession,
         mut query: Box<QueryRequest>,
     ) -> Result<(), SessionFault> {
-        let now = Instant::now();
+        let now = self.clock.now();
         let head = query.list.head;
         let daemon_ns = now.duration_since(query.list.started).as_nanos() as u64;
         let mut completion = Completion::new(Op::Query, head.request_id, Status::Ok);

@@ -16,9 +16,11 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::cache::Cache;
 use crate::cache::lease::{Ended, LeaseTable};
-use crate::copy::{CopyTask, CopyWorkers, PageCopy};
+use crate::clock::Clock;
+use crate::copy::{CopyTask, CopyThreads, PageCopy};
 use crate::lane::api::{LaneCommand, LaneEvent, Reply, SessionId};
 use crate::lane::load::SeenBlocks;
+use crate::lane::machine::Machine;
 use crate::lane::options::LaneOptions;
 use crate::lane::session::{LaneSession, SessionFault};
 use crate::lane::tally::Tally;
@@ -36,8 +38,19 @@ const CROWDED_SPIN: Duration = Duration::from_micros(2);
 /// Idle rounds between two looks at the clock.
 const CLOCK_ROUNDS: u32 = 8;
 
+/// What a round came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Round {
+    /// There was something to do.
+    Worked,
+    /// There was nothing.
+    Idle,
+    /// [`LaneCommand::Stop`] came, or nobody is left to send commands.
+    Stopped,
+}
+
 /// Everything the lane thread owns.
-pub(super) struct Lane {
+pub(super) struct Lane<M: Machine> {
     pub options: LaneOptions,
     pub node: NodeWriter,
     pub cache: Cache,
@@ -45,7 +58,8 @@ pub(super) struct Lane {
     pub registry: Registry,
     pub sessions: Vec<Option<Box<LaneSession>>>,
     pub by_id: HashMap<SessionId, usize>,
-    pub workers: CopyWorkers,
+    pub clock: M::Clock,
+    pub workers: M::Copies,
     pub backlog: VecDeque<CopyTask>,
     pub tasks: TaskTable,
     pub tally: Tally,
@@ -71,39 +85,52 @@ pub(super) struct Lane {
     pub ended: Vec<Ended>,
 }
 
-impl Lane {
+impl<M: Machine> Lane<M> {
     /// Runs until [`LaneCommand::Stop`].
     pub(super) fn run(mut self) {
         let mut idle_rounds = 0u32;
         let mut idle_since: Option<Instant> = None;
         loop {
-            let mut worked = self.poll_sessions();
-            worked |= self.take_done();
-            match self.take_commands() {
-                Some(any) => worked |= any,
-                None => break,
+            match self.round() {
+                Round::Worked => {
+                    idle_since = None;
+                    idle_rounds = 0;
+                    self.upkeep(self.clock.now());
+                    continue;
+                }
+                Round::Idle => idle_rounds += 1,
+                Round::Stopped => break,
             }
-            if worked {
-                idle_since = None;
-                idle_rounds = 0;
-                self.upkeep(Instant::now());
-                continue;
-            }
-            idle_rounds += 1;
             if !idle_rounds.is_multiple_of(CLOCK_ROUNDS) {
                 relax();
                 continue;
             }
-            let now = Instant::now();
+            let now = self.clock.now();
             self.upkeep(now);
             if now.duration_since(*idle_since.get_or_insert(now)) >= self.patience() {
                 self.sleep();
                 idle_since = None;
             }
         }
+        self.finish();
+    }
+
+    /// One look at everything that may hold work: rings, finished copies, commands.
+    pub(super) fn round(&mut self) -> Round {
+        let mut worked = self.poll_sessions();
+        worked |= self.take_done();
+        match self.take_commands() {
+            Some(any) => worked |= any,
+            None => return Round::Stopped,
+        }
+        if worked { Round::Worked } else { Round::Idle }
+    }
+
+    /// The end of the lane: copies drain, the last figures are published.
+    pub(super) fn finish(&mut self) {
         self.workers.stop();
         while self.take_done() {}
-        self.publish(Instant::now());
+        self.publish(self.clock.now());
     }
 
     /// How long to poll without work. While long copies run on every CPU there is, polling would
@@ -155,7 +182,8 @@ impl Lane {
     }
 
     fn poll_session(&mut self, session: &mut LaneSession) -> Result<(), SessionFault> {
-        let now = Instant::now();
+        let now = self.clock.now();
+        self.tell_time(now);
         for _ in 0..BATCH {
             let Some(submission) = session.next_submission()? else {
                 break;
@@ -171,7 +199,7 @@ impl Lane {
     pub(super) fn with_session(
         &mut self,
         id: SessionId,
-        work: impl FnOnce(&mut Lane, &mut LaneSession) -> Result<(), SessionFault>,
+        work: impl FnOnce(&mut Lane<M>, &mut LaneSession) -> Result<(), SessionFault>,
     ) {
         let Some(position) = self.by_id.get(&id).copied() else {
             return;
@@ -228,10 +256,22 @@ impl Lane {
 
     /// Sleeps until a client, a copy thread, a command or the clock has something.
     fn sleep(&mut self) {
+        if self.fall_asleep() {
+            let limit = self.sleep_limit(self.clock.now());
+            let rung = self.wait(limit);
+            self.wake_up(rung);
+        } else {
+            self.wake_up(false);
+        }
+    }
+
+    /// Tells everybody that from now on the lane must be woken, and looks once more: true when
+    /// there is still nothing to do. [`Lane::wake_up`] must follow either way.
+    pub(super) fn fall_asleep(&mut self) -> bool {
         self.settle_drain();
         // A running copy will wake the lane: what it has gathered can wait until then.
         if !self.tasks.runs_long() {
-            self.publish(Instant::now());
+            self.publish(self.clock.now());
         }
         self.wake.park();
         for session in self.sessions.iter_mut().flatten() {
@@ -245,22 +285,25 @@ impl Lane {
             || self.workers.has_done();
         if !waiting {
             self.tally.add(Counter::LaneParks, 1);
-            let limit = self.sleep_limit(Instant::now());
-            let rung = self.wait(limit);
-            self.suspect_gap |= rung
-                && !self
-                    .sessions
-                    .iter()
-                    .flatten()
-                    .any(|session| session.has_submission());
         }
+        !waiting
+    }
+
+    /// The lane is awake; `rung` when a client's bell ended its sleep.
+    pub(super) fn wake_up(&mut self, rung: bool) {
+        self.suspect_gap |= rung
+            && !self
+                .sessions
+                .iter()
+                .flatten()
+                .any(|session| session.has_submission());
         for session in self.sessions.iter_mut().flatten() {
             session.disarm();
         }
         self.wake.unpark();
     }
 
-    /// True when a client's bell ended the wait.
+    /// Waits on the bells. True when a client's bell ended the wait.
     fn wait(&self, limit: Option<Duration>) -> bool {
         let limit = limit.map(|limit| Timespec {
             tv_sec: limit.as_secs() as i64,

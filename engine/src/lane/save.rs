@@ -12,12 +12,13 @@ use pegaflow_shm::status::Status;
 
 use crate::cache::store::{Offer, ShardScope};
 use crate::copy::{BoundLayout, Direction, PageCopy};
+use crate::lane::machine::Machine;
 use crate::lane::request::{CopyProgress, ListProgress, Request, SaveRequest};
 use crate::lane::run::Lane;
 use crate::lane::session::{LaneSession, SessionFault};
 use crate::lane::tasks::{TaskKind, TaskOwner};
 
-impl Lane {
+impl<M: Machine> Lane<M> {
     pub(super) fn new_save(
         &mut self,
         session: &LaneSession,
@@ -244,7 +245,7 @@ impl Lane {
         session: &mut LaneSession,
         save: SaveRequest,
     ) -> Result<(), SessionFault> {
-        let daemon_ns = save.list.started.elapsed().as_nanos() as u64;
+        let daemon_ns = self.since(save.list.started).as_nanos() as u64;
         let cancelled = save.copies.is_cancelled();
         let (status, about) = match save.list.failed {
             Some(failed) => failed,

@@ -7,18 +7,20 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pegaflow_shm::node::Gauge;
 use rustix::event::epoll;
 use rustix::io::Errno;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use crate::cache::adopt::{OpenError, open_cache};
+use crate::cache::adopt::{OpenError, OpenedCache, open_cache};
 use crate::cache::lease::LeaseTable;
+use crate::clock::{Clock, SystemClock};
 use crate::copy::{CopyOptions, CopyWorkers};
 use crate::lane::api::{LaneEvent, LaneHandle};
 use crate::lane::load::SeenBlocks;
+use crate::lane::machine::{Machine, RealMachine};
 use crate::lane::options::LaneOptions;
 use crate::lane::run::{LANE_WAKE, Lane};
 use crate::lane::tally::Tally;
@@ -81,9 +83,58 @@ pub fn start(
             max_tasks: MAX_COPY_TASKS,
             spin: COPY_SPIN,
         },
-        opened.pool_memory,
+        opened.pool_memory.clone(),
         move || copy_wake.wake_if_parked(),
     )?;
+    let parts = MachineParts::<RealMachine> {
+        clock: SystemClock,
+        workers,
+        wake,
+        crowded: cpus <= threads,
+    };
+    let BuiltLane {
+        lane,
+        handle,
+        events,
+    } = build(options, opened, parts)?;
+    let thread = std::thread::Builder::new()
+        .name("lane".into())
+        .spawn(move || run(lane))?;
+    Ok(StartedLane {
+        handle,
+        events,
+        thread,
+    })
+}
+
+/// The machine's side of a lane.
+pub(super) struct MachineParts<M: Machine> {
+    pub clock: M::Clock,
+    pub workers: M::Copies,
+    pub wake: Arc<LaneWake>,
+    /// There are no more CPUs than copy threads.
+    pub crowded: bool,
+}
+
+/// A lane that nobody turns yet.
+pub(super) struct BuiltLane<M: Machine> {
+    pub lane: Lane<M>,
+    pub handle: LaneHandle,
+    pub events: UnboundedReceiver<LaneEvent>,
+}
+
+/// Puts a lane together over an opened cache.
+pub(super) fn build<M: Machine>(
+    options: LaneOptions,
+    opened: OpenedCache,
+    parts: MachineParts<M>,
+) -> Result<BuiltLane<M>, LaneStartError> {
+    let MachineParts {
+        clock,
+        workers,
+        wake,
+        crowded,
+    } = parts;
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     epoll::add(
         &epoll,
@@ -98,7 +149,7 @@ pub fn start(
         u64::from(opened.cache.pool().stats().extents),
     );
     node.set(Gauge::BlocksMax, u64::from(options.max_blocks));
-    node.set(Gauge::CopyThreads, threads.get() as u64);
+    node.set(Gauge::CopyThreads, options.copy_threads.max(1) as u64);
     let mut tally = Tally::new();
     tally.add(
         pegaflow_shm::node::Counter::AdoptedBlocks,
@@ -115,7 +166,7 @@ pub fn start(
     for namespace in opened.cache.catalog().namespaces() {
         namespaces.note_adopted(&namespace);
     }
-    let mut lane = Lane {
+    let mut lane: Lane<M> = Lane {
         cache: opened.cache,
         leases: LeaseTable::new(options.max_leases),
         registry: Registry::new(options.max_instances),
@@ -126,13 +177,14 @@ pub fn start(
         tasks: TaskTable::default(),
         tally,
         namespaces,
-        clocks: Clocks::new(Instant::now()),
+        clocks: Clocks::new(clock.now()),
+        clock,
         commands,
         events,
         wake,
         epoll,
         draining: None,
-        crowded: cpus <= threads,
+        crowded,
         suspect_gap: false,
         chunk: Vec::new(),
         blocks: Vec::new(),
@@ -144,20 +196,18 @@ pub fn start(
         node,
         options,
     };
-    lane.publish(Instant::now());
-    let thread = std::thread::Builder::new()
-        .name("lane".into())
-        .spawn(move || run(lane))?;
-    Ok(StartedLane {
+    let now = lane.clock.now();
+    lane.publish(now);
+    Ok(BuiltLane {
+        lane,
         handle,
         events: event_receiver,
-        thread,
     })
 }
 
 /// A lane that panics may have left private state half changed. Shared memory is consistent at
 /// every instruction, so the daemon ends at once and the next one takes the sealed blocks over.
-fn run(lane: Lane) {
+fn run(lane: Lane<RealMachine>) {
     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| lane.run())).is_err() {
         tracing::error!("the lane panicked: the daemon aborts, its pool stays for the next one");
         std::process::abort();

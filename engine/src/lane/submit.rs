@@ -9,11 +9,12 @@ use pegaflow_shm::node::Counter;
 use pegaflow_shm::payload::CHUNK_BYTES;
 use pegaflow_shm::status::Status;
 
+use crate::lane::machine::Machine;
 use crate::lane::request::Request;
 use crate::lane::run::Lane;
 use crate::lane::session::{LaneSession, SessionFault};
 
-impl Lane {
+impl<M: Machine> Lane<M> {
     /// Handles one submission of a session.
     pub(super) fn submit(
         &mut self,

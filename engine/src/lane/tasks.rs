@@ -8,8 +8,9 @@ use std::sync::atomic::AtomicBool;
 use pegaflow_shm::node::Counter;
 
 use crate::cache::store::ShardScope;
-use crate::copy::{BoundLayout, CopyDone, CopyError, CopyTask, Direction, PageCopy};
+use crate::copy::{BoundLayout, CopyDone, CopyError, CopyTask, CopyThreads, Direction, PageCopy};
 use crate::lane::api::SessionId;
+use crate::lane::machine::Machine;
 use crate::lane::run::Lane;
 use crate::lane::session::LaneSession;
 
@@ -84,7 +85,7 @@ impl TaskTable {
     }
 }
 
-impl Lane {
+impl<M: Machine> Lane<M> {
     /// Cuts the pages at hand, `self.pages`, into tasks and hands them out; returns how many.
     /// `entries` has an element for each page of a save and none for a load.
     pub(super) fn dispatch(

@@ -3,13 +3,15 @@
 
 #![forbid(unsafe_code)]
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use pegaflow_shm::namespace::NamespaceSpec;
 use pegaflow_shm::node::{Counter, Gauge, NamespaceRow, NodeWriter, text_field};
 
 use crate::cache::Held;
 use crate::catalog::Namespace;
+use crate::clock::Clock;
+use crate::lane::machine::Machine;
 use crate::lane::run::Lane;
 use crate::lane::session::SessionFault;
 
@@ -22,15 +24,9 @@ const PUBLISH_TICK: Duration = Duration::from_millis(50);
 /// How long a claimed submission slot may stay unpublished, and a list incomplete.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Milliseconds since 1970.
-pub(super) fn unix_ms() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_millis() as u64)
-}
-
 /// When each kind of upkeep ran last.
 pub(super) struct Clocks {
+    started: Instant,
     short: Instant,
     long: Instant,
     published: Instant,
@@ -39,6 +35,7 @@ pub(super) struct Clocks {
 impl Clocks {
     pub(super) fn new(now: Instant) -> Clocks {
         Clocks {
+            started: now,
             short: now,
             long: now,
             published: now,
@@ -46,13 +43,14 @@ impl Clocks {
     }
 }
 
-impl Lane {
+impl<M: Machine> Lane<M> {
     /// Does what is due. Cheap when nothing is.
     pub(super) fn upkeep(&mut self, now: Instant) {
         if now.duration_since(self.clocks.short) < SHORT_TICK {
             return;
         }
         self.clocks.short = now;
+        self.tell_time(now);
         // A client that submits without a pause keeps the lane from sleeping, not from stopping.
         self.settle_drain();
         let mut ended = std::mem::take(&mut self.ended);
@@ -67,6 +65,17 @@ impl Lane {
         if now.duration_since(self.clocks.published) >= PUBLISH_TICK {
             self.publish(now);
         }
+    }
+
+    /// Tells the cache how old its unfinished blocks are.
+    pub(super) fn tell_time(&mut self, now: Instant) {
+        let age = now.duration_since(self.clocks.started);
+        self.cache.tell_time(age.as_secs() as u32);
+    }
+
+    /// How long something that began at `start` has taken.
+    pub(super) fn since(&self, start: Instant) -> Duration {
+        self.clock.now().duration_since(start)
     }
 
     /// How long the lane may sleep; `None` until it is woken.
