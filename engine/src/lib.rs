@@ -7,6 +7,7 @@ pub mod config;
 pub mod control;
 pub mod copy;
 pub mod daemon;
+pub mod fault;
 pub mod lane;
 pub mod layout;
 pub mod metrics;

@@ -4,7 +4,7 @@
 
 use std::process::ExitCode;
 
-use pegaflow_engine::{config, daemon};
+use pegaflow_engine::{config, daemon, fault};
 
 /// The daemon failed while running.
 const FAILED: u8 = 1;
@@ -31,6 +31,10 @@ fn main() -> ExitCode {
     if loaded.check_only {
         print!("{}", loaded.effective_toml());
         return ExitCode::SUCCESS;
+    }
+    if let Err(error) = fault::check_environment() {
+        eprintln!("error: {error}");
+        return ExitCode::from(BAD_CONFIGURATION);
     }
     daemon::log::start(&loaded.config);
     match daemon::run(&loaded) {

@@ -21,6 +21,7 @@ use crate::cache::lookup::key_hash;
 use crate::cache::{Cache, CacheOptions};
 use crate::catalog::{AdoptedPage, Catalog, CatalogError, Geometry, OpenedCatalog};
 use crate::copy::PoolMemory;
+use crate::fault::{self, CrashPoint};
 use crate::lane::LaneOptions;
 use crate::pool::{
     OpenedPool, Pool, PoolError, PoolFile, PoolFileError, PopulateOptions, pool_memory,
@@ -146,6 +147,7 @@ fn open_files(
         return Ok((file, catalog, false));
     }
     let file = PoolFile::create(&pool_path, options.pool_bytes, populate, progress)?;
+    fault::point(CrashPoint::PoolMade);
     let catalog = Catalog::create(&catalog_path, &geometry(&file), options.boot_id)?;
     Ok((file, catalog, false))
 }
@@ -183,13 +185,16 @@ impl Cache {
             let shards = blocks.remove(&name).unwrap_or_default();
             if self.adopt_block(name, &shards) {
                 adopted += 1;
+                fault::point(CrashPoint::BlockAdopted);
                 continue;
             }
             given_up += shards.len() as u64;
             for shard in shards {
                 self.catalog.clear(shard.addr)?;
+                fault::point(CrashPoint::RecordDiscarded);
             }
         }
+        fault::point(CrashPoint::BlocksAdopted);
         let pool = &self.pool;
         self.catalog
             .retain_extents(|extent| pool.page_bytes_of_extent(extent).is_some())?;

@@ -11,6 +11,7 @@ use pegaflow_shm::mapping::{Access, NamedFile};
 
 use crate::cache::block::{Block, ShardRuns};
 use crate::cache::index_file::{IndexFile, IndexFileError};
+use crate::fault::{self, CrashPoint};
 use crate::policy::EvictionPolicy;
 
 /// Position of a domain in the cache's list.
@@ -55,6 +56,7 @@ impl Domain {
     ) -> Result<Domain, IndexFileError> {
         let layout = IndexLayout::for_capacity(max_blocks)?;
         let index = IndexFile::create(&path, layout, boot_id, seed)?;
+        fault::point(CrashPoint::IndexMade);
         Ok(Domain {
             uid,
             index,

@@ -13,6 +13,7 @@ use crate::cache::Cache;
 use crate::cache::block::{Block, Shard};
 use crate::cache::domain::DomainId;
 use crate::cache::lookup::key_hash;
+use crate::fault::{self, CrashPoint};
 use crate::pool::{Allocation, ExtentId, PageAddr};
 
 /// Extents of another page size that are tried in vain before a list goes without room.
@@ -202,6 +203,7 @@ impl Cache {
         if self.pool.drain(extent).is_err() {
             return false;
         }
+        fault::point(CrashPoint::ExtentDrained);
         for (domain, entry) in blocks {
             // Two shards of one block may lie in the same extent.
             if self.domains[domain].block(entry).shards > 0 {
@@ -234,6 +236,7 @@ impl Cache {
         let sealed = self.domains[domain].block(entry).sealed;
         let removed = self.domains[domain].index.writer.remove(entry);
         self.removals += 1;
+        fault::point(CrashPoint::BlockUnindexed);
         let mut bytes = 0;
         for shard in 0..shards {
             let home = &self.domains[domain];
@@ -257,6 +260,7 @@ impl Cache {
         if let Err(error) = self.catalog.clear(page) {
             tracing::error!(%error, "a catalog record cannot be cleared");
         }
+        fault::point(CrashPoint::RecordCleared);
         let bytes = self.pool.page_bytes_of(page).map_or(0, u64::from);
         self.domains[domain].bytes = self.domains[domain].bytes.saturating_sub(bytes);
         self.free_page(page);

@@ -15,6 +15,7 @@ use crate::cache::lookup::key_hash;
 use crate::cache::room::NoRoom;
 use crate::cache::{Cache, Unfinished};
 use crate::catalog::{Catalog, PageRecord};
+use crate::fault::{self, CrashPoint};
 use crate::pool::{PageAddr, Pool, round_page};
 
 /// Blocks that got their last shard, or left, and that may stay in the queue of unfinished ones
@@ -185,11 +186,13 @@ impl Cache {
         let block = &mut home.blocks[entry.0 as usize];
         block.copying += 1;
         block.set_shard(scope.shard, Shard::Copying(page), runs);
+        fault::point(CrashPoint::PageOffered);
         Offer::Copy { entry, page }
     }
 
     /// The copy of a shard has completed. True when it sealed its block.
     pub fn shard_copied(&mut self, scope: &ShardScope, entry: EntryId) -> bool {
+        fault::point(CrashPoint::ShardCopied);
         let home = &mut self.domains[scope.domain];
         let runs = &mut home.runs;
         let block = &mut home.blocks[entry.0 as usize];
@@ -225,12 +228,16 @@ impl Cache {
             };
             let mark = (shard, block.shards, block.generation);
             match record_page(&self.catalog, &self.pool, page, scope, mark, &hash) {
-                Ok(page_bytes) => bytes += i64::from(page_bytes),
+                Ok(page_bytes) => {
+                    bytes += i64::from(page_bytes);
+                    fault::point(CrashPoint::ShardRecorded);
+                }
                 Err(error) => {
                     tracing::error!(%error, "a page is not recorded and will not survive a restart");
                 }
             }
         }
+        fault::point(CrashPoint::BlockRecorded);
         self.hold(scope.namespace, 1, bytes);
         self.end_unfinished(scope.namespace);
         let home = &mut self.domains[scope.domain];
@@ -238,6 +245,7 @@ impl Cache {
         if let Err(error) = home.index.writer.seal(entry) {
             tracing::error!(%error, "a finished block cannot be sealed");
         }
+        fault::point(CrashPoint::BlockSealed);
     }
 
     /// The copy of a shard failed or was cancelled, and has drained: its page is free again.

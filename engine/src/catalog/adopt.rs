@@ -9,6 +9,7 @@ use pegaflow_shm::BlockHash;
 
 use super::record::{RECORD_BYTES, RECORD_SEALED, Record};
 use super::{Catalog, CatalogError, PageRecord};
+use crate::fault::{self, CrashPoint};
 use crate::pool::{ExtentId, PageAddr};
 
 /// Bytes read at once: a multiple of the record size.
@@ -118,7 +119,7 @@ impl Catalog {
     fn release_areas(&self, from: Option<ExtentId>, to: ExtentId) -> Result<(), CatalogError> {
         if let Some(from) = from {
             let start = self.layout.area(from);
-            self.file.release(start, self.layout.area(to) - start)?;
+            self.release_bytes(start, self.layout.area(to) - start)?;
         }
         Ok(())
     }
@@ -165,7 +166,9 @@ impl Catalog {
         let addr = self.layout.page(place.extent, place.slot, place.page_bytes);
         if let Some(counter) = self.refuse(record, addr, place.page_bytes, &mut report.discarded) {
             *counter += 1;
-            return self.clear(addr);
+            self.clear(addr)?;
+            fault::point(CrashPoint::RecordDiscarded);
+            return Ok(());
         }
         let page = record.page();
         match shards.entry(shard_key(&page)) {

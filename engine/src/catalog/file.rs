@@ -17,6 +17,7 @@ use super::record::{
     CATALOG_MAGIC, CATALOG_VERSION, HEADER_CRC_BYTES, Header, NamespaceRow, RECORD_BYTES,
 };
 use super::{Catalog, CatalogError, DiscardReason, Geometry, MAX_NAMESPACES};
+use crate::fault::{self, CrashPoint};
 use crate::pool::ExtentId;
 
 const PURPOSE: &str = "catalog";
@@ -98,6 +99,7 @@ impl Catalog {
         catalog
             .mapping
             .copy_in(8, &bytemuck::bytes_of(&header)[8..HEADER_CRC_BYTES + 8])?;
+        fault::point(CrashPoint::CatalogHeaderless);
         catalog.store(0, header.magic)?;
         Ok(catalog)
     }
@@ -110,6 +112,8 @@ impl Catalog {
             layout,
             extents: vec![0; layout.extents as usize],
             namespaces: vec![None; MAX_NAMESPACES as usize],
+            #[cfg(test)]
+            steps: Default::default(),
         })
     }
 

@@ -27,6 +27,8 @@ mod lookup;
 mod record;
 
 #[cfg(test)]
+pub(crate) mod steps;
+#[cfg(test)]
 mod tests;
 
 pub use adopt::{AdoptReport, AdoptedPage, Discarded};
@@ -39,6 +41,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use pegaflow_shm::mapping::{Mapping, NamedFile};
 
+use crate::fault::{self, CrashPoint};
 use crate::pool::{ExtentId, PageAddr, PoolIdentity};
 use layout::Layout;
 use record::{EMPTY, NamespaceRow, Record, WORDS};
@@ -78,6 +81,9 @@ pub struct Catalog {
     extents: Vec<u32>,
     /// The namespace table as far as it is valid, each row with the seed of its checksums.
     namespaces: Vec<Option<(NamespaceRow, u32)>>,
+    /// What changed the file, in order.
+    #[cfg(test)]
+    steps: std::sync::Arc<steps::Steps>,
 }
 
 impl Catalog {
@@ -110,11 +116,13 @@ impl Catalog {
         let free = self.namespaces.iter().position(Option::is_none);
         let slot = free.ok_or(CatalogError::NamespacesFull)?;
         let row = NamespaceRow::new(domain_key, world_size, digest);
+        let half_written = CrashPoint::RowHalfWritten;
         self.publish(
             Layout::namespace(slot as u32),
             bytemuck::cast(row),
-            WORDS + 1,
+            half_written,
         )?;
+        fault::point(CrashPoint::NamespaceAdded);
         self.namespaces[slot] = Some((row, row.seed()));
         Ok(slot as u32)
     }
@@ -124,6 +132,7 @@ impl Catalog {
     pub fn remove_namespace(&mut self, slot: u32) -> Result<(), CatalogError> {
         self.namespace(slot)?;
         self.withdraw(Layout::namespace(slot))?;
+        fault::point(CrashPoint::NamespaceRemoved);
         self.namespaces[slot as usize] = None;
         Ok(())
     }
@@ -165,7 +174,7 @@ impl Catalog {
         let bytes = self.layout.used_area_bytes(page_bytes);
         let area = self.layout.area(extent);
         // A daemon that died while it gave the area back may have left records in it.
-        self.file.release(area, self.layout.area_bytes)?;
+        self.release_bytes(area, self.layout.area_bytes)?;
         self.file
             .reserve(area, bytes)
             .map_err(|source| CatalogError::NoSpace {
@@ -173,7 +182,9 @@ impl Catalog {
                 bytes,
                 source,
             })?;
+        fault::point(CrashPoint::ExtentReserved);
         self.store(Layout::extent_row(extent), file::extent_word(page_bytes))?;
+        fault::point(CrashPoint::ExtentOpened);
         self.extents[extent as usize] = page_bytes;
         Ok(())
     }
@@ -184,15 +195,27 @@ impl Catalog {
             return Ok(());
         }
         self.store(Layout::extent_row(extent), 0)?;
+        fault::point(CrashPoint::ExtentRowEmptied);
         self.extents[extent as usize] = 0;
-        self.file
-            .release(self.layout.area(extent), self.layout.area_bytes)?;
-        Ok(())
+        self.release_bytes(self.layout.area(extent), self.layout.area_bytes)
     }
 
     /// Records a page whose bytes are complete, as part of a block whose every shard is complete.
     pub fn write_sealed(&self, addr: PageAddr, page: &PageRecord) -> Result<(), CatalogError> {
-        self.write_steps(addr, page, WORDS + 1)
+        let (_, seed) = self.namespace(page.namespace)?;
+        let extent = self.layout.extent_of(addr)?;
+        let found_bytes = self.extents[extent as usize];
+        if found_bytes == 0 || found_bytes != page.page_bytes {
+            let wanted_bytes = page.page_bytes;
+            return Err(CatalogError::PageSize {
+                extent,
+                found_bytes,
+                wanted_bytes,
+            });
+        }
+        let at = self.layout.record(addr, found_bytes)?;
+        let record = Record::new(*seed, addr, page);
+        self.publish(at, bytemuck::cast(record), CrashPoint::RecordHalfWritten)
     }
 
     /// Forgets a page. Called before anything writes to the page again.
@@ -214,55 +237,24 @@ impl Catalog {
         row.ok_or(CatalogError::UnknownNamespace { namespace: slot })
     }
 
-    /// [`write_sealed`](Self::write_sealed), cut short after `steps` stores.
-    fn write_steps(
-        &self,
-        addr: PageAddr,
-        page: &PageRecord,
-        steps: usize,
-    ) -> Result<(), CatalogError> {
-        let (_, seed) = self.namespace(page.namespace)?;
-        let extent = self.layout.extent_of(addr)?;
-        let found_bytes = self.extents[extent as usize];
-        if found_bytes == 0 || found_bytes != page.page_bytes {
-            let wanted_bytes = page.page_bytes;
-            return Err(CatalogError::PageSize {
-                extent,
-                found_bytes,
-                wanted_bytes,
-            });
-        }
-        let at = self.layout.record(addr, found_bytes)?;
-        self.publish(at, bytemuck::cast(Record::new(*seed, addr, page)), steps)
-    }
-
     /// Writes a record or row in `WORDS + 1` stores, of which the first makes it invalid and the
-    /// last makes it valid; `steps` is less than that in tests only.
-    fn publish(&self, at: u64, words: [u64; WORDS], steps: usize) -> Result<(), CatalogError> {
+    /// last makes it valid.
+    fn publish(
+        &self,
+        at: u64,
+        words: [u64; WORDS],
+        half_written: CrashPoint,
+    ) -> Result<(), CatalogError> {
         let last = at + (WORDS as u64 - 1) * 8;
-        if steps > 0 {
-            self.mapping
-                .atomic_u64(last as usize)?
-                .store(u64::from(EMPTY), Ordering::Relaxed);
-        }
+        self.put(last, u64::from(EMPTY), Ordering::Relaxed)?;
         // SYNC: catalog-seal. The fields change only after the record is invalid.
         fence(Ordering::Release);
-        for (at, word) in (at..last)
-            .step_by(8)
-            .zip(words)
-            .take(steps.saturating_sub(1))
-        {
-            self.mapping
-                .atomic_u64(at as usize)?
-                .store(word, Ordering::Relaxed);
+        for (at, word) in (at..last).step_by(8).zip(words) {
+            self.put(at, word, Ordering::Relaxed)?;
         }
-        if steps > WORDS {
-            // SYNC: catalog-seal. Valid only after the fields, and they after the page.
-            self.mapping
-                .atomic_u64(last as usize)?
-                .store(words[WORDS - 1], Ordering::Release);
-        }
-        Ok(())
+        fault::point(half_written);
+        // SYNC: catalog-seal. Valid only after the fields, and they after the page.
+        self.put(last, words[WORDS - 1], Ordering::Release)
     }
 
     /// Makes a record or row invalid.
@@ -272,11 +264,25 @@ impl Catalog {
 
     /// Stores one word after all stores before it and before all stores after it.
     fn store(&self, at: u64, word: u64) -> Result<(), CatalogError> {
-        self.mapping
-            .atomic_u64(at as usize)?
-            .store(word, Ordering::Release);
+        self.put(at, word, Ordering::Release)?;
         // SYNC: catalog-seal. The page is written again only after its record is gone.
         fence(Ordering::Release);
+        Ok(())
+    }
+
+    /// The one way in which a word behind the header changes.
+    fn put(&self, at: u64, word: u64, order: Ordering) -> Result<(), CatalogError> {
+        self.mapping.atomic_u64(at as usize)?.store(word, order);
+        #[cfg(test)]
+        self.steps.note(steps::Step::Store { at, word });
+        Ok(())
+    }
+
+    /// The one way in which records lose their memory: they read as zeros afterwards.
+    fn release_bytes(&self, at: u64, bytes: u64) -> Result<(), CatalogError> {
+        self.file.release(at, bytes)?;
+        #[cfg(test)]
+        self.steps.note(steps::Step::Release { at, bytes });
         Ok(())
     }
 }

@@ -129,19 +129,44 @@ fn sealed_pages_come_back_after_the_daemon_is_gone() {
     assert_eq!(catalog.namespaces().collect::<Vec<_>>(), [namespace]);
 }
 
+/// The file as a kill after each step of `change` leaves it, from none to all.
+fn crashes(
+    fixture: &Fixture,
+    catalog: &mut Catalog,
+    change: impl FnOnce(&mut Catalog),
+) -> Vec<Vec<u8>> {
+    let mut image = fs::read(&fixture.path).expect("ours");
+    catalog.steps().record();
+    change(catalog);
+    let mut images = vec![image.clone()];
+    for step in catalog.steps().take() {
+        step.apply(&mut image);
+        images.push(image.clone());
+    }
+    assert_eq!(
+        fs::read(&fixture.path).expect("ours"),
+        image,
+        "every change is a step"
+    );
+    images
+}
+
 #[test]
 fn a_record_cut_short_at_any_store_is_ignored_and_a_complete_one_is_not() {
     for over_an_old_one in [false, true] {
-        for steps in 0..=WORDS + 1 {
-            let fixture = Fixture::new();
-            let catalog = fixture.prepared();
-            if over_an_old_one {
-                catalog.write_sealed(at(2), &page(1, 0)).expect("prepared");
-            }
-            catalog
-                .write_steps(at(2), &page(2, 1), steps)
-                .expect("prepared");
-            drop(catalog);
+        let fixture = Fixture::new();
+        let mut catalog = fixture.prepared();
+        if over_an_old_one {
+            catalog.write_sealed(at(2), &page(1, 0)).expect("prepared");
+        }
+        let images = crashes(&fixture, &mut catalog, |catalog| {
+            catalog.write_sealed(at(2), &page(2, 1)).expect("prepared");
+        });
+        drop(catalog);
+        let last = images.len() - 1;
+        assert_eq!(last, WORDS + 1);
+        for (steps, image) in images.iter().enumerate() {
+            fixture.overwrite(0, image);
             let report = adopted(&fixture.reopen());
             let hashes: Vec<u8> = report
                 .pages
@@ -150,7 +175,7 @@ fn a_record_cut_short_at_any_store_is_ignored_and_a_complete_one_is_not() {
                 .collect();
             let expected: &[u8] = match steps {
                 0 if over_an_old_one => &[1],
-                steps if steps > WORDS => &[2],
+                steps if steps == last => &[2],
                 _ => &[],
             };
             assert_eq!(
@@ -163,15 +188,16 @@ fn a_record_cut_short_at_any_store_is_ignored_and_a_complete_one_is_not() {
 
 #[test]
 fn a_namespace_row_cut_short_at_any_store_is_free() {
-    for steps in 0..=WORDS + 1 {
-        let fixture = Fixture::new();
-        let catalog = fixture.create();
-        let row = bytemuck::cast(NamespaceRow::new(1, 2, [3; 32]));
-        catalog
-            .publish(Layout::namespace(0), row, steps)
-            .expect("inside");
-        drop(catalog);
-        let expected = usize::from(steps > WORDS);
+    let fixture = Fixture::new();
+    let mut catalog = fixture.create();
+    let images = crashes(&fixture, &mut catalog, |catalog| {
+        catalog.add_namespace(1, 2, [3; 32]).expect("room");
+    });
+    drop(catalog);
+    let last = images.len() - 1;
+    for (steps, image) in images.iter().enumerate() {
+        fixture.overwrite(0, image);
+        let expected = usize::from(steps == last);
         assert_eq!(
             fixture.reopen().namespaces().count(),
             expected,

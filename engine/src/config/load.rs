@@ -20,6 +20,8 @@ const OTHER_VARIABLES: &[&str] = &[
     "PEGAFLOW_DAEMON",
     "PEGAFLOW_SHM_DIR",
     "PEGAFLOW_TRACE",
+    #[cfg(debug_assertions)]
+    crate::fault::CRASH_AT,
 ];
 const PREFIX: &str = "PEGAFLOW_";
 /// Names this close are taken for a slip of the finger.

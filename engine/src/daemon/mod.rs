@@ -39,6 +39,7 @@ use crate::control::listener::{ListenError, SocketClaim};
 use crate::control::node_dir::{NodeDir, NodeDirError};
 use crate::control::peer::AllowList;
 use crate::control::{Control, ControlOptions, HELLO_TIMEOUT, hex};
+use crate::fault::{self, CrashPoint};
 use crate::lane::{self, LaneOptions, LaneStartError, StartedLane};
 use crate::metrics::{Health, HttpError, HttpServer, Phase};
 use progress::Progress;
@@ -127,6 +128,7 @@ struct Prepared {
 async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
     let mut signals = Signals::new()?;
     let node_dir = NodeDir::open(&paths::node_dir(&config.node))?;
+    fault::point(CrashPoint::Locked);
     let claim = SocketClaim::take(&config.socket, config.serves_others())?;
     let http = match config.http {
         Some(address) => Some(HttpServer::bind(address).await?),
@@ -259,6 +261,7 @@ async fn serve_sessions(
         sessions_dir: node_dir.sessions(),
     };
     let control = Control::new(options, handle.clone(), node);
+    fault::point(CrashPoint::BeforeSocket);
     let listener = claim.listen(config.socket_mode)?;
     health.set_phase(Phase::Ok);
     let (watched, beats) = (handle.clone(), health.clone());
@@ -301,13 +304,16 @@ async fn serve_sessions(
     if let Some(reason) = cut {
         return Err(DaemonError::Cut { reason });
     }
+    fault::point(CrashPoint::Drained);
     if !control.close_all(CLOSE_LIMIT).await {
         tracing::warn!("some sessions did not close in time");
     }
     if handle.stop().is_ok() && thread.join().is_err() {
         return Err(DaemonError::LaneEnded);
     }
+    fault::point(CrashPoint::LaneStopped);
     node_dir.remove_index_files()?;
+    fault::point(CrashPoint::IndexRemoved);
     drop((claim, node_dir));
     tracing::info!("stopped; sealed blocks stay in shared memory for the next start");
     Ok(())

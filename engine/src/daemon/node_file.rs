@@ -16,6 +16,7 @@ use pegaflow_shm::node::{NodeHeader, NodeWriter, text_field};
 
 use super::DaemonError;
 use crate::config::Config;
+use crate::fault::{self, CrashPoint};
 
 /// Makes the file. That of a previous daemon goes; whoever has it mapped keeps what it said last.
 pub(super) fn create(
@@ -41,6 +42,7 @@ pub(super) fn create(
         .map_err(|error| failed(&error))?;
     let header = header(config, boot_id, http).map_err(|error| failed(&error))?;
     let writer = NodeWriter::create(Arc::new(mapping), &header)?;
+    fault::point(CrashPoint::NodeFileMade);
     fs::rename(&new, &path).map_err(|error| failed(&error))?;
     Ok(writer)
 }

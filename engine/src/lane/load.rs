@@ -14,6 +14,7 @@ use pegaflow_shm::payload;
 use pegaflow_shm::status::Status;
 
 use crate::copy::{BoundLayout, Direction, PageCopy};
+use crate::fault::{self, CrashPoint};
 use crate::lane::machine::Machine;
 use crate::lane::request::{CopyProgress, ListProgress, LoadRequest, Request};
 use crate::lane::run::Lane;
@@ -187,6 +188,7 @@ impl<M: Machine> Lane<M> {
         self.show_lease(plan.lease);
         let ended = self.leases.settle(plan.lease);
         self.finish_leases(ended);
+        fault::point(CrashPoint::LoadStarted);
     }
 
     /// A copy task of a load has ended.
@@ -200,6 +202,7 @@ impl<M: Machine> Lane<M> {
     ) -> Result<(), SessionFault> {
         let ended = self.leases.copy_drained(lease);
         self.finish_leases(ended);
+        fault::point(CrashPoint::LoadCopied);
         let (pages_done, pages, was_cancelled) = outcome;
         let bytes = pages_done as u64 * page_bytes;
         self.tally.add(Counter::LoadLoaded, pages_done as u64);

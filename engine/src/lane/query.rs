@@ -12,6 +12,7 @@ use twox_hash::XxHash3_64;
 
 use crate::cache::lease::{Lease, LeaseEnd, RequestKey};
 use crate::clock::Clock;
+use crate::fault::{self, CrashPoint};
 use crate::lane::machine::Machine;
 use crate::lane::request::{ListProgress, QueryRequest, QueryScope, Request};
 use crate::lane::run::Lane;
@@ -281,6 +282,7 @@ impl<M: Machine> Lane<M> {
         ));
         self.tally.add(Counter::LeasesGranted, 1);
         self.show_lease(lease);
+        fault::point(CrashPoint::LeaseGranted);
         Answer {
             lease,
             count,

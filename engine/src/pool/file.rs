@@ -19,6 +19,7 @@ use rustix::fs::{AtFlags, FallocateFlags, StatxFlags};
 
 use super::mapping::PoolMapping;
 use super::{HugepageReport, PoolFileError, PoolUnusable, hugepages, populate};
+use crate::fault::{self, CrashPoint};
 
 /// How the pool's memory is brought into being.
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +82,7 @@ impl PoolFile {
         let pool = file
             .set_len(bytes)
             .map_err(failed("sizing"))
+            .inspect(|()| fault::point(CrashPoint::PoolSized))
             .and_then(|()| Self::map(path, file, bytes))
             .and_then(|pool| pool.populate(options, progress).map(|()| pool));
         if pool.is_err() {

@@ -12,6 +12,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::PoolFileError;
+use crate::fault::{self, CrashPoint};
 
 /// The threads take ranges of this many bytes: long enough to cost nothing, short enough to show
 /// progress.
@@ -48,6 +49,7 @@ pub(super) fn in_ranges(
                 }
                 return;
             }
+            fault::point(CrashPoint::PoolRangeFilled);
             progress(done.fetch_add(len_bytes, Ordering::Relaxed) + len_bytes);
         }
     };
