@@ -19,7 +19,8 @@ use super::task::CopyTask;
 ///   bad one is an error and touches nothing.
 /// * `task.cancelled` is looked at at least once per page or per MiB, whichever is more, and then
 ///   ends the task with [`CopyError::Cancelled`].
-/// * An owner that dies, unmaps or forbids makes an error, never a signal and never a hang.
+/// * An owner that dies, unmaps or forbids makes an error, never a signal and never a hang. Memory
+///   of a living process may hold a copy up for as long as the process likes, shared memory never.
 /// * No allocation per block.
 pub trait CopyBackend {
     /// A short name for logs and metrics, such as `host`.
@@ -27,4 +28,14 @@ pub trait CopyBackend {
 
     /// Copies `task`'s pages in order and returns the bytes copied.
     fn copy(&mut self, task: &CopyTask, pages_done: &mut u32) -> Result<u64, CopyError>;
+}
+
+impl CopyBackend for Box<dyn CopyBackend> {
+    fn name(&self) -> &'static str {
+        (**self).name()
+    }
+
+    fn copy(&mut self, task: &CopyTask, pages_done: &mut u32) -> Result<u64, CopyError> {
+        (**self).copy(task, pages_done)
+    }
 }

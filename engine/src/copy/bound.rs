@@ -99,6 +99,13 @@ impl BoundLayout {
         &self.layout
     }
 
+    /// Whether any part lies in the owner's address space, so that a copy may take as long as the
+    /// owner likes.
+    #[inline]
+    pub fn is_in_process(&self) -> bool {
+        self.process.is_some()
+    }
+
     pub(super) fn region_parts(&self) -> &[RegionPart] {
         &self.region_parts
     }

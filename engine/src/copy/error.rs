@@ -106,6 +106,12 @@ pub enum CopyError {
         direction: Direction,
         errno: i32,
     },
+    #[error(
+        "no thread could be started for the session's process memory: {}; raise the daemon's limit \
+         of threads (TasksMax, ulimit -u) or use shared regions",
+        io::Error::from_raw_os_error(*errno)
+    )]
+    NoThread { errno: i32 },
     #[error("the copy thread panicked: {message}; this is a fault of the daemon, please report it")]
     Panicked { message: String },
 }

@@ -5,6 +5,10 @@
 //! promise that nothing touches the task's pages or blocks any more, whatever the result says: only
 //! then may the lane reuse the memory.
 //!
+//! Copies between pool and shared regions run on threads that all sessions share. What touches the
+//! memory of a process may take as long as that process likes, so each session has a crew of its
+//! own for it, and nobody else waits.
+//!
 //! `unsafe` lives in `region` (mapping), `memory` (the pool's pointer), `bytes` (copy loops),
 //! `process` (system calls), `bound`, `host` and `process_pass` (pointer arithmetic); the rest
 //! forbids it.
@@ -12,6 +16,7 @@
 mod backend;
 mod bound;
 mod bytes;
+mod crew;
 mod error;
 mod host;
 mod memory;
@@ -35,4 +40,4 @@ pub use process::ProcessMemory;
 pub use region::RegionMapping;
 pub use task::{CopyDone, CopyTask, Direction, PageCopy};
 pub use threads::CopyThreads;
-pub use workers::{CopyOptions, CopyWorkers};
+pub use workers::{CopyOptions, CopyWorkers, StuckCopies};

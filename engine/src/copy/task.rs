@@ -33,6 +33,8 @@ pub struct PageCopy {
 /// cancellation quick.
 #[derive(Debug)]
 pub struct CopyTask {
+    /// The session whose memory it is.
+    pub session: u64,
     /// Which way the bytes go.
     pub direction: Direction,
     /// The group's layout and the memory it lies in, both kept alive until the copy is over.

@@ -1,7 +1,11 @@
 //! Copy threads: take tasks, run them, hand the results back.
+//!
+//! Shared regions are copied by threads that all sessions share; what touches the memory of a
+//! process goes to the [`Crew`] of its session.
 #![forbid(unsafe_code)]
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
@@ -12,18 +16,26 @@ use std::time::{Duration, Instant};
 use crossbeam_queue::ArrayQueue;
 
 use super::backend::CopyBackend;
+use super::crew::{Crew, CrewOffice};
 use super::error::CopyError;
 use super::host::HostBackend;
 use super::memory::PoolMemory;
 use super::task::{CopyDone, CopyTask};
 
-/// Sizes of the copy threads' queues.
+/// How long [`CopyWorkers::stop`] waits for copies of process memory. They are short or, if their
+/// process wants it so, endless.
+const CREW_STOP_LIMIT: Duration = Duration::from_secs(2);
+
+/// Numbers of copy threads and sizes of their queues.
 #[derive(Debug, Clone, Copy)]
 pub struct CopyOptions {
-    /// Copy threads, at least one.
+    /// Copy threads for shared regions, at least one.
     pub threads: usize,
+    /// Most copy threads of one session for the memory of its process, at least one.
+    pub crew_threads: usize,
     /// Most tasks between [`CopyWorkers::submit`] and [`CopyWorkers::pop_done`], waiting, running
-    /// or done; at least one.
+    /// or done; at least one. Tasks of process memory do not count: only their own session waits
+    /// for them, and its unfinished requests bound them.
     pub max_tasks: usize,
     /// How long a thread without work spins before it sleeps.
     pub spin: Duration,
@@ -33,19 +45,32 @@ impl Default for CopyOptions {
     fn default() -> Self {
         Self {
             threads: 2,
+            crew_threads: 2,
             max_tasks: 1024,
             spin: Duration::from_micros(20),
         }
     }
 }
 
-/// The copy threads and their two queues.
+/// A session whose copies have been waiting for its process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StuckCopies {
+    /// The session.
+    pub session: u64,
+    /// Its tasks that are not finished, queued ones included.
+    pub tasks: usize,
+}
+
+/// The copy threads and their queues.
 ///
-/// Every task that `submit` takes comes back exactly once from `pop_done`. Both are for one caller,
-/// the lane; nothing breaks when several threads call them.
+/// Every task that `submit` takes comes back exactly once from `pop_done`, but for those that
+/// [`CopyWorkers::stop`] leaves behind. For one caller, the lane.
 pub struct CopyWorkers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    office: Arc<CrewOffice>,
+    /// By session.
+    crews: HashMap<u64, Crew>,
 }
 
 struct Shared {
@@ -61,7 +86,7 @@ struct Shared {
     sleep: Mutex<()>,
     wake: Condvar,
     spin: Duration,
-    notify: Box<dyn Fn() + Send + Sync>,
+    notify: Arc<dyn Fn() + Send + Sync>,
 }
 
 impl CopyWorkers {
@@ -80,15 +105,16 @@ impl CopyWorkers {
     /// `notify` runs on a copy thread after each [`CopyDone`] became visible to `pop_done` and
     /// after a full fence. It must not block: load the lane's "parked" flag, and ring its eventfd
     /// when set. The lane's side is: set the flag, full fence, `pop_done` once more, park.
-    pub fn start_with<B: CopyBackend>(
+    pub fn start_with<B: CopyBackend + 'static>(
         options: CopyOptions,
         new_backend: impl Fn() -> B + Send + Sync + 'static,
         notify: impl Fn() + Send + Sync + 'static,
     ) -> io::Result<Self> {
         assert!(
-            options.threads > 0 && options.max_tasks > 0,
+            options.threads > 0 && options.crew_threads > 0 && options.max_tasks > 0,
             "at least one thread and one task"
         );
+        let notify: Arc<dyn Fn() + Send + Sync> = Arc::new(notify);
         let shared = Arc::new(Shared {
             tasks: ArrayQueue::new(options.max_tasks),
             done: ArrayQueue::new(options.max_tasks),
@@ -99,12 +125,19 @@ impl CopyWorkers {
             sleep: Mutex::new(()),
             wake: Condvar::new(),
             spin: options.spin,
-            notify: Box::new(notify),
+            notify: notify.clone(),
         });
         let new_backend = Arc::new(new_backend);
+        let for_crews = Arc::clone(&new_backend);
         let mut workers = Self {
             shared: Arc::clone(&shared),
             threads: Vec::new(),
+            office: CrewOffice::new(
+                Arc::new(move || Box::new(for_crews())),
+                (options.crew_threads, options.spin),
+                notify,
+            ),
+            crews: HashMap::new(),
         };
         for number in 0..options.threads {
             let (shared, new_backend) = (Arc::clone(&shared), Arc::clone(&new_backend));
@@ -117,10 +150,18 @@ impl CopyWorkers {
     }
 
     /// Queues `task`, or gives it back when `max_tasks` are unfinished or the threads were stopped.
-    pub fn submit(&self, task: CopyTask) -> Result<(), CopyTask> {
+    /// A task of process memory always finds room.
+    pub fn submit(&mut self, task: CopyTask) -> Result<(), CopyTask> {
         let shared = &*self.shared;
         if shared.stopping.load(Ordering::Relaxed) {
             return Err(task);
+        }
+        if task.target.is_in_process() {
+            let office = &self.office;
+            let crew = self.crews.entry(task.session);
+            crew.or_insert_with_key(|session| Crew::new(Arc::clone(office), *session))
+                .submit(task);
+            return Ok(());
         }
         // SYNC: copy-room. See `pop_done`.
         let claimed = shared
@@ -141,7 +182,9 @@ impl CopyWorkers {
 
     /// The next finished task, if any.
     pub fn pop_done(&self) -> Option<CopyDone> {
-        let done = self.shared.done.pop()?;
+        let Some(done) = self.shared.done.pop() else {
+            return self.office.pop();
+        };
         // SYNC: copy-room. Pairs with `submit`: its push finds the place that this pop made.
         self.shared.unfinished.fetch_sub(1, Ordering::Release);
         Some(done)
@@ -149,16 +192,37 @@ impl CopyWorkers {
 
     /// Whether [`CopyWorkers::pop_done`] has something.
     pub fn has_done(&self) -> bool {
-        !self.shared.done.is_empty()
+        !self.shared.done.is_empty() || self.office.has_some()
     }
 
-    /// Tasks between `submit` and `pop_done`.
+    /// Tasks of shared regions between `submit` and `pop_done`.
     pub fn unfinished(&self) -> usize {
         self.shared.unfinished.load(Ordering::Relaxed)
     }
 
+    /// Lets the threads of a session that has ended go. All its tasks have come back.
+    pub fn end_session(&mut self, session: u64) {
+        self.crews.remove(&session);
+    }
+
+    /// Tells of each session one of whose copies has been running for longer than `bound`: what it
+    /// waits for is up to the session's process.
+    pub fn stuck(&self, bound: Duration, mut tell: impl FnMut(StuckCopies)) {
+        for (session, crew) in &self.crews {
+            if let Some((since, tasks)) = crew.longest()
+                && since.elapsed() > bound
+            {
+                let session = *session;
+                tell(StuckCopies { session, tasks });
+            }
+        }
+    }
+
     /// Refuses new tasks, waits until all queued ones have run, and ends the threads. The results
     /// still wait in `pop_done`. To be quick, set the tasks' `cancelled` first.
+    ///
+    /// A copy that its session's process holds up is left behind, with its thread, after 2 s: it
+    /// keeps the pool mapped, and ends with the daemon's process or its own.
     pub fn stop(&mut self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
         drop(self.shared.lock_sleep());
@@ -168,11 +232,26 @@ impl CopyWorkers {
                 tracing::error!("a copy thread ended by a panic");
             }
         }
+        let deadline = Instant::now() + CREW_STOP_LIMIT;
+        for crew in self.crews.values() {
+            crew.end();
+        }
+        for (session, crew) in self.crews.drain() {
+            let tasks = crew.ended_by(deadline);
+            if tasks > 0 {
+                tracing::warn!(session, tasks, "copies that their process holds up are left behind");
+            }
+        }
     }
 }
 
 #[cfg(test)]
 impl CopyWorkers {
+    /// Threads that a session has for the memory of its process.
+    pub(super) fn crew_threads(&self, session: u64) -> usize {
+        self.crews.get(&session).map_or(0, Crew::threads)
+    }
+
     /// Results that wait in `pop_done`.
     pub(super) fn shared_done_len(&self) -> usize {
         self.shared.done.len()
@@ -265,9 +344,9 @@ impl Shared {
 }
 
 /// Runs one task to its end, a panic included.
-fn run_task<B: CopyBackend>(
+pub(super) fn run_task<B: CopyBackend>(
     backend: &mut Option<B>,
-    new_backend: &impl Fn() -> B,
+    new_backend: &(impl Fn() -> B + ?Sized),
     task: CopyTask,
 ) -> CopyDone {
     let started = Instant::now();
@@ -287,8 +366,18 @@ fn run_task<B: CopyBackend>(
             message: panic_message(&*payload),
         })
     });
+    finished(task, (result, pages_done), started.elapsed())
+}
+
+/// The result of a task that is over.
+pub(super) fn finished(
+    task: CopyTask,
+    (result, pages_done): (Result<u64, CopyError>, u32),
+    busy: Duration,
+) -> CopyDone {
     // Before the result is visible, so that the lane's handles are the last ones.
     let CopyTask {
+        session: _,
         direction,
         target,
         pages,
@@ -301,7 +390,7 @@ fn run_task<B: CopyBackend>(
         direction,
         result,
         pages_done,
-        busy_ns: started.elapsed().as_nanos() as u64,
+        busy_ns: busy.as_nanos() as u64,
         pages,
     }
 }

@@ -381,6 +381,7 @@ impl<M: Machine> Lane<M> {
             return;
         };
         self.by_id.remove(&session);
+        self.workers.end_session(session);
         self.unwatch(&ended);
         if let Err(error) = ended.show_state(SessionState::Closed) {
             tracing::error!(session, %error, "a closed session's state cannot be shown");

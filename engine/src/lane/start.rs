@@ -80,6 +80,7 @@ pub fn start(
     let workers = CopyWorkers::start(
         CopyOptions {
             threads: threads.get(),
+            crew_threads: threads.get(),
             max_tasks: MAX_COPY_TASKS,
             spin: COPY_SPIN,
         },

@@ -116,6 +116,7 @@ impl<M: Machine> Lane<M> {
                 page_bytes,
             });
             self.hand_out(CopyTask {
+                session: owner.session,
                 direction,
                 target: target.clone(),
                 pages: part_pages,
@@ -134,7 +135,8 @@ impl<M: Machine> Lane<M> {
     }
 
     fn hand_out(&mut self, task: CopyTask) {
-        if !self.backlog.is_empty() {
+        // Copies of process memory wait in their session's own queue.
+        if !self.backlog.is_empty() && !task.target.is_in_process() {
             self.backlog.push_back(task);
         } else if let Err(task) = self.workers.submit(task) {
             self.backlog.push_back(task);

@@ -96,6 +96,7 @@ pub fn bind(
 pub fn task(direction: Direction, target: &Arc<BoundLayout>, pages: &[(u64, u32)]) -> CopyTask {
     let page = |&(pool_offset, block)| PageCopy { pool_offset, block };
     CopyTask {
+        session: 1,
         direction,
         target: target.clone(),
         pages: pages.iter().map(page).collect(),

@@ -136,7 +136,7 @@ fn tasks_come_back_once_with_their_list_and_no_handle_left() {
 #[test]
 fn a_full_queue_gives_the_task_back_until_a_result_is_taken() {
     let target = small_target();
-    let (workers, gate) = gated(1, 3);
+    let (mut workers, gate) = gated(1, 3);
     for tag in 0..3 {
         workers.submit(tagged(&target, tag)).unwrap();
     }
@@ -157,7 +157,7 @@ fn a_full_queue_gives_the_task_back_until_a_result_is_taken() {
 #[test]
 fn a_panic_is_a_result_and_the_thread_goes_on() {
     let target = small_target();
-    let (workers, gate) = gated(1, 8);
+    let (mut workers, gate) = gated(1, 8);
     gate.open();
     for tag in [13, 7, 13, 8] {
         workers.submit(tagged(&target, tag)).unwrap();
@@ -200,7 +200,7 @@ fn stop_runs_what_is_queued_and_refuses_more() {
 #[test]
 fn dropping_the_workers_waits_for_queued_copies() {
     let target = small_target();
-    let (workers, gate) = gated(1, 10);
+    let (mut workers, gate) = gated(1, 10);
     gate.open();
     for tag in 0..10 {
         workers.submit(tagged(&target, tag)).unwrap();
@@ -212,7 +212,7 @@ fn dropping_the_workers_waits_for_queued_copies() {
 #[test]
 fn cancelling_ends_queued_tasks_without_running_them() {
     let target = small_target();
-    let (workers, gate) = gated(1, 10);
+    let (mut workers, gate) = gated(1, 10);
     let cancelled = Arc::new(AtomicBool::new(false));
     for tag in 0..3 {
         let task = CopyTask {
@@ -252,7 +252,7 @@ fn a_sleeping_lane_is_never_forgotten() {
             ring.2.notify_one();
         }
     };
-    let workers = CopyWorkers::start(options(2, 4), pool(&pool_map), notify).unwrap();
+    let mut workers = CopyWorkers::start(options(2, 4), pool(&pool_map), notify).unwrap();
     for tag in 0..3000 {
         workers.submit(tagged(&target, tag)).unwrap();
         bell.0.store(true, Ordering::Relaxed);
