@@ -18,10 +18,8 @@ use std::time::{Duration, Instant};
 use super::backend::CopyBackend;
 use super::error::CopyError;
 use super::task::{CopyDone, CopyTask};
-use super::workers::{finished, run_task};
+use super::workers::{CopyOptions, finished, run_task};
 
-/// How long a thread of a crew sleeps without work before it ends.
-const IDLE_LIMIT: Duration = Duration::from_secs(10);
 /// A crew's thread has little to keep: a backend's lists lie on the heap.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -35,6 +33,8 @@ pub(super) struct CrewOffice {
     pub(super) threads: usize,
     /// How long a thread without work looks for some before it sleeps.
     pub(super) spin: Duration,
+    /// How long it sleeps before it ends.
+    pub(super) idle: Duration,
     results: Mutex<VecDeque<CopyDone>>,
     /// Length of `results`, to be looked at without the lock.
     waiting: AtomicUsize,
@@ -44,13 +44,14 @@ pub(super) struct CrewOffice {
 impl CrewOffice {
     pub(super) fn new(
         new_backend: NewBackend,
-        (threads, spin): (usize, Duration),
+        options: &CopyOptions,
         notify: Arc<dyn Fn() + Send + Sync>,
     ) -> Arc<Self> {
         Arc::new(Self {
             new_backend,
-            threads,
-            spin,
+            threads: options.crew_threads,
+            spin: options.spin,
+            idle: options.crew_idle,
             results: Mutex::default(),
             waiting: AtomicUsize::new(0),
             notify,
@@ -260,7 +261,7 @@ impl Inner {
                 continue;
             }
             state.asleep += 1;
-            let waited = self.wake.wait_timeout(state, IDLE_LIMIT);
+            let waited = self.wake.wait_timeout(state, self.office.idle);
             let (woken, waited) = waited.unwrap_or_else(PoisonError::into_inner);
             state = woken;
             state.asleep -= 1;

@@ -33,6 +33,8 @@ pub struct CopyOptions {
     pub threads: usize,
     /// Most copy threads of one session for the memory of its process, at least one.
     pub crew_threads: usize,
+    /// How long one of those sleeps without work before it ends.
+    pub crew_idle: Duration,
     /// Most tasks between [`CopyWorkers::submit`] and [`CopyWorkers::pop_done`], waiting, running
     /// or done; at least one. Tasks of process memory do not count: only their own session waits
     /// for them, and its unfinished requests bound them.
@@ -46,6 +48,7 @@ impl Default for CopyOptions {
         Self {
             threads: 2,
             crew_threads: 2,
+            crew_idle: Duration::from_secs(10),
             max_tasks: 1024,
             spin: Duration::from_micros(20),
         }
@@ -132,11 +135,7 @@ impl CopyWorkers {
         let mut workers = Self {
             shared: Arc::clone(&shared),
             threads: Vec::new(),
-            office: CrewOffice::new(
-                Arc::new(move || Box::new(for_crews())),
-                (options.crew_threads, options.spin),
-                notify,
-            ),
+            office: CrewOffice::new(Arc::new(move || Box::new(for_crews())), &options, notify),
             crews: HashMap::new(),
         };
         for number in 0..options.threads {
@@ -239,7 +238,11 @@ impl CopyWorkers {
         for (session, crew) in self.crews.drain() {
             let tasks = crew.ended_by(deadline);
             if tasks > 0 {
-                tracing::warn!(session, tasks, "copies that their process holds up are left behind");
+                tracing::warn!(
+                    session,
+                    tasks,
+                    "copies that their process holds up are left behind"
+                );
             }
         }
     }

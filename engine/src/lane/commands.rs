@@ -12,6 +12,7 @@ use pegaflow_shm::status::Status;
 use crate::cache::lease::LeaseEnd;
 use crate::catalog::CatalogError;
 use crate::clock::Clock;
+use crate::copy::CopyThreads;
 use crate::lane::api::{
     CloseReason, LaneCommand, LaneEvent, NewRegistration, NewSession, Refusal, Reply, SessionId,
     SessionOpened,

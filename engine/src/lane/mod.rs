@@ -11,6 +11,7 @@
 //! | `submit` | a submission is checked and its chunks put together |
 //! | `query`, `save`, `load`, `lease_ops` | the operations |
 //! | `tasks` | copy tasks out and back |
+//! | `stuck` | copies that a client's process holds up |
 //! | `upkeep` | expiry, stalled rings, gauges and tables |
 //! | `tally` | counters gathered between two publications |
 
@@ -28,6 +29,7 @@ mod run;
 mod save;
 mod session;
 mod start;
+mod stuck;
 mod submit;
 mod tally;
 mod tasks;

@@ -89,6 +89,8 @@ pub(super) struct LaneSession {
     pub listed_blocks: usize,
     /// Copy tasks of the session.
     pub copies: u32,
+    /// Of these, those that its process holds up, as of the last look.
+    pub stuck_copies: u32,
     /// Set once the session is to end; the replies go out with the last copy.
     pub closing: Option<(CloseReason, Vec<Reply<()>>)>,
     /// It broke the protocol: its ring is not read any more.
@@ -146,6 +148,8 @@ impl LaneSession {
             completions: 0,
             unfinished: 0,
             registrations: 0,
+            copies: 0,
+            stuck_copies: 0,
             rank: u32::MAX,
             world_size: 0,
             client_name: text_field(&new.client_name),
@@ -160,6 +164,7 @@ impl LaneSession {
             requests: HashMap::new(),
             listed_blocks: 0,
             copies: 0,
+            stuck_copies: 0,
             closing: None,
             faulted: false,
             lane_bell: new.lane_bell,
@@ -303,11 +308,18 @@ impl LaneSession {
         self.last_registration
     }
 
+    /// Process of the client.
+    pub(super) fn pid(&self) -> u32 {
+        self.row.pid
+    }
+
     /// Its row in the node file.
     pub(super) fn row(&self) -> SessionRow {
         SessionRow {
             unfinished: self.requests.len() as u32,
             registrations: self.registrations.len() as u32,
+            copies: self.copies,
+            stuck_copies: self.stuck_copies,
             ..self.row
         }
     }

@@ -33,6 +33,8 @@ use crate::registry::Registry;
 const MAX_COPY_TASKS: usize = 1024;
 /// How long a copy thread polls for work before it sleeps.
 const COPY_SPIN: Duration = Duration::from_micros(20);
+/// How long a session's own copy thread sleeps without work before it ends.
+const CREW_IDLE: Duration = Duration::from_secs(10);
 
 /// The lane cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +83,7 @@ pub fn start(
         CopyOptions {
             threads: threads.get(),
             crew_threads: threads.get(),
+            crew_idle: CREW_IDLE,
             max_tasks: MAX_COPY_TASKS,
             spin: COPY_SPIN,
         },

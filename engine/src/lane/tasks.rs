@@ -53,6 +53,8 @@ pub(super) struct TaskTable {
     free: Vec<usize>,
     /// Tasks of pages so large that copying one takes longer than a sleep and a wake-up.
     long: usize,
+    /// Tasks that somebody's process holds up, as of the last look.
+    held_up: usize,
 }
 
 impl TaskTable {
@@ -75,9 +77,15 @@ impl TaskTable {
         task
     }
 
-    /// True when copies run that take longer than a sleep and a wake-up.
+    /// True when copies run that take longer than a sleep and a wake-up. What a process holds up
+    /// does not run.
     pub(super) fn runs_long(&self) -> bool {
-        self.long > 0
+        self.long > self.held_up
+    }
+
+    /// Notes how many tasks are held up.
+    pub(super) fn note_held_up(&mut self, tasks: usize) {
+        self.held_up = tasks;
     }
 
     pub(super) fn len(&self) -> usize {

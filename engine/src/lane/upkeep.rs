@@ -61,6 +61,7 @@ impl<M: Machine> Lane<M> {
             self.clocks.long = now;
             self.cache.drop_expired_unfinished();
             self.check_patience(now);
+            self.check_stuck();
         }
         if now.duration_since(self.clocks.published) >= PUBLISH_TICK {
             self.publish(now);
@@ -152,6 +153,7 @@ impl<M: Machine> Lane<M> {
             .count();
         node.set(Gauge::InstancesReady, ready as u64);
         node.set(Gauge::CopyTasks, self.tasks.len() as u64);
+        node.set(Gauge::CopyTasksStuck, self.stuck_tasks());
         let requests: usize = self
             .sessions
             .iter()

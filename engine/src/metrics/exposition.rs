@@ -185,12 +185,24 @@ fn encode_sessions(
             ]
         })
         .collect();
-    let families: [(MetricType, &'static str, &'static str, SessionValue); 5] = [
+    let families: [(MetricType, &'static str, &'static str, SessionValue); 7] = [
         (
             MetricType::Gauge,
             "pegaflow_session_unfinished_requests",
             "Requests of a session that are taken and not completed: the depth of its rings.",
             |row| u64::from(row.unfinished),
+        ),
+        (
+            MetricType::Gauge,
+            "pegaflow_session_copy_tasks",
+            "Copy tasks of a session that are handed out and not done.",
+            |row| u64::from(row.copies),
+        ),
+        (
+            MetricType::Gauge,
+            "pegaflow_session_copy_tasks_stuck",
+            "Copy tasks of a session that its process holds up.",
+            |row| u64::from(row.stuck_copies),
         ),
         (
             MetricType::Gauge,

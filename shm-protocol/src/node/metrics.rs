@@ -103,7 +103,8 @@ metrics! {
     InstancesReady = "pegaflow_instances", ["state" = "ready"], "Registered instances, and those with all ranks in.";
     Namespaces = "pegaflow_namespaces", [], "Namespaces in use.";
     CopyTasks = "pegaflow_copy_tasks", [], "Copy tasks handed to copy threads and not yet done.";
-    CopyThreads = "pegaflow_copy_threads", [], "Copy threads.";
+    CopyTasksStuck = "pegaflow_copy_tasks_stuck", [], "Copy tasks that the process whose memory they touch holds up.";
+    CopyThreads = "pegaflow_copy_threads", [], "Copy threads for shared regions; each session has as many at most for its process memory.";
     Requests = "pegaflow_requests_unfinished", [], "Requests taken and not completed.";
 }
 

@@ -34,7 +34,7 @@ use crate::BootId;
 /// First eight bytes of a node file.
 pub const NODE_MAGIC: u64 = u64::from_le_bytes(*b"PGFLONOD");
 /// Layout version; the tables' shape follows from it.
-pub const NODE_LAYOUT: u32 = 1;
+pub const NODE_LAYOUT: u32 = 2;
 
 /// What does not change while a daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]

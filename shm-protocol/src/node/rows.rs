@@ -37,6 +37,10 @@ pub struct SessionRow {
     pub unfinished: u32,
     /// Registrations.
     pub registrations: u32,
+    /// Copy tasks handed out and not done.
+    pub copies: u32,
+    /// Of these, those that its process holds up.
+    pub stuck_copies: u32,
     /// Rank of the first registration, `u32::MAX` for a scheduler or none.
     pub rank: u32,
     /// World size of the first registration, 0 for none.
@@ -100,7 +104,7 @@ pub struct NamespaceRow {
 }
 
 const _: () = {
-    assert!(size_of::<SessionRow>() == 192);
+    assert!(size_of::<SessionRow>() == 200);
     assert!(size_of::<LeaseRow>() == 56);
     assert!(size_of::<NamespaceRow>() == 240);
 };

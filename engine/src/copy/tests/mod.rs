@@ -1,3 +1,4 @@
+mod crew;
 mod process;
 mod region;
 mod support;

@@ -7,7 +7,7 @@ use crate::copy::*;
 use crate::layout::MemoryRef;
 
 /// Waits for the next result, at most 20 s.
-fn next_done(workers: &CopyWorkers) -> CopyDone {
+pub fn next_done(workers: &CopyWorkers) -> CopyDone {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         if let Some(done) = workers.pop_done() {
@@ -18,9 +18,10 @@ fn next_done(workers: &CopyWorkers) -> CopyDone {
     }
 }
 
-fn options(threads: usize, max_tasks: usize) -> CopyOptions {
+pub fn options(threads: usize, max_tasks: usize) -> CopyOptions {
     CopyOptions {
         threads,
+        crew_threads: threads,
         max_tasks,
         ..CopyOptions::default()
     }
