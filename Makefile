@@ -15,6 +15,8 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 LOOM_FLAGS := RUSTFLAGS="--cfg loom" CARGO_PROFILE_RELEASE_LTO=off \
     CARGO_TARGET_DIR=$(TARGET_DIR)/loom
 SOAK_TRIALS ?= 10000
+FUZZ_SECONDS ?= 1800
+FUZZ_TARGET ?=
 # What `make deny` looks at; without network, leave `advisories` out.
 DENY_CHECKS ?= advisories bans licenses sources
 
@@ -23,7 +25,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  Variables: CARGO_TARGET_DIR (build output), PREFIX and DESTDIR (install),'
-	@echo '  SOAK_TRIALS (soak), ARGS (bench-*).'
+	@echo '  SOAK_TRIALS (soak), FUZZ_SECONDS and FUZZ_TARGET (fuzz), ARGS (bench-*).'
 
 .PHONY: build
 build: ## build daemon, tools and library (release)
@@ -74,6 +76,7 @@ deny: ## licences, advisories and sources of all dependencies (needs cargo-deny)
 	@command -v cargo-deny >/dev/null || \
 	    { echo 'make deny: install it first: cargo install --locked cargo-deny' >&2; exit 1; }
 	cargo-deny --log-level error check $(DENY_CHECKS)
+	cargo-deny --log-level error --manifest-path fuzz/Cargo.toml check $(DENY_CHECKS)
 	packaging/third-party.sh --check
 
 .PHONY: check-header
@@ -90,8 +93,17 @@ soak: ## kill -9 of clients and daemons at random, SOAK_TRIALS times (hours)
 	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-shm -- --nocapture kill
 
 .PHONY: fuzz
-fuzz: ## property tests and hostile clients with many more cases
-	PROPTEST_CASES=100000 $(CARGO) test --release -p pegaflow-shm -p pegaflow-engine
+fuzz: ## libFuzzer on each target for FUZZ_SECONDS of CPU time, or on FUZZ_TARGET alone
+	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_TARGET='$(FUZZ_TARGET)' fuzz/run.sh
+
+.PHONY: fuzz-seeds
+fuzz-seeds: ## write the seed corpus of the fuzz targets anew, as this version speaks
+	PEGAFLOW_FUZZ_WRITE_SEEDS=1 $(CARGO) test -p pegaflow-engine --lib fuzz::
+
+.PHONY: proptest
+proptest: ## property tests, fuzz targets without libFuzzer and hostile clients, many more cases
+	PROPTEST_CASES=100000 PEGAFLOW_FUZZ_CASES=100000 \
+	    $(CARGO) test --release -p pegaflow-shm -p pegaflow-engine
 	PEGAFLOW_HOSTILE_TRIALS=10000 $(CARGO) test --release -p pegaflow-tests -- --nocapture hostile
 
 .PHONY: bench

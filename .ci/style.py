@@ -45,7 +45,9 @@ FORBIDDEN_WORDS = (
 )
 TEXT_SUFFIXES = {".rs", ".md", ".toml", ".sh", ".py", ".c", ".h", ".cc", ".cpp", ".service", ""}
 # Documents that are copied or generated as they are.
-EXEMPT = {"LICENSE", "Cargo.lock", "packaging/THIRD-PARTY.md", ".ci/style.py"}
+EXEMPT = {"LICENSE", "Cargo.lock", "fuzz/Cargo.lock", "packaging/THIRD-PARTY.md", ".ci/style.py"}
+# Inputs of the fuzz targets: bytes, whatever they look like.
+EXEMPT_FOLDERS = ("fuzz/corpus/", "fuzz/regressions/")
 
 
 def tracked_files():
@@ -53,7 +55,8 @@ def tracked_files():
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT, check=True, capture_output=True,
     ).stdout.decode()
-    names = [name for name in listing.split("\0") if name and name not in EXEMPT]
+    names = [name for name in listing.split("\0")
+             if name and name not in EXEMPT and not name.startswith(EXEMPT_FOLDERS)]
     return [name for name in names
             if Path(name).suffix in TEXT_SUFFIXES and (ROOT / name).is_file()]
 

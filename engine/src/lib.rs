@@ -8,6 +8,8 @@ pub mod control;
 pub mod copy;
 pub mod daemon;
 pub mod fault;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod lane;
 pub mod layout;
 pub mod metrics;

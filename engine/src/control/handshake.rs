@@ -26,12 +26,12 @@ use super::session::Session;
 use crate::lane::api::{CloseReason, NewSession, Refusal, SessionId};
 
 /// What a client says of itself, checked.
-struct Opening {
+pub(crate) struct Opening {
     name: String,
     version: String,
     protocol: u32,
-    c2d: Arc<Mapping>,
-    c2d_shape: SegmentShape,
+    pub(crate) c2d: Arc<Mapping>,
+    pub(crate) c2d_shape: SegmentShape,
     c2d_fd: OwnedFd,
     completion_slots: u32,
 }
@@ -83,7 +83,7 @@ async fn receive_hello(shared: &Shared, socket: &PacketSocket) -> Result<Opening
     }
 }
 
-fn check_hello(hello: Hello, fds: Vec<OwnedFd>) -> Result<Opening, Refusal> {
+pub(crate) fn check_hello(hello: Hello, fds: Vec<OwnedFd>) -> Result<Opening, Refusal> {
     let Hello {
         protocol_min,
         protocol_max,
@@ -182,7 +182,7 @@ async fn welcome(
         client_end.as_fd(),
         opened.index.as_fd(),
     ];
-    if let Err(error) = socket.send_now(&message, &fds) {
+    if let Err(error) = socket.send_now(message, &fds) {
         // The lane counts the session's end; whether it answers no longer matters to anybody.
         let _ = shared.lane.close_session(id, CloseReason::Left).await;
         return Err(system(format!("Welcome could not be sent: {error}")));

@@ -21,16 +21,16 @@
 
 #![forbid(unsafe_code)]
 
-mod handshake;
+pub(crate) mod handshake;
 mod hub;
 mod links;
 pub mod listener;
 pub mod lock;
 pub mod node_dir;
-mod packet;
+pub(crate) mod packet;
 pub mod peer;
-mod regions;
-mod register;
+pub(crate) mod regions;
+pub(crate) mod register;
 mod session;
 mod watch;
 
@@ -207,7 +207,7 @@ async fn connect(
             note_refusal(&shared, &refusal);
             let Refusal { status, message } = refusal;
             // The client may be gone already; the log has the reason.
-            let _ = socket.send_now(&DaemonMessage::Refused { status, message }, &[]);
+            let _ = socket.send_now(DaemonMessage::Refused { status, message }, &[]);
             socket.close();
         }
     }

@@ -19,6 +19,8 @@ use super::watch::watch;
 
 /// Messages that wait for a client to read; one more, and its session ends.
 pub const MAX_WAITING_MESSAGES: usize = 64;
+/// Longest reason in a message to a client.
+pub(crate) const MAX_REASON_BYTES: usize = 8 * 1024;
 /// Empty packets looked through when a session ends; a client's socket buffer holds fewer.
 const MAX_EMPTY_PACKETS: usize = 1024;
 
@@ -62,10 +64,10 @@ impl PacketSocket {
     /// Sends a message with descriptors now; for the first message, when the socket is empty.
     pub(super) fn send_now(
         &self,
-        message: &DaemonMessage,
+        message: DaemonMessage,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), PacketError> {
-        seqpacket::send(self.as_fd(), message, fds)
+        seqpacket::send(self.as_fd(), &bounded(message), fds)
     }
 
     /// Sends a message, or keeps it until the client has read others.
@@ -73,7 +75,7 @@ impl PacketSocket {
         if self.waiting.len() >= MAX_WAITING_MESSAGES {
             return Err(Overflow);
         }
-        self.waiting.push_back(message);
+        self.waiting.push_back(bounded(message));
         self.flush();
         Ok(())
     }
@@ -130,6 +132,20 @@ impl PacketSocket {
     }
 }
 
+/// Cuts the reason that a message gives to [`MAX_REASON_BYTES`]: it may quote what the client sent,
+/// and an answer that does not fit a packet would not arrive at all.
+pub(crate) fn bounded(mut message: DaemonMessage) -> DaemonMessage {
+    if let DaemonMessage::Refused { message: text, .. }
+    | DaemonMessage::Failed { message: text, .. }
+    | DaemonMessage::Closing { message: text, .. } = &mut message
+        && text.len() > MAX_REASON_BYTES
+    {
+        text.truncate(text.floor_char_boundary(MAX_REASON_BYTES));
+        text.push('…');
+    }
+    message
+}
+
 fn runtime_gone(error: io::Error) -> PacketError {
     PacketError::Io(
         error
@@ -144,7 +160,8 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::time::{Duration, Instant};
 
-    use pegaflow_shm::control::ClientMessage;
+    use pegaflow_shm::control::{ClientMessage, MAX_MESSAGE_BYTES};
+    use pegaflow_shm::status::Status;
     use rustix::net::{
         AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair, sockopt,
     };
@@ -160,6 +177,31 @@ mod tests {
         near.set_nonblocking(true).unwrap();
         while near.write(&[0; 65536]).is_ok() {}
         (listener, near, far)
+    }
+
+    #[test]
+    fn a_reason_that_quotes_a_whole_packet_still_fits_one() {
+        let most = seqpacket_text(&bounded(DaemonMessage::Refused {
+            status: Status::VersionMismatch,
+            message: "\u{1}".repeat(MAX_MESSAGE_BYTES),
+        }));
+        assert!(most.len() <= MAX_MESSAGE_BYTES);
+        let short = DaemonMessage::Closing {
+            status: Status::ProtocolError,
+            message: "ä".repeat(MAX_REASON_BYTES / 2),
+        };
+        assert_eq!(bounded(short.clone()), short);
+        let message = "ä".repeat(MAX_REASON_BYTES);
+        let cut = bounded(DaemonMessage::Failed {
+            seq: 1,
+            status: Status::BadLayout,
+            message,
+        });
+        assert!(seqpacket_text(&cut).ends_with("ä…\"}"));
+    }
+
+    fn seqpacket_text(message: &DaemonMessage) -> String {
+        serde_json::to_string(message).unwrap()
     }
 
     #[tokio::test]

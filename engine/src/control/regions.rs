@@ -27,7 +27,7 @@ struct Region {
 
 /// What a session may copy from and to.
 #[derive(Default)]
-pub(super) struct Memory {
+pub(crate) struct Memory {
     regions: HashMap<u32, Region>,
     bytes: u64,
     process: Option<Arc<ProcessMemory>>,
@@ -35,7 +35,7 @@ pub(super) struct Memory {
 
 impl Memory {
     /// Maps a region.
-    pub(super) fn add(&mut self, region: u32, bytes: u64, fds: &[OwnedFd]) -> Result<(), Refusal> {
+    pub(crate) fn add(&mut self, region: u32, bytes: u64, fds: &[OwnedFd]) -> Result<(), Refusal> {
         let [fd] = fds else {
             let text = format!(
                 "{} descriptors came with region {region}: send its memfd",
@@ -68,7 +68,7 @@ impl Memory {
     }
 
     /// Takes a region back.
-    pub(super) fn remove(&mut self, region: u32) -> Result<(), Refusal> {
+    pub(crate) fn remove(&mut self, region: u32) -> Result<(), Refusal> {
         let Some(found) = self.regions.get(&region) else {
             let text = format!("there is no region {region} in this session");
             return Err(Refusal::new(Status::InvalidArgument, text));
@@ -86,12 +86,12 @@ impl Memory {
     }
 
     /// Size of a region in bytes.
-    pub(super) fn region_bytes(&self, region: u32) -> Option<u64> {
+    pub(crate) fn region_bytes(&self, region: u32) -> Option<u64> {
         self.regions.get(&region).map(|found| found.mapping.bytes())
     }
 
     /// Counts a registration that uses these regions in (or out).
-    pub(super) fn count_user(&mut self, regions: &[u32], joins: bool) {
+    pub(crate) fn count_user(&mut self, regions: &[u32], joins: bool) {
         for region in regions {
             if let Some(found) = self.regions.get_mut(region) {
                 found.users = if joins {
@@ -104,7 +104,7 @@ impl Memory {
     }
 
     /// The memory that a layout names, if the session has it.
-    pub(super) fn resolve(&self, memory: MemoryRef) -> Option<ClientMemory> {
+    pub(crate) fn resolve(&self, memory: MemoryRef) -> Option<ClientMemory> {
         match memory {
             MemoryRef::Region(region) => {
                 let found = self.regions.get(&region)?;
@@ -115,7 +115,7 @@ impl Memory {
     }
 
     /// Takes hold of the process's own memory, once.
-    pub(super) fn open_process(&mut self, peer: &Peer) -> Result<(), Refusal> {
+    pub(crate) fn open_process(&mut self, peer: &Peer) -> Result<(), Refusal> {
         if self.process.is_some() {
             return Ok(());
         }

@@ -18,13 +18,13 @@ use crate::lane::api::{NewRegistration, Refusal, RegisteredGroup};
 use crate::layout::ValidLayout;
 
 /// A checked registration and the regions it uses.
-pub(super) struct Checked {
-    pub(super) registration: NewRegistration,
-    pub(super) regions: Vec<u32>,
+pub(crate) struct Checked {
+    pub(crate) registration: NewRegistration,
+    pub(crate) regions: Vec<u32>,
 }
 
 /// Checks a registration and finds its memory.
-pub(super) fn check(
+pub(crate) fn check(
     spec: RegisterSpec,
     memory: &mut Memory,
     peer: &Peer,

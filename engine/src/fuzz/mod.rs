@@ -1,0 +1,44 @@
+//! What the fuzz targets do: functions of bytes that return, or panic when a guarantee is broken.
+//!
+//! `fuzz/` wraps them for libFuzzer. The tests here run them without it, over the committed corpus,
+//! the regressions, and inputs mutated from both. Each target has a generator of seeds that speaks
+//! the protocol, so that the corpus can be written anew when the protocol changes (`make
+//! fuzz-seeds`).
+//!
+//! * `control`: packets of the session socket and the header of a segment. Limits hold, layouts
+//!   lie inside their memory, every answer fits a packet.
+//! * `catalog`: records, tables and files of a previous daemon, damaged. Only pages that were
+//!   sealed come back, none of them twice, and the next look finds the same.
+//! * `ring`: every word that the peer writes. Positions, faults and bodies are those of a naive
+//!   model.
+//! * `index`: every byte of an index file. Look-ups are bounded and agree with each other, and a
+//!   hit has a sealed entry of that very key.
+
+#![forbid(unsafe_code)]
+
+mod catalog;
+mod control;
+mod index;
+mod input;
+mod place;
+mod ring;
+
+#[cfg(test)]
+mod tests;
+
+pub use catalog::catalog;
+pub use control::control;
+pub use index::index;
+pub use ring::ring;
+
+/// A target: its name, what it does, and the seeds of its corpus.
+#[cfg(test)]
+type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
+
+#[cfg(test)]
+const TARGETS: [Target; 4] = [
+    ("control", control, control::seeds),
+    ("catalog", catalog, catalog::seeds),
+    ("ring", ring, ring::seeds),
+    ("index", index, index::seeds),
+];
