@@ -12,6 +12,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::path::Path;
 
+use bytemuck::Zeroable;
 use pegaflow_shm::BlockHash;
 use pegaflow_shm::index::BlockKey;
 use pegaflow_shm::node::text_field;
@@ -19,12 +20,14 @@ use pegaflow_shm::node::text_field;
 use crate::cache::block::Shard;
 use crate::cache::lookup::key_hash;
 use crate::cache::{Cache, CacheOptions};
-use crate::catalog::{AdoptedPage, Catalog, CatalogError, Geometry, OpenedCatalog};
+use crate::catalog::{AdoptedPage, Catalog, CatalogError, Differences, Geometry, OpenedCatalog};
+use crate::config::PoolStart;
 use crate::copy::PoolMemory;
 use crate::fault::{self, CrashPoint};
 use crate::lane::LaneOptions;
 use crate::pool::{
-    OpenedPool, Pool, PoolError, PoolFile, PoolFileError, PopulateOptions, pool_memory,
+    OpenedPool, Pool, PoolError, PoolFile, PoolFileError, PoolIdentity, PopulateOptions,
+    pool_memory,
 };
 
 /// The cache cannot be brought up.
@@ -117,39 +120,55 @@ fn open_files(
 ) -> Result<(PoolFile, Catalog, bool), OpenError> {
     let pool_path = options.dir.join("pool");
     let catalog_path = options.dir.join("catalog");
-    let geometry = |file: &PoolFile| Geometry {
+    let geometry = |pool| Geometry {
         pool_bytes: options.pool_bytes,
         extent_bytes: options.extent_bytes,
-        pool: file.identity(),
+        pool,
         node: text_field(&options.node_name),
     };
-    let mut found = None;
-    if options.adopt {
-        match PoolFile::open(&pool_path, options.pool_bytes, populate, progress)? {
-            OpenedPool::Ready(file) => found = Some(file),
-            OpenedPool::Missing => {}
-            OpenedPool::Unusable(reason) => {
-                tracing::warn!(%reason, "the pool of a previous daemon is thrown away");
+    let previous = match options.pool {
+        PoolStart::Adopt => PoolFile::open(&pool_path, options.pool_bytes, populate, progress)?,
+        PoolStart::Fresh => {
+            if pool_path.exists() {
+                tracing::warn!("--pool fresh: the pool of the previous daemon is thrown away");
             }
+            OpenedPool::Missing
         }
-    }
-    if let Some(file) = found {
-        match Catalog::open(&catalog_path, &geometry(&file), options.boot_id)? {
-            OpenedCatalog::Ready(catalog) => return Ok((file, catalog, true)),
-            OpenedCatalog::Missing => {
-                tracing::warn!("the pool of a previous daemon has no catalog and starts empty");
+    };
+    match previous {
+        OpenedPool::Ready(file) => {
+            let geometry = geometry(file.identity());
+            match Catalog::open(&catalog_path, &geometry, options.boot_id)? {
+                OpenedCatalog::Ready(catalog) => return Ok((file, catalog, true)),
+                OpenedCatalog::Missing => warn_given_up(&"it has no catalog"),
+                OpenedCatalog::Discarded(reason) => warn_given_up(&reason),
             }
-            OpenedCatalog::Discarded(reason) => {
-                tracing::warn!(%reason, "the pool of a previous daemon starts empty");
-            }
+            let catalog = Catalog::create(&catalog_path, &geometry, options.boot_id)?;
+            return Ok((file, catalog, false));
         }
-        let catalog = Catalog::create(&catalog_path, &geometry(&file), options.boot_id)?;
-        return Ok((file, catalog, false));
+        OpenedPool::Missing => {}
+        OpenedPool::Unusable(reason) => {
+            let also = Catalog::differences(&catalog_path, &geometry(PoolIdentity::zeroed()))?;
+            // The reason may be the size already.
+            let also = also.map(|also| Differences {
+                pool_bytes: None,
+                ..also
+            });
+            let also = also.filter(|also| *also != Differences::default());
+            warn_given_up(
+                &also.map_or_else(|| reason.to_string(), |also| format!("{reason}; {also}")),
+            );
+        }
     }
     let file = PoolFile::create(&pool_path, options.pool_bytes, populate, progress)?;
     fault::point(CrashPoint::PoolMade);
-    let catalog = Catalog::create(&catalog_path, &geometry(&file), options.boot_id)?;
+    let catalog = Catalog::create(&catalog_path, &geometry(file.identity()), options.boot_id)?;
     Ok((file, catalog, false))
+}
+
+/// One line, whatever the reason, for who wonders where the cache is.
+fn warn_given_up(reason: &dyn std::fmt::Display) {
+    tracing::warn!("the previous daemon's pool is given up and the cache starts empty: {reason}");
 }
 
 /// Index files carry the boot id of the daemon that wrote them; none outlives it.

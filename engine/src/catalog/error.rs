@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::fmt;
+
 use pegaflow_shm::mapping::MappingError;
 use thiserror::Error;
 
@@ -81,6 +83,37 @@ pub enum CatalogError {
     },
 }
 
+/// What of the configuration differs from the previous daemon's: found and wanted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Differences {
+    /// Name of the node: the folder was another node's, and was renamed or copied.
+    pub node: Option<(String, String)>,
+    /// The pool's size, in bytes.
+    pub pool_bytes: Option<(u64, u64)>,
+    /// The extent size, in bytes.
+    pub extent_bytes: Option<(u64, u64)>,
+}
+
+impl fmt::Display for Differences {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        if let Some((found, wanted)) = &self.node {
+            parts.push(format!("it is of node `{found}`, not `{wanted}`"));
+        }
+        if let Some((found, wanted)) = self.pool_bytes {
+            parts.push(format!(
+                "its pool size is {found} bytes, configured are {wanted}"
+            ));
+        }
+        if let Some((found, wanted)) = self.extent_bytes {
+            parts.push(format!(
+                "its extent size is {found} bytes, configured are {wanted}"
+            ));
+        }
+        f.write_str(&parts.join("; "))
+    }
+}
+
 /// Why the catalog of a previous daemon is not used, so that its pages are given up.
 #[derive(Debug, Error)]
 pub enum DiscardReason {
@@ -102,30 +135,9 @@ pub enum DiscardReason {
     /// The header is damaged.
     #[error("the checksum of its header is wrong")]
     HeaderChecksum,
-    /// The folder was another node's, which was renamed or copied.
-    #[error("it is of node `{found}`, not `{wanted}`")]
-    Node {
-        /// The node found.
-        found: String,
-        /// This daemon's node.
-        wanted: String,
-    },
-    /// It describes a pool of another size.
-    #[error("it describes a pool of {found_bytes} bytes, the pool has {wanted_bytes}")]
-    PoolBytes {
-        /// The size found, in bytes.
-        found_bytes: u64,
-        /// The pool's size, in bytes.
-        wanted_bytes: u64,
-    },
-    /// It describes extents of another size.
-    #[error("it describes extents of {found_bytes} bytes, configured are {wanted_bytes}")]
-    ExtentBytes {
-        /// The size found, in bytes.
-        found_bytes: u64,
-        /// The configured size, in bytes.
-        wanted_bytes: u64,
-    },
+    /// The previous daemon was configured otherwise.
+    #[error("{0}")]
+    Differs(Differences),
     /// The pool file was replaced.
     #[error("it describes another pool file than the one found")]
     OtherPoolFile,

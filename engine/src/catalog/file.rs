@@ -16,7 +16,7 @@ use super::layout::Layout;
 use super::record::{
     CATALOG_MAGIC, CATALOG_VERSION, HEADER_CRC_BYTES, Header, NamespaceRow, RECORD_BYTES,
 };
-use super::{Catalog, CatalogError, DiscardReason, Geometry, MAX_NAMESPACES};
+use super::{Catalog, CatalogError, Differences, DiscardReason, Geometry, MAX_NAMESPACES};
 use crate::fault::{self, CrashPoint};
 use crate::pool::ExtentId;
 
@@ -71,6 +71,21 @@ impl Catalog {
         catalog.load_tables()?;
         catalog.write_boot_id(boot_id)?;
         Ok(OpenedCatalog::Ready(catalog))
+    }
+
+    /// What the previous daemon was told otherwise than this one, as far as its catalog can tell:
+    /// for a pool that is given up without it.
+    pub fn differences(
+        path: &Path,
+        geometry: &Geometry,
+    ) -> Result<Option<Differences>, CatalogError> {
+        match NamedFile::open(path, PURPOSE, Access::ReadOnly) {
+            Ok(file) => {
+                let header = header_of(&file)?.ok();
+                Ok(header.and_then(|header| differences(&header, geometry)))
+            }
+            Err(error) => not_opened(error).map(|_| None),
+        }
     }
 
     fn make(
@@ -192,6 +207,28 @@ fn refusal(
     layout: &Layout,
     geometry: &Geometry,
 ) -> Result<Option<DiscardReason>, CatalogError> {
+    let header = match header_of(file)? {
+        Ok(header) => header,
+        Err(reason) => return Ok(Some(reason)),
+    };
+    if let Some(differences) = differences(&header, geometry) {
+        return Ok(Some(DiscardReason::Differs(differences)));
+    }
+    let (found_bytes, wanted_bytes) = (file.bytes(), layout.file_bytes);
+    Ok(if header.pool != geometry.pool {
+        Some(DiscardReason::OtherPoolFile)
+    } else if found_bytes != wanted_bytes {
+        Some(DiscardReason::FileBytes {
+            found_bytes,
+            wanted_bytes,
+        })
+    } else {
+        None
+    })
+}
+
+/// The header, if it is one of this version and whole.
+fn header_of(file: &NamedFile) -> Result<Result<Header, DiscardReason>, CatalogError> {
     let mut bytes = [0; size_of::<Header>()];
     let read = rustix::io::pread(file.as_fd(), &mut bytes, 0)
         .map_err(|errno| CatalogError::Read(errno.into()))?;
@@ -200,41 +237,30 @@ fn refusal(
     } else {
         Header::zeroed()
     };
-    let (found_bytes, wanted_bytes) = (file.bytes(), layout.file_bytes);
-    let reason = if header.magic != CATALOG_MAGIC {
-        DiscardReason::Magic {
+    Ok(if header.magic != CATALOG_MAGIC {
+        Err(DiscardReason::Magic {
             found: header.magic,
-        }
+        })
     } else if header.version != CATALOG_VERSION || u64::from(header.record_bytes) != RECORD_BYTES {
-        DiscardReason::Version {
+        Err(DiscardReason::Version {
             found: header.version,
-        }
+        })
     } else if header.crc != header.computed_crc() {
-        DiscardReason::HeaderChecksum
-    } else if header.node != geometry.node {
-        let (found, wanted) = (field_text(&header.node), field_text(&geometry.node));
-        DiscardReason::Node { found, wanted }
-    } else if header.pool_bytes != geometry.pool_bytes {
-        let (found_bytes, wanted_bytes) = (header.pool_bytes, geometry.pool_bytes);
-        DiscardReason::PoolBytes {
-            found_bytes,
-            wanted_bytes,
-        }
-    } else if header.extent_bytes != geometry.extent_bytes {
-        let (found_bytes, wanted_bytes) = (header.extent_bytes, geometry.extent_bytes);
-        DiscardReason::ExtentBytes {
-            found_bytes,
-            wanted_bytes,
-        }
-    } else if header.pool != geometry.pool {
-        DiscardReason::OtherPoolFile
-    } else if found_bytes != wanted_bytes {
-        DiscardReason::FileBytes {
-            found_bytes,
-            wanted_bytes,
-        }
+        Err(DiscardReason::HeaderChecksum)
     } else {
-        return Ok(None);
+        Ok(header)
+    })
+}
+
+/// What of a configuration is not the previous daemon's.
+fn differences(header: &Header, geometry: &Geometry) -> Option<Differences> {
+    let differing = |found: u64, wanted: u64| (found != wanted).then_some((found, wanted));
+    let nodes = (header.node != geometry.node)
+        .then(|| (field_text(&header.node), field_text(&geometry.node)));
+    let differences = Differences {
+        node: nodes,
+        pool_bytes: differing(header.pool_bytes, geometry.pool_bytes),
+        extent_bytes: differing(header.extent_bytes, geometry.extent_bytes),
     };
-    Ok(Some(reason))
+    (differences != Differences::default()).then_some(differences)
 }

@@ -32,7 +32,7 @@ pub(crate) mod steps;
 mod tests;
 
 pub use adopt::{AdoptReport, AdoptedPage, Discarded};
-pub use error::{CatalogError, DiscardReason};
+pub use error::{CatalogError, Differences, DiscardReason};
 pub use file::OpenedCatalog;
 pub use layout::MAX_NAMESPACES;
 pub use record::{CATALOG_MAGIC, CATALOG_VERSION, NodeName, PageRecord};

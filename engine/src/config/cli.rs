@@ -45,15 +45,6 @@ pub fn command() -> Command {
         );
     for option in OPTIONS {
         command = command.arg(argument(option, &defaults));
-        if option.shape == Shape::Toggle {
-            command = command.arg(
-                Arg::new(option.negation)
-                    .long(option.negation)
-                    .action(ArgAction::SetTrue)
-                    .overrides_with(option.name)
-                    .help(format!("The opposite of --{}", option.name)),
-            );
-        }
     }
     command
 }
@@ -76,7 +67,7 @@ fn argument(option: &OptionDef, defaults: &Config) -> Arg {
         Shape::List => arg
             .value_parser(StringValueParser::new())
             .action(ArgAction::Append),
-        Shape::Switch | Shape::Toggle => arg
+        Shape::Switch => arg
             .value_parser(StringValueParser::new())
             .num_args(0..=1)
             .require_equals(true)

@@ -209,9 +209,6 @@ fn value_error(option: &'static str, source: Source, problem: String) -> ConfigE
 
 fn flag_text(matches: &ArgMatches, option: &OptionDef) -> Option<String> {
     let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
-    if option.shape == Shape::Toggle && given(option.negation) {
-        return Some("false".to_owned());
-    }
     if !given(option.name) {
         return None;
     }

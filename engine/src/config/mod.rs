@@ -28,7 +28,7 @@ pub use check::{MAX_COPY_THREADS, MAX_INSTANCES, MAX_LEASES, MIN_POOL_BYTES};
 pub use cli::command;
 pub use load::{ConfigErrors, Loaded, Origin, Source, load};
 pub use options::Config;
-pub use value::{Hugepages, LogFormat};
+pub use value::{Hugepages, LogFormat, PoolStart};
 
 /// Something about the configuration that cannot be accepted: option, value and the way out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

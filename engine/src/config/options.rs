@@ -11,7 +11,7 @@ use pegaflow_shm::paths;
 
 use super::value::{
     AdmissionChoice, BadValue, Choice, Count, FileMode, Hugepages, Kind, Listen, LogFormat,
-    LogLevel, Path, Size, Span, Switch, Text, Uids,
+    LogLevel, Path, PoolStart, Size, Span, Switch, Text, Uids,
 };
 use crate::policy::{AdmissionKind, PolicyKind};
 
@@ -24,15 +24,11 @@ pub(super) enum Shape {
     List,
     /// `--name` alone.
     Switch,
-    /// `--name` and `--no-name`.
-    Toggle,
 }
 
 /// One option, as the command line, the environment and the file know it.
 pub(super) struct OptionDef {
     pub(super) name: &'static str,
-    /// `no-` and the name, for a toggle.
-    pub(super) negation: &'static str,
     pub(super) env: &'static str,
     pub(super) value_name: &'static str,
     pub(super) shape: Shape,
@@ -51,7 +47,6 @@ macro_rules! options {
         /// The table in the order of `--help`.
         pub(super) const OPTIONS: &[OptionDef] = &[$(OptionDef {
             name: $name,
-            negation: concat!("no-", $name),
             env: $env,
             value_name: $value_name,
             shape: Shape::$shape,
@@ -147,9 +142,9 @@ options! {
     hugepages: Hugepages, Choice<Hugepages>, Single, Hugepages::Off, "",
         "hugepages", "PEGAFLOW_HUGEPAGES", "MODE",
         "Hugepages for the pool: off, or advise (the log says what the kernel gave)";
-    adopt: bool, Switch, Toggle, true, "",
-        "adopt", "PEGAFLOW_ADOPT", "BOOL",
-        "Take over the sealed blocks of the previous daemon of this node";
+    pool: PoolStart, Choice<PoolStart>, Single, PoolStart::Adopt, "",
+        "pool", "PEGAFLOW_POOL", "START",
+        "The previous daemon's pool of this node: adopt takes its sealed blocks over (and starts empty, with a warning, if it does not fit), fresh throws it away";
     drain_timeout: Duration, Span, Single, Duration::from_secs(30), "",
         "drain-timeout", "PEGAFLOW_DRAIN_TIMEOUT", "TIME",
         "How long a stop waits for running requests, such as 30s";

@@ -90,7 +90,7 @@ fn every_kind_of_value_is_read() {
         "--socket-mode=0660",
         "--http=off",
         "--hugepages=advise",
-        "--no-adopt",
+        "--pool=fresh",
         "--log-format=json",
         "--log-level=info,pegaflow_engine=trace",
         "--drain-timeout=1m 30s",
@@ -104,32 +104,28 @@ fn every_kind_of_value_is_read() {
     assert_eq!(config.socket_mode, 0o660);
     assert_eq!(config.http, None);
     assert_eq!(config.hugepages, Hugepages::Advise);
-    assert!(!config.adopt);
+    assert_eq!(config.pool, PoolStart::Fresh);
     assert_eq!(config.log_format, LogFormat::Json);
     assert_eq!(config.drain_timeout, Duration::from_secs(90));
 }
 
 #[test]
-fn the_last_of_two_opposite_flags_wins() {
-    assert!(
-        load_with(&["--no-adopt", "--adopt"], &[])
-            .unwrap()
-            .config
-            .adopt
-    );
-    assert!(
-        !load_with(&["--adopt", "--no-adopt"], &[])
-            .unwrap()
-            .config
-            .adopt
-    );
-    assert!(!load_with(&["--adopt=false"], &[]).unwrap().config.adopt);
-    assert!(
-        load_with(&["--http-allow-remote"], &[])
-            .unwrap()
-            .config
-            .http_allow_remote
-    );
+fn a_switch_needs_no_value_and_takes_one() {
+    let remote = |flag: &str| load_with(&[flag], &[]).unwrap().config.http_allow_remote;
+    assert!(remote("--http-allow-remote"));
+    assert!(!remote("--http-allow-remote=false"));
+}
+
+#[test]
+fn the_previous_pool_is_adopted_unless_a_fresh_one_is_wanted() {
+    assert_eq!(load_with(&[], &[]).unwrap().config.pool, PoolStart::Adopt);
+    let env = [("PEGAFLOW_POOL", "fresh")];
+    assert_eq!(load_with(&[], &env).unwrap().config.pool, PoolStart::Fresh);
+    let flag = load_with(&["--pool", "adopt"], &env).unwrap();
+    assert_eq!(flag.config.pool, PoolStart::Adopt);
+    let file = file("pool = \"fresh\"\n");
+    let config = load_with(&["--config", path(&file)], &[]).unwrap().config;
+    assert_eq!(config.pool, PoolStart::Fresh);
 }
 
 #[test]
@@ -236,7 +232,11 @@ fn each_bad_value_is_named_with_its_option_and_the_way_out() {
             &["spin-us = `99999`", "give 0 to 10000"],
         ),
         (&["--hugepages=yes"], &["hugepages = `yes`", "off, advise"]),
-        (&["--adopt=maybe"], &["adopt = `maybe`", "true or false"]),
+        (&["--pool=maybe"], &["pool = `maybe`", "adopt, fresh"]),
+        (
+            &["--http-allow-remote=maybe"],
+            &["http-allow-remote = `maybe`", "true or false"],
+        ),
         (&["--log-format=xml"], &["log-format = `xml`", "text, json"]),
         (&["--log-level=loud"], &["log-level = `loud`", "debug"]),
         (&["--drain-timeout=2h"], &["drain-timeout = `2h`", "1h"]),
@@ -302,7 +302,7 @@ fn the_effective_configuration_reads_back_as_itself_and_names_origins() {
     let flags = [
         "--pool-size=100MB",
         "--allow-uid=7",
-        "--no-adopt",
+        "--pool=fresh",
         "--http=off",
     ];
     let loaded = load_with(&flags, &env).unwrap();

@@ -38,6 +38,16 @@ pub enum Hugepages {
     Advise,
 }
 
+/// What becomes of the pool that a previous daemon of the node left.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum PoolStart {
+    /// Its sealed blocks are taken over, if the pool fits this daemon; else as `Fresh`.
+    #[default]
+    Adopt,
+    /// It is thrown away.
+    Fresh,
+}
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {

@@ -191,7 +191,7 @@ fn lane_options(prepared: &Prepared) -> LaneOptions {
         max_sessions: config.max_sessions as usize,
         max_instances: config.max_instances as usize,
         spin: Duration::from_micros(u64::from(config.spin_us)),
-        adopt: config.adopt,
+        pool: config.pool,
     }
 }
 
@@ -206,7 +206,7 @@ async fn start_lane(
         node = %prepared.config.node,
         pool = %ByteSize(options.pool_bytes),
         extent = %ByteSize(options.extent_bytes),
-        adopt = options.adopt,
+        start = ?options.pool,
         "bringing the pool up"
     );
     let (sender, mut started) = oneshot::channel();

@@ -8,6 +8,7 @@ use std::time::Duration;
 use pegaflow_shm::BootId;
 use pegaflow_shm::node::NodeWriter;
 
+use crate::config::PoolStart;
 use crate::policy::{AdmissionKind, PolicyKind};
 
 /// Everything the lane needs to know from the configuration.
@@ -49,6 +50,6 @@ pub struct LaneOptions {
     pub max_instances: usize,
     /// How long the lane polls without work before it sleeps.
     pub spin: Duration,
-    /// Whether to take over the pages of a previous daemon.
-    pub adopt: bool,
+    /// What becomes of the pool of a previous daemon.
+    pub pool: PoolStart,
 }

@@ -143,6 +143,15 @@ pub enum PoolFileError {
         /// The pool size, in bytes.
         pool_bytes: u64,
     },
+    /// Another process has the file open as its pool.
+    #[error(
+        "the pool file {name} is in use by another pegaflowd (its folder or lock file was moved or \
+         removed under it): stop that one first"
+    )]
+    InUse {
+        /// The file.
+        name: String,
+    },
     /// A system call failed.
     #[error("{action} the pool file {name}: {source}")]
     Io {
@@ -159,7 +168,7 @@ pub enum PoolFileError {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PoolUnusable {
     /// Its size differs from the configured one.
-    #[error("it has {found_bytes} bytes, but {wanted_bytes} are configured")]
+    #[error("its pool size is {found_bytes} bytes, configured are {wanted_bytes}")]
     Size {
         /// The file's size, in bytes.
         found_bytes: u64,
@@ -167,7 +176,9 @@ pub enum PoolUnusable {
         wanted_bytes: u64,
     },
     /// It has holes: its creation was cut short.
-    #[error("only {allocated_bytes} of its {wanted_bytes} bytes are allocated")]
+    #[error(
+        "only {allocated_bytes} of its {wanted_bytes} bytes are allocated: its creation was cut short"
+    )]
     Holes {
         /// The bytes that have memory behind them.
         allocated_bytes: u64,
@@ -175,6 +186,6 @@ pub enum PoolUnusable {
         wanted_bytes: u64,
     },
     /// It is a link, a directory or another user's file.
-    #[error("it is not a regular file of this user")]
+    #[error("the pool is not a regular file of this user")]
     NotOurFile,
 }

@@ -13,13 +13,20 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::ptr::NonNull;
+use std::time::{Duration, Instant};
 
 use bytemuck::{Pod, Zeroable};
-use rustix::fs::{AtFlags, FallocateFlags, StatxFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, StatxFlags, flock};
+use rustix::io::Errno;
 
 use super::mapping::PoolMapping;
 use super::{HugepageReport, PoolFileError, PoolUnusable, hugepages, populate};
 use crate::fault::{self, CrashPoint};
+
+/// How long the pool of a daemon that has just died may stay locked: whoever looks at a dead
+/// process's memory keeps its mappings for that moment.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// How the pool's memory is brought into being.
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +86,7 @@ impl PoolFile {
             .custom_flags(libc::O_NOFOLLOW)
             .open(path)
             .map_err(failed("creating"))?;
+        lock(path, &file)?;
         let pool = file
             .set_len(bytes)
             .map_err(failed("sizing"))
@@ -116,6 +124,7 @@ impl PoolFile {
             }
             Err(error) => return Err(failed("opening")(error)),
         };
+        lock(path, &file)?;
         let found = file.metadata().map_err(failed("examining"))?;
         let unusable = if !found.is_file() || found.uid() != rustix::process::geteuid().as_raw() {
             Some(PoolUnusable::NotOurFile)
@@ -253,6 +262,24 @@ fn io_error(action: &'static str, path: &Path, source: io::Error) -> PoolFileErr
     }
 }
 
+/// Makes the pool this process's own until it ends, whatever becomes of the lock file beside it.
+fn lock(path: &Path, file: &File) -> Result<(), PoolFileError> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            Err(Errno::WOULDBLOCK) => {
+                let name = path.display().to_string();
+                return Err(PoolFileError::InUse { name });
+            }
+            Err(errno) => return Err(io_error("locking", path, errno.into())),
+        }
+    }
+}
+
 fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -373,6 +400,18 @@ mod tests {
         let path = directory.path().join("pool");
         let first = create(&path).identity();
         assert_ne!(create(&path).identity(), first);
+    }
+
+    #[test]
+    fn two_never_have_one_pool_even_without_a_lock_file() {
+        let directory = directory();
+        let path = directory.path().join("pool");
+        let first = create(&path);
+        let second = PoolFile::open(&path, BYTES, OPTIONS, &|_| {});
+        assert!(matches!(second, Err(PoolFileError::InUse { .. })));
+        drop(first);
+        let second = PoolFile::open(&path, BYTES, OPTIONS, &|_| {});
+        assert!(matches!(second, Ok(OpenedPool::Ready(_))));
     }
 
     #[test]

@@ -128,26 +128,111 @@ fn what_a_killed_daemon_leaves_the_next_one_adopts_or_removes() {
     assert_eq!(daemon.leftovers(), Vec::<std::path::PathBuf>::new());
 }
 
-#[test]
-fn another_pool_size_starts_empty_and_says_why() {
-    let config = Config::default();
-    let mut daemon = Daemon::start_with(config);
+/// Fills a cache, kills its daemon, lets `change` happen, and expects the next daemon to start
+/// empty, with one warning that has these words, and to work.
+#[track_caller]
+fn starts_empty(change: impl FnOnce(&mut Daemon), words: &[&str]) {
+    let mut daemon = Daemon::start();
     let worker = Worker::ready(daemon.options(), WorkerSpec::default());
     let names = hashes(1, 10);
     worker.save(&names);
     daemon.kill();
-    daemon.set_argument("--pool-size", "32MiB");
+    change(&mut daemon);
+    let before = daemon.log().len();
     daemon.launch();
     wait_back(&worker);
     assert_eq!(worker.query(1, &names).count, 0);
-    assert!(daemon.log().contains("bytes"), "{}", daemon.log());
+    let log = daemon.log()[before..].to_owned();
+    let warnings: Vec<&str> = log.lines().filter(|line| line.contains("WARN")).collect();
+    assert_eq!(warnings.len(), 1, "{log}");
+    for word in words {
+        assert!(
+            warnings[0].contains(word),
+            "no `{word}` in: {}",
+            warnings[0]
+        );
+    }
     worker.save(&names);
     assert_eq!(worker.fetch(2, &names), 10);
 }
 
 #[test]
-fn adoption_can_be_switched_off() {
-    let mut daemon = Daemon::start_with(Config::with(&["--no-adopt"]));
+fn a_pool_of_another_size_starts_empty_and_says_so_with_both() {
+    starts_empty(
+        |daemon| daemon.set_argument("--pool-size", "32MiB"),
+        &["pool size is 67108864 bytes", "configured are 33554432"],
+    );
+}
+
+#[test]
+fn a_pool_of_another_extent_size_starts_empty_and_says_so_with_both() {
+    starts_empty(
+        |daemon| daemon.set_argument("--extent-size", "2MiB"),
+        &["extent size is 4194304 bytes", "configured are 2097152"],
+    );
+}
+
+#[test]
+fn all_that_differs_is_in_one_line() {
+    starts_empty(
+        |daemon| {
+            daemon.set_argument("--pool-size", "32MiB");
+            daemon.set_argument("--extent-size", "2MiB");
+        },
+        &[
+            "pool size is 67108864",
+            "33554432; its extent size is 4194304",
+            "2097152",
+        ],
+    );
+}
+
+#[test]
+fn a_pool_of_another_layout_version_starts_empty_and_says_so_with_both() {
+    starts_empty(
+        |daemon| write_at(&daemon.shm().join("catalog"), 8, &99u32.to_le_bytes()),
+        &["layout version is 99, this daemon's is 3"],
+    );
+}
+
+#[test]
+fn a_catalog_with_a_damaged_header_is_not_believed() {
+    starts_empty(
+        |daemon| write_at(&daemon.shm().join("catalog"), 17, &[0xA5]),
+        &["the checksum of its header is wrong"],
+    );
+    starts_empty(
+        |daemon| write_at(&daemon.shm().join("catalog"), 0, b"CATALOG?"),
+        &["its magic is", "not 0x"],
+    );
+    starts_empty(
+        |daemon| std::fs::remove_file(daemon.shm().join("catalog")).expect("removed"),
+        &["it has no catalog"],
+    );
+}
+
+#[test]
+fn the_pool_of_another_node_starts_empty_and_says_whose_it_was() {
+    let mut other = Daemon::start();
+    let worker = Worker::ready(other.options(), WorkerSpec::default());
+    worker.save(&hashes(1, 10));
+    drop(worker);
+    other.stop();
+    let was = format!("it is of node `{}`", other.node());
+    starts_empty(
+        |daemon| {
+            for file in ["pool", "catalog"] {
+                std::fs::rename(other.shm().join(file), daemon.shm().join(file)).expect("moved");
+            }
+        },
+        &[&was, ", not `test-"],
+    );
+}
+
+#[test]
+fn a_fresh_pool_is_empty_and_says_so() {
+    let mut daemon = Daemon::start_with(Config::with(&["--pool", "fresh"]));
+    assert!(!daemon.log().contains("--pool fresh:"), "{}", daemon.log());
     let worker = Worker::ready(daemon.options(), WorkerSpec::default());
     let names = hashes(1, 10);
     worker.save(&names);
@@ -155,6 +240,62 @@ fn adoption_can_be_switched_off() {
     daemon.launch();
     wait_back(&worker);
     assert_eq!(worker.query(1, &names).count, 0);
+    assert!(daemon.log().contains("--pool fresh:"), "{}", daemon.log());
+}
+
+#[test]
+fn a_lock_file_left_behind_keeps_nobody_out_whoever_it_names() {
+    let mut daemon = Daemon::start();
+    daemon.kill();
+    // The number of the dead daemon now belongs to a living process.
+    let lock = daemon.shm().join("lock");
+    std::fs::write(&lock, format!("{}\n", std::process::id())).expect("written");
+    daemon.launch();
+    let holder = std::fs::read_to_string(&lock).expect("a lock file");
+    assert_eq!(holder.trim(), daemon.pid().to_string());
+}
+
+/// Runs a second daemon on the node of `daemon` with a socket of its own, which must be refused.
+#[track_caller]
+fn second_is_refused(daemon: &Daemon, node: &str, words: &[&str]) {
+    let socket = daemon.folder().join("second.sock");
+    let output = std::process::Command::new("timeout")
+        .arg("60")
+        .arg(pegaflow_tests::binaries::pegaflowd())
+        .args(["--node", node, "--http", "off", "--pool-size", "64MiB"])
+        .args(["--extent-size", "4MiB", "--socket"])
+        .arg(&socket)
+        .output()
+        .expect("pegaflowd runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for word in words {
+        assert!(said.contains(word), "no `{word}` in: {said}");
+    }
+}
+
+#[test]
+fn two_daemons_never_share_a_pool() {
+    let daemon = Daemon::start();
+    let worker = Worker::ready(daemon.options(), WorkerSpec::default());
+    let names = hashes(1, 10);
+    worker.save(&names);
+    let own = daemon.pid().to_string();
+    second_is_refused(&daemon, daemon.node(), &["already served", &own]);
+    // The same folder under another name, and the folder without its lock file.
+    let renamed = format!("{}-moved", daemon.node());
+    let folder = daemon.shm();
+    let moved = folder.with_file_name(&renamed);
+    std::fs::rename(&folder, &moved).expect("renamed");
+    second_is_refused(&daemon, &renamed, &["already served", &own]);
+    std::fs::rename(&moved, &folder).expect("renamed");
+    std::fs::remove_file(folder.join("lock")).expect("removed");
+    second_is_refused(&daemon, daemon.node(), &["in use by another pegaflowd"]);
+    assert_eq!(
+        worker.fetch(1, &names),
+        10,
+        "the first daemon did not notice"
+    );
 }
 
 #[test]
@@ -172,7 +313,7 @@ fn damaged_files_are_not_believed() {
             let at = random.below(bytes.len() as u64) as usize;
             bytes[at] ^= random.next() as u8;
         }
-        write_over(&path, &bytes);
+        write_at(&path, 0, &bytes);
         daemon.launch();
         wait_back(&worker);
         worker.fetch(round, &names);
@@ -180,14 +321,14 @@ fn damaged_files_are_not_believed() {
     }
 }
 
-/// Overwrites a file in place, as a wild write would.
-fn write_over(path: &std::path::Path, bytes: &[u8]) {
+/// Overwrites bytes of a file in place, as a wild write would.
+fn write_at(path: &std::path::Path, at: u64, bytes: &[u8]) {
     use std::os::unix::fs::FileExt;
     let file = std::fs::File::options()
         .write(true)
         .open(path)
         .expect("opened");
-    file.write_all_at(bytes, 0).expect("written");
+    file.write_all_at(bytes, at).expect("written");
 }
 
 #[test]

@@ -95,7 +95,7 @@ fn options(dir: &std::path::Path, node: NodeWriter, boot: u8) -> LaneOptions {
         max_sessions: 8,
         max_instances: 8,
         spin: Duration::ZERO,
-        adopt: true,
+        pool: crate::config::PoolStart::Adopt,
     }
 }
 
