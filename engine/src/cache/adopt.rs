@@ -11,6 +11,8 @@ use std::collections::HashMap;
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
 
 use bytemuck::Zeroable;
 use pegaflow_shm::BlockHash;
@@ -44,7 +46,10 @@ pub enum OpenError {
     Catalog(#[from] CatalogError),
     /// A file of a previous daemon cannot be removed.
     #[error("removing the files of a previous daemon: {0}")]
-    Remove(#[from] io::Error),
+    Remove(#[source] io::Error),
+    /// The thread that maps an adopted pool cannot be started.
+    #[error("starting a thread that maps the pool: {0}")]
+    MapPages(#[source] io::Error),
 }
 
 /// A cache ready for use.
@@ -70,13 +75,14 @@ pub fn open_cache(
     threads: NonZeroUsize,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<OpenedCache, OpenError> {
-    remove_indexes(&options.dir)?;
+    remove_indexes(&options.dir).map_err(OpenError::Remove)?;
     let pool = Pool::new(options.pool_bytes, options.extent_bytes)?;
     let populate = PopulateOptions {
         threads,
         hugepages: options.hugepages,
     };
-    let (file, catalog, previous) = open_files(options, populate, progress)?;
+    let files = open_files(options, populate, progress)?;
+    let (file, catalog) = (Arc::new(files.pool), files.catalog);
     let cache_options = CacheOptions {
         dir: options.dir.clone(),
         boot_id: options.boot_id,
@@ -87,7 +93,7 @@ pub fn open_cache(
     };
     let mut cache = Cache::new(pool, catalog, cache_options);
     let (mut adopted_blocks, mut discarded_pages) = (0, 0);
-    if previous {
+    if files.previous_blocks {
         let report = cache.catalog.adopt()?;
         discarded_pages = report.discarded.total();
         let (blocks, given_up) = cache.adopt_pages(report.pages)?;
@@ -99,11 +105,10 @@ pub fn open_cache(
             "took over the pool of a previous daemon"
         );
     }
-    if options.hugepages {
-        match file.hugepages() {
-            Ok(report) => tracing::info!(?report, "hugepages"),
-            Err(error) => tracing::warn!(%error, "hugepages: what was got cannot be told"),
-        }
+    if files.previous_pool {
+        map_pages_later(&file, options.hugepages).map_err(OpenError::MapPages)?;
+    } else if options.hugepages {
+        tell_hugepages(&file);
     }
     Ok(OpenedCache {
         cache,
@@ -113,11 +118,20 @@ pub fn open_cache(
     })
 }
 
+struct OpenedFiles {
+    pool: PoolFile,
+    catalog: Catalog,
+    /// The pool was there.
+    previous_pool: bool,
+    /// The catalog was there too, and fits it.
+    previous_blocks: bool,
+}
+
 fn open_files(
     options: &LaneOptions,
     populate: PopulateOptions,
     progress: &(dyn Fn(u64) + Sync),
-) -> Result<(PoolFile, Catalog, bool), OpenError> {
+) -> Result<OpenedFiles, OpenError> {
     let pool_path = options.dir.join("pool");
     let catalog_path = options.dir.join("catalog");
     let geometry = |pool| Geometry {
@@ -127,7 +141,7 @@ fn open_files(
         node: text_field(&options.node_name),
     };
     let previous = match options.pool {
-        PoolStart::Adopt => PoolFile::open(&pool_path, options.pool_bytes, populate, progress)?,
+        PoolStart::Adopt => PoolFile::open(&pool_path, options.pool_bytes)?,
         PoolStart::Fresh => {
             if pool_path.exists() {
                 tracing::warn!("--pool fresh: the pool of the previous daemon is thrown away");
@@ -139,12 +153,24 @@ fn open_files(
         OpenedPool::Ready(file) => {
             let geometry = geometry(file.identity());
             match Catalog::open(&catalog_path, &geometry, options.boot_id)? {
-                OpenedCatalog::Ready(catalog) => return Ok((file, catalog, true)),
+                OpenedCatalog::Ready(catalog) => {
+                    return Ok(OpenedFiles {
+                        pool: file,
+                        catalog,
+                        previous_pool: true,
+                        previous_blocks: true,
+                    });
+                }
                 OpenedCatalog::Missing => warn_given_up(&"it has no catalog"),
                 OpenedCatalog::Discarded(reason) => warn_given_up(&reason),
             }
             let catalog = Catalog::create(&catalog_path, &geometry, options.boot_id)?;
-            return Ok((file, catalog, false));
+            return Ok(OpenedFiles {
+                pool: file,
+                catalog,
+                previous_pool: true,
+                previous_blocks: false,
+            });
         }
         OpenedPool::Missing => {}
         OpenedPool::Unusable(reason) => {
@@ -163,7 +189,33 @@ fn open_files(
     let file = PoolFile::create(&pool_path, options.pool_bytes, populate, progress)?;
     fault::point(CrashPoint::PoolMade);
     let catalog = Catalog::create(&catalog_path, &geometry(file.identity()), options.boot_id)?;
-    Ok((file, catalog, false))
+    Ok(OpenedFiles {
+        pool: file,
+        catalog,
+        previous_pool: false,
+        previous_blocks: false,
+    })
+}
+
+/// A pool of a previous daemon has its memory: nobody needs to wait for the page tables.
+fn map_pages_later(pool: &Arc<PoolFile>, hugepages: bool) -> io::Result<()> {
+    let started = Instant::now();
+    pool.map_pages_later(hugepages, move |pool, outcome| {
+        match outcome {
+            Ok(()) => tracing::info!(took = ?started.elapsed(), "the adopted pool is mapped"),
+            Err(error) => tracing::warn!(%error, "copies will map the rest of the pool"),
+        }
+        if hugepages {
+            tell_hugepages(pool);
+        }
+    })
+}
+
+fn tell_hugepages(pool: &PoolFile) {
+    match pool.hugepages() {
+        Ok(report) => tracing::info!(?report, "hugepages"),
+        Err(error) => tracing::warn!(%error, "hugepages: what was got cannot be told"),
+    }
 }
 
 /// One line, whatever the reason, for who wonders where the cache is.
@@ -187,7 +239,13 @@ impl Cache {
     fn adopt_pages(&mut self, pages: Vec<AdoptedPage>) -> Result<(u64, u64), OpenError> {
         let mut blocks: HashMap<BlockName, Vec<AdoptedPage>> = HashMap::new();
         let mut order = Vec::new();
+        let (mut adopted_blocks, mut given_up) = (0, 0);
         for adopted in pages {
+            if adopted.page.shards == 1 {
+                // Most blocks: nothing to gather.
+                self.adopt_or_clear(&[adopted], &mut adopted_blocks, &mut given_up)?;
+                continue;
+            }
             let name = (
                 adopted.page.namespace,
                 adopted.page.group,
@@ -199,29 +257,43 @@ impl Cache {
             });
             shards.push(adopted);
         }
-        let (mut adopted, mut given_up) = (0, 0);
         for name in order {
             let shards = blocks.remove(&name).unwrap_or_default();
-            if self.adopt_block(name, &shards) {
-                adopted += 1;
-                fault::point(CrashPoint::BlockAdopted);
-                continue;
-            }
-            given_up += shards.len() as u64;
-            for shard in shards {
-                self.catalog.clear(shard.addr)?;
-                fault::point(CrashPoint::RecordDiscarded);
-            }
+            self.adopt_or_clear(&shards, &mut adopted_blocks, &mut given_up)?;
         }
         fault::point(CrashPoint::BlocksAdopted);
         let pool = &self.pool;
         self.catalog
             .retain_extents(|extent| pool.page_bytes_of_extent(extent).is_some())?;
-        Ok((adopted, given_up))
+        Ok((adopted_blocks, given_up))
     }
 
-    fn adopt_block(&mut self, name: BlockName, pages: &[AdoptedPage]) -> bool {
-        let (slot, group, hash) = name;
+    /// Takes the block of these pages in, or clears their records.
+    fn adopt_or_clear(
+        &mut self,
+        pages: &[AdoptedPage],
+        adopted: &mut u64,
+        given_up: &mut u64,
+    ) -> Result<(), OpenError> {
+        if self.adopt_block(pages) {
+            *adopted += 1;
+            fault::point(CrashPoint::BlockAdopted);
+            return Ok(());
+        }
+        *given_up += pages.len() as u64;
+        for page in pages {
+            self.catalog.clear(page.addr)?;
+            fault::point(CrashPoint::RecordDiscarded);
+        }
+        Ok(())
+    }
+
+    /// Takes a block in, if these pages, all of one namespace, group and hash, are all of it.
+    fn adopt_block(&mut self, pages: &[AdoptedPage]) -> bool {
+        let Some(first) = pages.first() else {
+            return false;
+        };
+        let (slot, group, hash) = (first.page.namespace, first.page.group, first.page.hash);
         let Some(namespace) = self.catalog.namespace_in(slot) else {
             return false;
         };

@@ -20,6 +20,7 @@ impl Catalog {
 
     /// The namespace in a row of the table.
     pub fn namespace_in(&self, slot: u32) -> Option<Namespace> {
-        self.namespaces().find(|namespace| namespace.slot == slot)
+        let (row, _) = self.namespaces.get(slot as usize)?.as_ref()?;
+        Some(row.namespace(slot))
     }
 }

@@ -140,18 +140,8 @@ impl Catalog {
     /// All namespaces, by row.
     pub fn namespaces(&self) -> impl Iterator<Item = Namespace> + '_ {
         self.namespaces.iter().zip(0..).filter_map(|(row, slot)| {
-            let NamespaceRow {
-                digest,
-                domain_key,
-                world_size,
-                ..
-            } = row.as_ref()?.0;
-            Some(Namespace {
-                slot,
-                domain_key,
-                world_size,
-                digest,
-            })
+            let (row, _) = row.as_ref()?;
+            Some(row.namespace(slot))
         })
     }
 

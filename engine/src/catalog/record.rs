@@ -11,6 +11,7 @@ use bytemuck::{Pod, Zeroable};
 use pegaflow_shm::BlockHash;
 use pegaflow_shm::paths::MAX_NODE_NAME_BYTES;
 
+use super::Namespace;
 use crate::pool::{PageAddr, PoolIdentity};
 
 /// First word of a catalog file.
@@ -142,6 +143,15 @@ impl NamespaceRow {
         Self {
             crc: row.computed_crc(),
             ..row
+        }
+    }
+
+    pub(super) fn namespace(&self, slot: u32) -> Namespace {
+        Namespace {
+            slot,
+            domain_key: self.domain_key,
+            world_size: self.world_size,
+            digest: self.digest,
         }
     }
 

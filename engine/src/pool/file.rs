@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytemuck::{Pod, Zeroable};
@@ -27,6 +28,11 @@ use crate::fault::{self, CrashPoint};
 /// process's memory keeps its mappings for that moment.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_RETRY: Duration = Duration::from_millis(10);
+
+/// Bytes that are mapped at a time while others are served: the address space is locked that long.
+const MAP_LATER_BYTES: u64 = 4 << 20;
+/// Priority of that.
+const MAP_LATER_NICE: i32 = 19;
 
 /// How the pool's memory is brought into being.
 #[derive(Clone, Copy, Debug)]
@@ -100,13 +106,9 @@ impl PoolFile {
         pool
     }
 
-    /// Opens the pool of a previous daemon and brings its memory into this process.
-    pub fn open(
-        path: &Path,
-        bytes: u64,
-        options: PopulateOptions,
-        progress: &(dyn Fn(u64) + Sync),
-    ) -> Result<OpenedPool, PoolFileError> {
+    /// Opens the pool of a previous daemon. Its memory is there; this process's page tables are
+    /// empty until [`map_pages_later`](Self::map_pages_later) or a first touch fills them.
+    pub fn open(path: &Path, bytes: u64) -> Result<OpenedPool, PoolFileError> {
         let failed = |action| move |source| io_error(action, path, source);
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = match OpenOptions::new()
@@ -145,9 +147,46 @@ impl PoolFile {
         if let Some(reason) = unusable {
             return Ok(OpenedPool::Unusable(reason));
         }
-        let pool = Self::map(path, file, bytes)?;
-        pool.populate(options, progress)?;
-        Ok(OpenedPool::Ready(pool))
+        Ok(OpenedPool::Ready(Self::map(path, file, bytes)?))
+    }
+
+    /// Starts a thread that fills this process's page tables and ends with the pool; `done` hears
+    /// how that went, unless the pool went first. Until then copies take the faults, which costs
+    /// them time and nothing else: the file has no holes.
+    pub fn map_pages_later(
+        self: &Arc<Self>,
+        hugepages: bool,
+        done: impl FnOnce(&Self, Result<(), PoolFileError>) + Send + 'static,
+    ) -> io::Result<()> {
+        let weak = Arc::downgrade(self);
+        let thread = std::thread::Builder::new().name("map-pages".into());
+        thread.spawn(move || {
+            // Whoever is served comes first. Refused nowhere: it is less priority, not more.
+            let _ = rustix::process::nice(MAP_LATER_NICE);
+            let Some(bytes) = weak.upgrade().map(|pool| pool.bytes()) else {
+                return;
+            };
+            let mut outcome = Ok(());
+            for offset in (0..bytes).step_by(MAP_LATER_BYTES as usize) {
+                // The pool may end in between: not by this thread's doing.
+                let Some(pool) = weak.upgrade() else { return };
+                let len_bytes = MAP_LATER_BYTES.min(bytes - offset);
+                let hugepages = hugepages && pool.mapping.advise_hugepages().is_ok();
+                let filled = pool.fill(hugepages, offset, len_bytes);
+                if let Err(source) = filled {
+                    outcome = Err(PoolFileError::Populate {
+                        offset,
+                        len_bytes,
+                        source,
+                    });
+                    break;
+                }
+            }
+            if let Some(pool) = weak.upgrade() {
+                done(&pool, outcome);
+            }
+        })?;
+        Ok(())
     }
 
     /// The pool's size, in bytes.
@@ -217,34 +256,43 @@ impl PoolFile {
         options: PopulateOptions,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<(), PoolFileError> {
-        let allocate = |offset, len| -> io::Result<()> {
-            rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, len)?;
-            Ok(())
-        };
-        let fill = |offset: u64, len: u64| {
-            let (at, count) = (offset as usize, len as usize);
-            match self.mapping.populate(at, count) {
-                Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                    allocate(offset, len)?;
-                    self.mapping.touch(at, count)
-                }
-                result => result,
-            }
-        };
         let hugepages = options.hugepages && self.mapping.advise_hugepages().is_ok();
         let work = |offset: u64, len: u64| {
-            if !hugepages {
-                allocate(offset, len)?;
-                return fill(offset, len);
+            if hugepages {
+                // Allocating first would settle the file on small pages.
+                self.fill(hugepages, offset, len)?;
+                return self.allocate(offset, len);
             }
-            // Allocating first would settle the file on small pages.
-            fill(offset, len)?;
-            allocate(offset, len)?;
-            // A wish: what came of it is counted afterwards.
-            let _ = self.mapping.collapse(offset as usize, len as usize);
-            Ok(())
+            self.allocate(offset, len)?;
+            self.fill(hugepages, offset, len)
         };
         populate::in_ranges(self.bytes(), options.threads, &work, progress)
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        Ok(rustix::fs::fallocate(
+            &self.file,
+            FallocateFlags::empty(),
+            offset,
+            len,
+        )?)
+    }
+
+    /// Brings a range into the page tables, on hugepages if wished.
+    fn fill(&self, hugepages: bool, offset: u64, len: u64) -> io::Result<()> {
+        let (at, count) = (offset as usize, len as usize);
+        match self.mapping.populate(at, count) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                self.allocate(offset, len)?;
+                self.mapping.touch(at, count)?;
+            }
+            result => result?,
+        }
+        if hugepages {
+            // A wish: what came of it is counted afterwards.
+            let _ = self.mapping.collapse(at, count);
+        }
+        Ok(())
     }
 }
 
@@ -359,7 +407,7 @@ mod tests {
     }
 
     fn reason(path: &Path) -> PoolUnusable {
-        match PoolFile::open(path, BYTES, OPTIONS, &|_| {}).expect("no system error") {
+        match PoolFile::open(path, BYTES).expect("no system error") {
             OpenedPool::Unusable(reason) => reason,
             _ => panic!("the file must be refused"),
         }
@@ -382,7 +430,7 @@ mod tests {
             .write_all_at(b"kept", BYTES - 4)
             .expect("allocated");
         drop(pool);
-        let opened = PoolFile::open(&path, BYTES, OPTIONS, &|_| {}).expect("no system error");
+        let opened = PoolFile::open(&path, BYTES).expect("no system error");
         let OpenedPool::Ready(pool) = opened else {
             panic!("the pool can be used again")
         };
@@ -403,14 +451,45 @@ mod tests {
     }
 
     #[test]
+    fn pages_mapped_later_keep_their_bytes_and_do_not_keep_the_pool() {
+        let directory = directory();
+        let path = directory.path().join("pool");
+        use std::os::unix::fs::FileExt;
+        let pool = create(&path);
+        let pattern: Vec<u8> = (0..BYTES).map(|at| (at / 4096) as u8).collect();
+        pool.file.write_all_at(&pattern, 0).expect("allocated");
+        drop(pool);
+        let OpenedPool::Ready(pool) = PoolFile::open(&path, BYTES).expect("no system error") else {
+            panic!("the pool can be used again")
+        };
+        let pool = Arc::new(pool);
+        let (sender, mapped) = std::sync::mpsc::channel();
+        let done = move |_: &PoolFile, outcome: Result<(), PoolFileError>| {
+            sender.send(outcome.is_ok()).expect("the test waits");
+        };
+        pool.map_pages_later(false, done).expect("a thread");
+        assert_eq!(mapped.recv(), Ok(true));
+        let mut bytes = vec![0; BYTES as usize];
+        pool.file.read_exact_at(&mut bytes, 0).expect("allocated");
+        assert!(bytes == pattern);
+        pool.map_pages_later(false, |_, _| {}).expect("a thread");
+        drop(pool);
+        let again = PoolFile::open(&path, BYTES);
+        assert!(
+            matches!(again, Ok(OpenedPool::Ready(_))),
+            "the thread lets go"
+        );
+    }
+
+    #[test]
     fn two_never_have_one_pool_even_without_a_lock_file() {
         let directory = directory();
         let path = directory.path().join("pool");
         let first = create(&path);
-        let second = PoolFile::open(&path, BYTES, OPTIONS, &|_| {});
+        let second = PoolFile::open(&path, BYTES);
         assert!(matches!(second, Err(PoolFileError::InUse { .. })));
         drop(first);
-        let second = PoolFile::open(&path, BYTES, OPTIONS, &|_| {});
+        let second = PoolFile::open(&path, BYTES);
         assert!(matches!(second, Ok(OpenedPool::Ready(_))));
     }
 
@@ -418,7 +497,7 @@ mod tests {
     fn files_that_are_not_a_whole_pool_are_refused_with_the_reason() {
         let directory = directory();
         let path = directory.path().join("pool");
-        let opened = PoolFile::open(&path, BYTES, OPTIONS, &|_| {});
+        let opened = PoolFile::open(&path, BYTES);
         assert!(matches!(opened, Ok(OpenedPool::Missing)));
         fs::write(&path, b"short").expect("writable");
         assert_eq!(
