@@ -248,12 +248,7 @@ fn flip(file: &fs::File, at: u64, bit: u8) -> std::io::Result<()> {
 
 fn check_adoption(options: &LaneOptions, geometry: &Geometry, sealed: &HashSet<Sealed>) {
     let path = options.dir.join("catalog");
-    let pool = PoolFile::open(
-        &options.dir.join("pool"),
-        options.pool_bytes,
-        populate(),
-        &|_| {},
-    );
+    let pool = PoolFile::open(&options.dir.join("pool"), options.pool_bytes);
     if let Ok(OpenedPool::Ready(pool)) = pool
         && geometry_of(options, &pool) == *geometry
         && let Ok(OpenedCatalog::Ready(catalog)) = Catalog::open(&path, geometry, [2; 16])

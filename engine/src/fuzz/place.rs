@@ -11,6 +11,7 @@ use pegaflow_shm::mapping::Mapping;
 use pegaflow_shm::node::{NodeHeader, NodeWriter};
 use tempfile::TempDir;
 
+use crate::config::PoolStart;
 use crate::lane::LaneOptions;
 use crate::policy::{AdmissionKind, PolicyKind};
 
@@ -57,7 +58,7 @@ pub(super) fn lane_options(dir: &Path) -> LaneOptions {
         max_sessions: 4,
         max_instances: 4,
         spin: Duration::ZERO,
-        adopt: true,
+        pool: PoolStart::Adopt,
     }
 }
 
