@@ -210,7 +210,8 @@ pub enum DaemonMessage {
         /// The registration.
         registration: u32,
     },
-    /// The session ends; the socket's end follows.
+    /// The session ends and answers nothing more; the socket's end follows as soon as no copy
+    /// touches the client's memory any more.
     Closing {
         /// Kind of reason.
         status: Status,

@@ -1,9 +1,13 @@
 //! Leases: time-limited holds on an ordered list of blocks.
 //!
-//! A lease id carries a generation, so that an id from the past never names a later lease. Each
-//! worker rank loads from a lease once; the lease ends when the last one has, when it is released,
-//! replaced or expired, or when its session goes. Whatever ends it, its blocks stay pinned until
-//! the copies that use them have drained.
+//! A lease id carries a generation, so that an id from the past never names a later lease. Under a
+//! mask made from the boot id it means nothing to the next daemon: an id of another boot would have
+//! to hit one of the live leases by chance, at most 2^24 of 2^64 numbers. Engines hand ids from
+//! process to process, so it is the daemon that has to tell.
+//!
+//! Each worker rank loads from a lease once; the lease ends when the last one has, when it is
+//! released, replaced or expired, or when its session goes. Whatever ends it, its blocks stay
+//! pinned until the copies that use them have drained.
 
 #![forbid(unsafe_code)]
 
@@ -11,6 +15,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::time::Instant;
 
+use pegaflow_shm::BootId;
 use pegaflow_shm::status::Status;
 
 use crate::cache::domain::DomainId;
@@ -93,6 +98,8 @@ pub struct Ended {
 
 /// All live leases.
 pub struct LeaseTable {
+    /// What an id is masked with; see the head of this file.
+    mask: u64,
     slots: Vec<Slot>,
     free: Vec<u32>,
     by_request: HashMap<RequestKey, u64>,
@@ -102,9 +109,11 @@ pub struct LeaseTable {
 }
 
 impl LeaseTable {
-    /// An empty table of at most `max_leases`.
-    pub fn new(max_leases: usize) -> LeaseTable {
+    /// An empty table of at most `max_leases`, whose ids mean nothing in any other boot.
+    pub fn new(max_leases: usize, boot_id: &BootId) -> LeaseTable {
+        let number = u128::from_le_bytes(*boot_id);
         LeaseTable {
+            mask: (number ^ number >> 64) as u64,
             slots: Vec::new(),
             free: Vec::new(),
             by_request: HashMap::new(),
@@ -140,8 +149,12 @@ impl LeaseTable {
             (self.slots.len() - 1) as u32
         });
         let place = &mut self.slots[slot as usize];
-        place.generation = place.generation.wrapping_add(1).max(1);
-        let id = u64::from(place.generation) << 32 | u64::from(slot);
+        let mut id = 0;
+        // 0 is no lease.
+        while id == 0 {
+            place.generation = place.generation.wrapping_add(1);
+            id = make_id(self.mask, place.generation, slot);
+        }
         self.by_request.insert(lease.request, id);
         self.deadlines.push(Reverse((lease.deadline, id)));
         place.lease = Some(lease);
@@ -161,8 +174,12 @@ impl LeaseTable {
     }
 
     /// The position of a lease's slot, for tables.
-    pub fn position(id: u64) -> usize {
-        (id & u64::from(u32::MAX)) as usize
+    pub fn position(&self, id: u64) -> usize {
+        ((id ^ self.mask) & u64::from(u32::MAX)) as usize
+    }
+
+    fn generation(&self, id: u64) -> u32 {
+        ((id ^ self.mask) >> 32) as u32
     }
 
     /// A live lease that is not ending.
@@ -172,9 +189,9 @@ impl LeaseTable {
     pub fn get(&self, id: u64) -> Result<&Lease, Status> {
         let slot = self
             .slots
-            .get(Self::position(id))
+            .get(self.position(id))
             .ok_or(Status::UnknownLease)?;
-        if u64::from(slot.generation) != id >> 32 {
+        if slot.generation != self.generation(id) {
             return Err(Status::UnknownLease);
         }
         match &slot.lease {
@@ -187,8 +204,9 @@ impl LeaseTable {
     }
 
     fn slot_mut(&mut self, id: u64) -> Option<&mut Lease> {
-        let slot = self.slots.get_mut(Self::position(id))?;
-        if u64::from(slot.generation) != id >> 32 {
+        let (position, generation) = (self.position(id), self.generation(id));
+        let slot = self.slots.get_mut(position)?;
+        if slot.generation != generation {
             return None;
         }
         slot.lease.as_mut()
@@ -251,10 +269,11 @@ impl LeaseTable {
     }
 
     fn remove(&mut self, id: u64, end: LeaseEnd) -> Option<Ended> {
-        let slot = self.slots.get_mut(Self::position(id))?;
+        let position = self.position(id);
+        let slot = self.slots.get_mut(position)?;
         let lease = slot.lease.take()?;
         slot.last_end = Some(end);
-        self.free.push(Self::position(id) as u32);
+        self.free.push(position as u32);
         if self.by_request.get(&lease.request) == Some(&id) {
             self.by_request.remove(&lease.request);
         }
@@ -322,7 +341,7 @@ impl LeaseTable {
             .iter()
             .enumerate()
             .filter_map(|(position, slot)| {
-                let id = u64::from(slot.generation) << 32 | position as u64;
+                let id = make_id(self.mask, slot.generation, position as u32);
                 slot.lease.as_ref().map(|lease| (id, lease))
             })
     }
@@ -374,6 +393,10 @@ impl Lease {
     }
 }
 
+fn make_id(mask: u64, generation: u32, slot: u32) -> u64 {
+    (u64::from(generation) << 32 | u64::from(slot)) ^ mask
+}
+
 fn status_of(end: LeaseEnd) -> Status {
     match end {
         LeaseEnd::Consumed => Status::LeaseConsumed,
@@ -386,6 +409,8 @@ fn status_of(end: LeaseEnd) -> Status {
 mod tests {
     use super::*;
     use std::time::Duration;
+
+    const BOOT: BootId = *b"one boot, 16 B. ";
 
     fn lease(world_size: u32, deadline: Instant) -> Lease {
         let request = RequestKey {
@@ -412,7 +437,7 @@ mod tests {
 
     #[test]
     fn each_rank_loads_once_and_the_last_ends_it() {
-        let mut table = LeaseTable::new(8);
+        let mut table = LeaseTable::new(8, &BOOT);
         let id = table.grant(lease(2, later()));
         assert_eq!(table.consume(id, 0, 1), Ok(()));
         assert_eq!(table.consume(id, 0, 1), Err(Status::LeaseConsumed));
@@ -429,7 +454,7 @@ mod tests {
 
     #[test]
     fn expiry_waits_for_copies() {
-        let mut table = LeaseTable::new(8);
+        let mut table = LeaseTable::new(8, &BOOT);
         let now = Instant::now();
         let id = table.grant(lease(2, now));
         table.consume(id, 0, 2).unwrap();
@@ -444,7 +469,7 @@ mod tests {
 
     #[test]
     fn leases_that_end_early_do_not_pile_up() {
-        let mut table = LeaseTable::new(8);
+        let mut table = LeaseTable::new(8, &BOOT);
         for _ in 0..10 * DEADLINE_SLACK {
             let id = table.grant(lease(1, later()));
             table.end(id, LeaseEnd::Released).unwrap();
@@ -454,11 +479,11 @@ mod tests {
 
     #[test]
     fn an_old_id_never_names_a_later_lease() {
-        let mut table = LeaseTable::new(8);
+        let mut table = LeaseTable::new(8, &BOOT);
         let first = table.grant(lease(1, later()));
         assert!(table.end(first, LeaseEnd::Released).is_some());
         let second = table.grant(lease(1, later()));
-        assert_eq!(LeaseTable::position(first), LeaseTable::position(second));
+        assert_eq!(table.position(first), table.position(second));
         assert_eq!(table.get(first).err(), Some(Status::UnknownLease));
         assert!(table.end(first, LeaseEnd::Released).is_none());
         assert!(table.get(second).is_ok());
@@ -466,8 +491,36 @@ mod tests {
     }
 
     #[test]
+    fn an_id_of_another_boot_names_nothing() {
+        let mut first = LeaseTable::new(64, &BOOT);
+        let ids: Vec<u64> = (0..64).map(|_| first.grant(lease(1, later()))).collect();
+        for boot in [*b"other boot, 16 B", *b"0123456789abcdef", [0x80; 16]] {
+            let mut second = LeaseTable::new(64, &boot);
+            let live: Vec<u64> = (0..64).map(|_| second.grant(lease(1, later()))).collect();
+            assert_eq!(second.of_session(1), live);
+            for id in &ids {
+                assert_eq!(second.get(*id).err(), Some(Status::UnknownLease));
+                assert!(second.end(*id, LeaseEnd::Released).is_none());
+                assert!(second.copy_drained(*id).is_none());
+            }
+            assert_eq!(second.len(), 64);
+        }
+    }
+
+    #[test]
+    fn no_lease_has_the_id_that_says_none() {
+        // The mask of this boot id turns the first id of the first slot into 0.
+        let mut boot = BootId::default();
+        boot[4] = 1;
+        let mut table = LeaseTable::new(8, &boot);
+        let id = table.grant(lease(1, later()));
+        assert_ne!(id, 0);
+        assert!(table.get(id).is_ok() && table.get(0).is_err());
+    }
+
+    #[test]
     fn renewal_moves_the_deadline() {
-        let mut table = LeaseTable::new(8);
+        let mut table = LeaseTable::new(8, &BOOT);
         let now = Instant::now();
         let id = table.grant(lease(1, now));
         for _ in 0..100 {

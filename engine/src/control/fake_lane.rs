@@ -29,6 +29,8 @@ pub(crate) struct FakeLane {
     pub(crate) handle: LaneHandle,
     pub(crate) events: tokio_mpsc::UnboundedSender<LaneEvent>,
     pub(crate) seen: Arc<Mutex<Vec<Seen>>>,
+    /// While a test holds it, copies of sessions that end go on.
+    pub(crate) copies: Arc<Mutex<()>>,
 }
 
 impl FakeLane {
@@ -37,13 +39,15 @@ impl FakeLane {
         let handle = LaneHandle::new(commands, Arc::new(LaneWake::new().unwrap()));
         let (events, receiver) = tokio_mpsc::unbounded_channel();
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let log = seen.clone();
-        std::thread::spawn(move || serve(&inbox, &log));
+        let copies = Arc::new(Mutex::new(()));
+        let (log, running) = (seen.clone(), copies.clone());
+        std::thread::spawn(move || serve(&inbox, &log, &running));
         (
             FakeLane {
                 handle,
                 events,
                 seen,
+                copies,
             },
             receiver,
         )
@@ -58,7 +62,7 @@ fn index() -> OwnedFd {
     create_segment("index", 4096).unwrap().0
 }
 
-fn serve(inbox: &mpsc::Receiver<LaneCommand>, log: &Mutex<Vec<Seen>>) {
+fn serve(inbox: &mpsc::Receiver<LaneCommand>, log: &Mutex<Vec<Seen>>, copies: &Mutex<()>) {
     let note = |seen| log.lock().unwrap().push(seen);
     let mut sessions = Vec::new();
     let mut registrations = 0;
@@ -94,6 +98,7 @@ fn serve(inbox: &mpsc::Receiver<LaneCommand>, log: &Mutex<Vec<Seen>>) {
             LaneCommand::CloseSession(session, reason, reply) => {
                 note(Seen::Closed(session, reason));
                 sessions.retain(|known| known.id != session);
+                drop(copies.lock().unwrap());
                 let _ = reply.send(());
             }
             LaneCommand::Drain(reply) => {

@@ -236,7 +236,8 @@ impl Session {
         }
     }
 
-    /// Tells the client, then the lane; memory is let go of only after the lane's answer.
+    /// Tells the client, then the lane; the socket ends, and memory is let go of, only after the
+    /// lane's answer.
     async fn finish(mut self, end: End) {
         let (reason, closing) = match &end {
             End::Left => (CloseReason::Left, None),
@@ -276,11 +277,12 @@ impl Session {
             d2c,
             ..
         } = self;
-        socket.close();
         if let Err(refusal) = shared.lane.close_session(id, reason).await {
             tracing::error!(session = id, %refusal, "the lane did not close a session");
         }
-        // No copy touches them any more.
+        // No copy touches the client's memory any more, which is what the end of the socket tells
+        // it: a client that lives on uses the blocks of its unfinished loads again.
+        socket.close();
         drop((memory, links, d2c));
         tracing::debug!(session = id, "session gone");
     }

@@ -458,6 +458,31 @@ fn the_reason_arrives_although_the_client_has_sent_more() {
 }
 
 #[test]
+fn the_socket_does_not_end_before_the_last_copy() {
+    let rig = Rig::start();
+    let (client, welcome, _fds) = rig.session();
+    let copies = rig.lane.copies.lock().unwrap();
+    client.send_raw(b"garbage");
+    match client.receive() {
+        DaemonMessage::Closing { .. } => {}
+        other => panic!("{other:?}"),
+    }
+    rig.wait_seen(&Seen::Closed(welcome.session, CloseReason::Faulted));
+    // The client may use the blocks of unfinished loads again once it sees the end.
+    let now = rustix::event::Timespec {
+        tv_sec: 0,
+        tv_nsec: 50_000_000,
+    };
+    let mut fds = [rustix::event::PollFd::new(
+        &client.socket,
+        rustix::event::PollFlags::IN,
+    )];
+    assert_eq!(rustix::event::poll(&mut fds, Some(&now)), Ok(0));
+    drop(copies);
+    client.is_closed();
+}
+
+#[test]
 fn a_client_that_does_not_read_is_ended_and_nobody_waits_for_it() {
     let rig = Rig::start();
     let (deaf, welcome, _fds) = rig.session();

@@ -9,7 +9,7 @@ use pegaflow_shm::desc::{Completion, Op, Submission};
 use pegaflow_shm::node::{Counter, Histogram, LeaseRow};
 use pegaflow_shm::status::Status;
 
-use crate::cache::lease::{Ended, LeaseEnd, LeaseTable};
+use crate::cache::lease::{Ended, LeaseEnd};
 use crate::clock::Clock;
 use crate::lane::machine::Machine;
 use crate::lane::run::Lane;
@@ -107,7 +107,7 @@ impl<M: Machine> Lane<M> {
                 1,
             );
             self.node
-                .write_lease(LeaseTable::position(id), &bytemuck::Zeroable::zeroed());
+                .write_lease(self.leases.position(id), &bytemuck::Zeroable::zeroed());
             self.recycle(lease.entries);
         }
     }
@@ -130,6 +130,6 @@ impl<M: Machine> Lane<M> {
             group: u32::from(lease.request.group),
             namespace: lease.namespace,
         };
-        self.node.write_lease(LeaseTable::position(id), &row);
+        self.node.write_lease(self.leases.position(id), &row);
     }
 }

@@ -172,7 +172,7 @@ pub(super) fn build<M: Machine>(
     }
     let mut lane: Lane<M> = Lane {
         cache: opened.cache,
-        leases: LeaseTable::new(options.max_leases),
+        leases: LeaseTable::new(options.max_leases, &options.boot_id),
         registry: Registry::new(options.max_instances),
         sessions: Vec::new(),
         by_id: HashMap::new(),

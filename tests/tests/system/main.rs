@@ -13,6 +13,7 @@ mod leases;
 mod limits;
 mod metrics;
 mod namespaces;
+mod outlive;
 mod ranks;
 mod registration;
 mod restart;
