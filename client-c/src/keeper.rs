@@ -11,7 +11,7 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use pegaflow_shm::control::{ClientMessage, DaemonMessage};
+use pegaflow_shm::control::{ClientMessage, DaemonMessage, PROTOCOL_DRAINING};
 use pegaflow_shm::status::Status;
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -29,6 +29,10 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(10);
 /// How long the end of a client waits for the daemon to take notice.
 const LEAVE_BOUND: Duration = Duration::from_millis(500);
 
+/// How long after the end of a daemon that said goodbye its successor is looked for without growing
+/// pauses.
+const SUCCESSION: Duration = Duration::from_secs(30);
+
 /// Refusals after which a session counts as up although a registration is not back.
 const PATIENCE: u32 = 6;
 
@@ -41,6 +45,7 @@ pub(crate) fn spawn(shared: Arc<Shared>) -> Result<JoinHandle<()>, Error> {
         sessions: 1,
         retry_at: None,
         refusals: 0,
+        expects_successor: false,
     };
     let builder = std::thread::Builder::new().name("pega-keeper".to_owned());
     without_signals(|| builder.spawn(move || keeper.run()))
@@ -56,6 +61,8 @@ struct Keeper {
     retry_at: Option<Instant>,
     /// Registrations that the present daemon refused, counting every attempt.
     refusals: u32,
+    /// The present daemon has said that it stops.
+    expects_successor: bool,
 }
 
 impl Keeper {
@@ -135,6 +142,15 @@ impl Keeper {
             DaemonMessage::NotReady { registration } => {
                 self.shared.set_namespace(registration, None);
             }
+            DaemonMessage::Draining { .. } => {
+                if session.welcome.protocol < PROTOCOL_DRAINING {
+                    let spoken = session.welcome.protocol;
+                    let text = format!("a Draining in a session of protocol {spoken}");
+                    return Err(Error::Protocol(text));
+                }
+                session.mark_draining();
+                self.expects_successor = true;
+            }
             DaemonMessage::Closing { status, message }
             | DaemonMessage::Refused { status, message } => {
                 self.shared.collect_last();
@@ -182,6 +198,9 @@ impl Keeper {
 
     fn reconnect(&mut self) {
         (self.retry_at, self.refusals) = (None, 0);
+        if std::mem::take(&mut self.expects_successor) {
+            self.backoff.hurry(SUCCESSION);
+        }
         let pause = self.backoff.next();
         self.sleep(pause);
         if self.shared.is_closing() {
@@ -294,6 +313,8 @@ struct Backoff {
     min: Duration,
     max: Duration,
     pause: Duration,
+    /// Until then, pauses do not grow.
+    hurry_until: Option<Instant>,
     random: u64,
 }
 
@@ -309,6 +330,7 @@ impl Backoff {
             min,
             max,
             pause: min,
+            hurry_until: None,
             random: seed | 1,
         }
     }
@@ -320,12 +342,20 @@ impl Backoff {
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
         let pause = self.pause;
-        self.pause = (pause * 2).min(self.max);
+        if self.hurry_until.is_none_or(|until| Instant::now() > until) {
+            self.pause = (pause * 2).min(self.max);
+        }
         pause / 2 + (pause / 2).mul_f64((self.random % 1024) as f64 / 1024.0)
     }
 
-    fn reset(&mut self) {
+    /// Goes on with the shortest pause for a while.
+    fn hurry(&mut self, limit: Duration) {
         self.pause = self.min;
+        self.hurry_until = Some(Instant::now() + limit);
+    }
+
+    fn reset(&mut self) {
+        (self.pause, self.hurry_until) = (self.min, None);
     }
 }
 
@@ -340,6 +370,7 @@ mod tests {
             min,
             max,
             pause: min,
+            hurry_until: None,
             random: 7,
         };
         let mut full = min;
@@ -351,5 +382,10 @@ mod tests {
         assert_eq!(full, max);
         backoff.reset();
         assert!(backoff.next() <= min);
+        backoff.hurry(Duration::from_secs(3600));
+        assert!(
+            (0..12).all(|_| backoff.next() <= min),
+            "in a hurry, pauses do not grow"
+        );
     }
 }

@@ -15,11 +15,16 @@
 //! Register                        →
 //!                                 ←     Registered or Failed
 //!                                 ←     Ready, once every rank of the instance has registered
+//!                                 ←     Draining (from protocol 2), when a stop begins
 //! …                                     Closing{reason}, then end of file
 //! ```
 //!
 //! Each request of the client carries a `seq`, and its answer repeats it. The end of the socket is
 //! the end of the session, for either side.
+//!
+//! A version of the protocol is frozen once it was released: members may be added to its messages
+//! (unknown ones are ignored), words may not. A new word belongs to a new version and is said only
+//! in sessions that negotiated it (`docs/decisions/0016-protocol-versions.md`).
 
 #![forbid(unsafe_code)]
 
@@ -31,7 +36,9 @@ use crate::status::Status;
 /// Oldest protocol version this side speaks.
 pub const PROTOCOL_MIN: u32 = 1;
 /// Newest protocol version this side speaks.
-pub const PROTOCOL_MAX: u32 = 1;
+pub const PROTOCOL_MAX: u32 = 2;
+/// First version with [`DaemonMessage::Draining`].
+pub const PROTOCOL_DRAINING: u32 = 2;
 /// Longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 160 * 1024;
 /// Most descriptors beside one message.
@@ -210,6 +217,12 @@ pub enum DaemonMessage {
         /// The registration.
         registration: u32,
     },
+    /// The daemon has been told to stop: it completes what it has taken and takes nothing new. A
+    /// successor may come up soon. From [`PROTOCOL_DRAINING`] on.
+    Draining {
+        /// It gives what it has taken this long at most, in milliseconds.
+        limit_ms: u64,
+    },
     /// The session ends and answers nothing more; the socket's end follows as soon as no copy
     /// touches the client's memory any more.
     Closing {
@@ -245,8 +258,13 @@ pub struct Welcome {
 
 /// The version that both sides speak, if any: the newest common one.
 pub fn negotiate(client_min: u32, client_max: u32) -> Option<u32> {
-    let newest = client_max.min(PROTOCOL_MAX);
-    (newest >= client_min && newest >= PROTOCOL_MIN && client_min <= client_max).then_some(newest)
+    newest_common((client_min, client_max), (PROTOCOL_MIN, PROTOCOL_MAX))
+}
+
+/// The newest version that lies in both ranges; an empty range has none in common with any.
+fn newest_common(client: (u32, u32), daemon: (u32, u32)) -> Option<u32> {
+    let newest = client.1.min(daemon.1);
+    (newest >= client.0 && newest >= daemon.0).then_some(newest)
 }
 
 #[cfg(test)]
@@ -260,6 +278,39 @@ mod tests {
         assert_eq!(negotiate(PROTOCOL_MAX + 1, PROTOCOL_MAX + 3), None);
         assert_eq!(negotiate(0, 0), None);
         assert_eq!(negotiate(2, 1), None);
+        assert_eq!(negotiate(1, 2), Some(PROTOCOL_DRAINING));
+    }
+
+    #[test]
+    fn every_pair_of_releases_negotiates_as_the_table_says() {
+        // One line per pair: what the client speaks, what the daemon speaks, what both speak then.
+        let table = [
+            ((1, 1), (1, 1), Some(1)),
+            ((1, 1), (1, 2), Some(1)),
+            ((1, 2), (1, 1), Some(1)),
+            ((1, 2), (1, 2), Some(2)),
+            ((1, 3), (1, 2), Some(2)),
+            ((2, 3), (1, 2), Some(2)),
+            ((2, 3), (1, 1), None),
+            ((1, 1), (2, 3), None),
+            ((3, 4), (1, 2), None),
+            ((0, 0), (1, 2), None),
+            ((2, 1), (1, 2), None),
+            ((u32::MAX, u32::MAX), (1, 2), None),
+            ((0, u32::MAX), (1, 2), Some(2)),
+        ];
+        for (client, daemon, spoken) in table {
+            assert_eq!(
+                newest_common(client, daemon),
+                spoken,
+                "{client:?} {daemon:?}"
+            );
+        }
+        // And whatever the ranges: spoken by both, and nothing newer is.
+        for (a, b, c, d) in (0..256).map(|n: u32| (n & 3, n >> 2 & 3, n >> 4 & 3, n >> 6)) {
+            let common = (a..=b).filter(|version| (c..=d).contains(version)).max();
+            assert_eq!(newest_common((a, b), (c, d)), common, "{a}-{b} {c}-{d}");
+        }
     }
 
     #[test]
@@ -271,6 +322,10 @@ mod tests {
         };
         let text = r#"{"type":"add_region","seq":1,"region":2,"bytes":3}"#;
         assert_eq!(serde_json::to_string(&message).unwrap(), text);
+        assert_eq!(
+            serde_json::to_string(&DaemonMessage::Draining { limit_ms: 30_000 }).unwrap(),
+            r#"{"type":"draining","limit_ms":30000}"#
+        );
         let segment = SegmentLayout {
             memory: MemoryRef::Region(4),
             base: 0,

@@ -174,6 +174,10 @@ impl Shared {
         if draft.is_list() && draft.total() == 0 {
             return self.answer_here(inner, draft, Status::Ok);
         }
+        if draft.is_list() && inner.live.as_ref().is_some_and(|l| l.session.is_draining()) {
+            // What the daemon would answer, without the way there.
+            return self.answer_here(inner, draft, Status::Draining);
+        }
         if draft.op == Op::Cancel && inner.table.in_flight(draft.arg0).is_none() {
             return Err(Error::UnknownRequest(draft.arg0));
         }

@@ -43,6 +43,7 @@ pub(crate) struct Session {
     /// Chunks of the submission arena.
     pub(crate) arena_chunks: u32,
     lost: AtomicBool,
+    draining: AtomicBool,
     c2d: Arc<Mapping>,
     d2c: Arc<Mapping>,
     arena_offset: usize,
@@ -100,6 +101,16 @@ impl Session {
     /// Marks the session as over, for readers that take no lock.
     pub(crate) fn mark_lost(&self) {
         self.lost.store(true, Ordering::Relaxed);
+    }
+
+    /// True once the daemon has said that it takes nothing new.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Notes that the daemon takes nothing new.
+    pub(crate) fn mark_draining(&self) {
+        self.draining.store(true, Ordering::Relaxed);
     }
 
     /// Writes into an arena chunk that the caller holds.

@@ -88,7 +88,8 @@ fn await_welcome(channel: &Channel, deadline: Instant) -> Result<(Welcome, Gifts
             if !(PROTOCOL_MIN..=PROTOCOL_MAX).contains(&welcome.protocol) {
                 let spoken = welcome.protocol;
                 return Err(Error::Protocol(format!(
-                    "it answered in protocol version {spoken}"
+                    "it answered in protocol version {spoken}, this library speaks {PROTOCOL_MIN} \
+                     to {PROTOCOL_MAX}"
                 )));
             }
             let count = fds.len();
@@ -163,6 +164,7 @@ fn assemble(resolved: &Resolved, parts: Parts) -> Result<Live, Error> {
         links: chunks.links(),
         arena_chunks: shape.arena_chunks,
         lost: AtomicBool::new(false),
+        draining: AtomicBool::new(false),
         arena_offset: shape.arena_offset(),
         result_offset: d2c_shape.arena_offset(),
         producer: SharedProducer::new(submissions),
@@ -251,6 +253,7 @@ pub(super) fn kind(message: &DaemonMessage) -> &'static str {
         DaemonMessage::Registered { .. } => "a Registered",
         DaemonMessage::Ready { .. } => "a Ready",
         DaemonMessage::NotReady { .. } => "a NotReady",
+        DaemonMessage::Draining { .. } => "a Draining",
         DaemonMessage::Closing { .. } => "a Closing",
     }
 }

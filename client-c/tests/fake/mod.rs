@@ -17,6 +17,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use pegaflow_shm::BootId;
+use pegaflow_shm::control::PROTOCOL_MAX;
 use pegaflow_shm::status::Status;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
@@ -68,6 +69,10 @@ pub struct World {
     pub unregistered: AtomicU32,
     pub refuse_register: Mutex<Option<Status>>,
     pub never_ready: AtomicBool,
+    /// Newest protocol version that it speaks.
+    pub protocol: AtomicU32,
+    /// Says Draining in every session, whatever its version.
+    pub drain: AtomicBool,
     /// Leaves requests in the ring for now.
     pub hold: AtomicBool,
     pub sessions: AtomicU64,
@@ -120,6 +125,8 @@ impl Fake {
             unregistered: AtomicU32::new(0),
             refuse_register: Mutex::new(None),
             never_ready: AtomicBool::new(false),
+            protocol: AtomicU32::new(PROTOCOL_MAX),
+            drain: AtomicBool::new(false),
             hold: AtomicBool::new(false),
             sessions: AtomicU64::new(0),
             submissions: AtomicU64::new(0),

@@ -47,6 +47,7 @@ struct Session {
     registrations: HashMap<u32, RegisterSpec>,
     open: HashMap<u64, Open>,
     frozen: bool,
+    said_draining: bool,
 }
 
 pub fn session(world: &Arc<World>, socket: OwnedFd) {
@@ -127,7 +128,9 @@ impl Session {
             protocol: if rudeness == Rudeness::FutureProtocol {
                 99
             } else {
-                1
+                hello
+                    .protocol_max
+                    .min(world.protocol.load(Ordering::Relaxed))
             },
             daemon_version: "fake".into(),
             boot_id: hex::encode(boot_id),
@@ -175,6 +178,7 @@ impl Session {
             registrations: HashMap::new(),
             open: HashMap::new(),
             frozen: false,
+            said_draining: false,
             socket,
             c2d,
             d2c,
@@ -185,6 +189,10 @@ impl Session {
     fn turn(&mut self) -> bool {
         let start = Instant::now();
         let mut worked = false;
+        if self.world.drain.load(Ordering::Relaxed) && !self.said_draining {
+            self.said_draining = true;
+            self.reply(&DaemonMessage::Draining { limit_ms: 1000 });
+        }
         let hold = self.world.hold.load(Ordering::Relaxed);
         while !self.frozen && !hold && start.elapsed() < Duration::from_micros(200) {
             match self.submissions.try_pop() {

@@ -46,7 +46,7 @@ pub(super) async fn open_session(
         Ok(opening) => opening,
         Err(refusal) => return Err((socket, refusal)),
     };
-    let id = shared.next_session();
+    let (id, protocol) = (shared.next_session(), opening.protocol);
     let notices = shared.hub.join(id);
     match welcome(shared, &socket, &peer, id, opening).await {
         Ok((d2c, links)) => Ok(Session::new(
@@ -55,6 +55,7 @@ pub(super) async fn open_session(
             peer,
             socket,
             notices,
+            protocol,
             d2c,
             links,
         )),
@@ -193,6 +194,7 @@ async fn welcome(
         uid = peer.uid,
         client = %opening.name,
         version = %opening.version,
+        protocol = opening.protocol,
         "session opened"
     );
     let links = SegmentLinks::make(&shared.options.sessions_dir, id, opening.c2d_fd, d2c_fd);

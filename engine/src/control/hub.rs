@@ -17,8 +17,11 @@ pub const MAX_WAITING_NOTICES: usize = 1024;
 pub(super) enum Notice {
     /// From the lane, about this session.
     Lane(LaneEvent),
-    /// The daemon takes no new work.
-    Draining,
+    /// The daemon takes no new work, and gives what it has taken this long.
+    Draining {
+        /// In milliseconds.
+        limit_ms: u64,
+    },
     /// The daemon stops: close.
     Stop,
 }

@@ -153,9 +153,12 @@ impl Control {
         }
     }
 
-    /// Shows every client that no new work is taken.
-    pub fn announce_draining(&self) {
-        self.shared.hub.tell_all(&hub::Notice::Draining);
+    /// Tells every client that no new work is taken, and how long what was taken has.
+    pub fn announce_draining(&self, limit: Duration) {
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        self.shared
+            .hub
+            .tell_all(&hub::Notice::Draining { limit_ms });
     }
 
     /// Closes every session and waits until all are gone; true if they went within the limit.

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use pegaflow_shm::control::{ClientMessage, DaemonMessage, RegisterSpec};
+use pegaflow_shm::control::{ClientMessage, DaemonMessage, PROTOCOL_DRAINING, RegisterSpec};
 use pegaflow_shm::mapping::Mapping;
 use pegaflow_shm::segment::{STATE_OFFSET, SessionState};
 use pegaflow_shm::seqpacket::PacketError;
@@ -49,6 +49,8 @@ pub(super) struct Session {
     peer: Peer,
     socket: PacketSocket,
     notices: mpsc::Receiver<Notice>,
+    /// Version that both sides speak.
+    protocol: u32,
     d2c: Arc<Mapping>,
     links: SegmentLinks,
     memory: Memory,
@@ -63,6 +65,7 @@ impl Session {
         peer: Peer,
         socket: PacketSocket,
         notices: mpsc::Receiver<Notice>,
+        protocol: u32,
         d2c: Arc<Mapping>,
         links: SegmentLinks,
     ) -> Session {
@@ -73,6 +76,7 @@ impl Session {
             peer,
             socket,
             notices,
+            protocol,
             d2c,
             links,
             memory,
@@ -219,8 +223,11 @@ impl Session {
                 Ok(self.socket.send(DaemonMessage::NotReady { registration })?)
             }
             Some(Notice::Lane(LaneEvent::Fault { message, .. })) => Err(End::Faulted(message)),
-            Some(Notice::Draining) => {
+            Some(Notice::Draining { limit_ms }) => {
                 self.show(SessionState::Draining);
+                if self.protocol >= PROTOCOL_DRAINING {
+                    self.socket.send(DaemonMessage::Draining { limit_ms })?;
+                }
                 Ok(())
             }
             Some(Notice::Stop) => Err(End::Stopping),

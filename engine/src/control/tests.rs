@@ -1,5 +1,7 @@
 //! A client that talks to the control side over a real socket, with a lane that only pretends.
 
+mod versions;
+
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -738,12 +740,14 @@ fn a_stop_shows_draining_then_closes_every_session() {
             .unwrap()
             .load(Ordering::Acquire)
     };
-    rig.control.announce_draining();
+    rig.control.announce_draining(Duration::from_secs(30));
     wait_until(
         || state() == SessionState::Draining as u32,
         "draining is shown",
     );
     assert!(rig.stop(), "every session went");
+    let notice = DaemonMessage::Draining { limit_ms: 30_000 };
+    assert_eq!(client.receive(), notice);
     match client.receive() {
         DaemonMessage::Closing {
             status: Status::Draining,

@@ -294,7 +294,7 @@ async fn serve_sessions(
         NotifyState::Status("completing running requests"),
     ]);
     tracing::info!(limit = ?config.drain_timeout, "stopping: no new work, completing running requests");
-    control.announce_draining();
+    control.announce_draining(config.drain_timeout);
     let cut = tokio::select! {
         drained = tokio::time::timeout(config.drain_timeout, handle.drain()) => {
             drained.is_err().then_some("--drain-timeout passed")

@@ -20,6 +20,7 @@ mod restart;
 mod saves;
 mod shutdown;
 mod startup;
+mod upgrade;
 mod users;
 
 /// The program of [`pegaflow_tests::WorkerProcess`].

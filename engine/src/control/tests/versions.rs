@@ -1,0 +1,74 @@
+//! Which words a session hears depends on the version that it negotiated.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use pegaflow_shm::control::{
+    ClientMessage, DaemonMessage, Hello, PROTOCOL_DRAINING, PROTOCOL_MAX, PROTOCOL_MIN,
+};
+use pegaflow_shm::status::Status;
+
+use super::{Rig, c2d, hello_spec};
+
+fn hello_of(protocol_min: u32, protocol_max: u32) -> ClientMessage {
+    ClientMessage::Hello(Hello {
+        protocol_min,
+        protocol_max,
+        ..hello_spec()
+    })
+}
+
+#[test]
+fn every_version_that_is_served_is_spoken_to_the_client_that_asks_for_it() {
+    let rig = Rig::start();
+    for version in PROTOCOL_MIN..=PROTOCOL_MAX {
+        let client = rig.connect();
+        client.send_fds(&hello_of(version, version), &[c2d().as_fd()]);
+        let DaemonMessage::Welcome(welcome) = client.receive() else {
+            panic!("no welcome in protocol {version}");
+        };
+        assert_eq!(welcome.protocol, version);
+    }
+}
+
+#[test]
+fn a_client_without_a_common_version_is_told_both_ranges() {
+    let rig = Rig::start();
+    let client = rig.connect();
+    let newer = hello_of(PROTOCOL_MAX + 1, PROTOCOL_MAX + 4);
+    client.send_fds(&newer, &[c2d().as_fd()]);
+    let theirs = format!("{} to {}", PROTOCOL_MAX + 1, PROTOCOL_MAX + 4);
+    let ours = format!("{PROTOCOL_MIN} to {PROTOCOL_MAX}");
+    client.is_refused(
+        Status::VersionMismatch,
+        &[&theirs, &ours, "upgrade the older one"],
+    );
+}
+
+#[test]
+fn only_sessions_that_know_the_word_are_told_of_draining() {
+    let mut rig = Rig::start();
+    let sessions: Vec<_> = (PROTOCOL_MIN..=PROTOCOL_MAX)
+        .map(|version| {
+            let client = rig.connect();
+            client.send_fds(&hello_of(version, version), &[c2d().as_fd()]);
+            assert!(matches!(client.receive(), DaemonMessage::Welcome(_)));
+            (version, client)
+        })
+        .collect();
+    rig.control.announce_draining(Duration::from_millis(1500));
+    assert!(rig.stop(), "every session went");
+    for (version, client) in sessions {
+        let mut heard = client.receive();
+        if version >= PROTOCOL_DRAINING {
+            assert_eq!(heard, DaemonMessage::Draining { limit_ms: 1500 });
+            heard = client.receive();
+        }
+        let status = Status::Draining;
+        assert!(
+            matches!(&heard, DaemonMessage::Closing { status: found, .. } if *found == status),
+            "protocol {version}: {heard:?}"
+        );
+        client.is_closed();
+    }
+}
