@@ -1,5 +1,5 @@
-//! A daemon that says that it stops: what it would refuse is not sent any more, what it has taken is
-//! waited for, and its successor is found.
+//! A daemon that says that it stops: what it would refuse is not sent any more, what it has taken
+//! is waited for, and its successor is found.
 
 mod fake;
 mod setup;
