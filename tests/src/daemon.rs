@@ -154,11 +154,8 @@ impl Daemon {
     /// # Panics
     /// It does not come to serve.
     pub fn launch(&mut self) {
-        assert!(self.child.is_none(), "already running");
-        let child = self.command().spawn().expect("pegaflowd starts");
-        let pid = child.id();
-        self.child = Some(child);
-        let serves = eventually(|| self.serves(pid) || self.has_ended());
+        self.spawn();
+        let serves = eventually(|| self.is_serving() || self.has_ended());
         assert!(
             serves && !self.has_ended(),
             "pegaflowd did not come up:\n{}",
@@ -166,11 +163,33 @@ impl Daemon {
         );
     }
 
-    fn serves(&self, pid: u32) -> bool {
+    /// Starts the daemon and does not wait for anything.
+    ///
+    /// # Panics
+    /// It runs already, or there is no such program.
+    pub fn spawn(&mut self) {
+        assert!(self.child.is_none(), "already running");
+        self.child = Some(self.command().spawn().expect("pegaflowd starts"));
+    }
+
+    /// True once the started daemon takes connections.
+    pub fn is_serving(&self) -> bool {
+        let pid = self.pid();
         procfs::listens(&self.socket())
             && self
                 .node_reader()
                 .is_some_and(|node| node.header().pid == pid)
+    }
+
+    /// True from [`Self::spawn`] or [`Self::launch`] until it was killed or stopped.
+    pub fn is_started(&self) -> bool {
+        self.child.is_some()
+    }
+
+    /// The running daemon's boot id in hex.
+    pub fn boot_id(&self) -> String {
+        let boot_id = self.node_file().header().boot_id;
+        boot_id.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     fn has_ended(&mut self) -> bool {
@@ -294,6 +313,13 @@ impl Daemon {
     pub fn kill(&mut self) {
         self.signal(Signal::SIGKILL);
         self.child.take().expect("running").wait().expect("wait");
+    }
+
+    /// Kills it if it runs, stopped by a signal or not.
+    pub fn kill_if_running(&mut self) {
+        if self.child.is_some() {
+            self.kill();
+        }
     }
 
     /// Asks it to stop and waits for its end.

@@ -10,11 +10,13 @@
 //! | [`memory`] | KV memory of both kinds |
 //! | [`worker`] | one rank (or scheduler) of an engine, with its KV memory |
 //! | [`process`] | a worker in a process of its own, driven by commands |
+//! | [`chaos`] | daemon and engines killed at random under load |
 //! | [`raw`] | a client without the library, free to lie |
 //! | [`procfs`] | memory and CPU time of a process |
 //! | [`skip`](mod@skip) | saying that a test could not run here |
 
 pub mod binaries;
+pub mod chaos;
 pub mod content;
 pub mod daemon;
 pub mod layout;

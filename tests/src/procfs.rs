@@ -15,6 +15,11 @@ pub fn status_kib(pid: u32, field: &str) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// A field of `/proc/<pid>/status` that is a plain number, such as `Threads`.
+pub fn status_number(pid: u32, field: &str) -> Option<u64> {
+    status_kib(pid, field)
+}
+
 /// CPU time that a process has used, user and system, all threads; in clock ticks of 10 ms.
 pub fn cpu_time(pid: u32) -> Option<Duration> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -48,6 +53,20 @@ pub fn listens(path: &Path) -> bool {
 /// Open descriptors of a process.
 pub fn descriptors(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+/// Open descriptors of a daemon once it has closed those of sessions that ended: it tells of a
+/// session's end before it closes them.
+pub fn settled_descriptors(pid: u32) -> usize {
+    let mut last = descriptors(pid);
+    let mut same = 0;
+    while same < 10 {
+        std::thread::sleep(Duration::from_millis(20));
+        let now = descriptors(pid);
+        same = if now == last { same + 1 } else { 0 };
+        last = now;
+    }
+    last
 }
 
 /// Whether a process exists and is no zombie.

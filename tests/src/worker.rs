@@ -180,7 +180,14 @@ impl Worker {
     /// # Errors
     /// As the library's calls.
     pub fn open(options: Options, spec: WorkerSpec) -> Result<Worker, Error> {
-        let client = Client::connect(options)?;
+        Worker::with_client(Client::connect(options)?, spec)
+    }
+
+    /// Allocates and registers over a client of its own.
+    ///
+    /// # Errors
+    /// As the library's calls.
+    pub fn with_client(client: Client, spec: WorkerSpec) -> Result<Worker, Error> {
         let (segments, bytes) = spec.segments();
         let pieces = if spec.rank.is_some() {
             spec.groups.len()

@@ -49,7 +49,7 @@ fn kill_9_of_clients_at_random_leaves_no_trace_and_no_wrong_byte() {
         standing.fetch(round, &names);
         if round == 4 {
             assert!(daemon.gauge_becomes(Gauge::Sessions, 1));
-            descriptors = settled_descriptors(&daemon);
+            descriptors = procfs::settled_descriptors(daemon.pid());
         }
     }
     assert!(daemon.gauge_becomes(Gauge::Sessions, 1), "{}", daemon.log());
@@ -65,25 +65,11 @@ fn kill_9_of_clients_at_random_leaves_no_trace_and_no_wrong_byte() {
         daemon.counter(Counter::SessionsFaulted),
         daemon.log()
     );
-    let now = settled_descriptors(&daemon);
+    let now = procfs::settled_descriptors(daemon.pid());
     assert!(
         rounds <= 4 || now <= descriptors,
         "descriptors leak: {descriptors} then {now}"
     );
-}
-
-/// Descriptors of the daemon once it has closed those of sessions that ended: it tells of a
-/// session's end before it closes them.
-fn settled_descriptors(daemon: &Daemon) -> usize {
-    let mut last = procfs::descriptors(daemon.pid());
-    let mut same = 0;
-    while same < 10 {
-        std::thread::sleep(Duration::from_millis(20));
-        let now = procfs::descriptors(daemon.pid());
-        same = if now == last { same + 1 } else { 0 };
-        last = now;
-    }
-    last
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 mod bytes;
 mod c_api;
+mod chaos;
 mod footprint;
 mod groups;
 mod hostile;
