@@ -25,7 +25,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  Variables: CARGO_TARGET_DIR (build output), PREFIX and DESTDIR (install),'
-	@echo '  SOAK_TRIALS (soak), FUZZ_SECONDS and FUZZ_TARGET (fuzz), ARGS (bench-*).'
+	@echo '  SOAK_TRIALS (soak), FUZZ_SECONDS and FUZZ_TARGET (fuzz), ARGS (bench-*, chaos).'
 
 .PHONY: build
 build: ## build daemon, tools and library (release)
@@ -91,6 +91,11 @@ demo: ## build, start a daemon, replay a workload through engine processes, show
 soak: ## kill -9 of clients and daemons at random, SOAK_TRIALS times (hours)
 	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-tests -- --nocapture kill
 	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-shm -- --nocapture kill
+
+.PHONY: chaos
+chaos: build ## kill -9 of daemon and engines under load, CHAOS_KILLS=200 times (minutes)
+	$(CARGO) build --release -p pegaflow-tests --bin chaos
+	PEGAFLOW_BIN_DIR=$(abspath $(RELEASE)) $(RELEASE)/chaos $(ARGS)
 
 .PHONY: fuzz
 fuzz: ## libFuzzer on each target for FUZZ_SECONDS of CPU time, or on FUZZ_TARGET alone

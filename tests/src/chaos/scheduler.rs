@@ -160,8 +160,9 @@ impl<'a> Desk<'a> {
     }
 
     fn wish(&mut self) -> Wish {
-        if self.head.engine.start.instance.evicts() {
-            let first = 1 + self.random.below(2000);
+        let shape = &self.head.engine.start.instance;
+        if shape.evicts {
+            let first = 1 + self.random.below(shape.most_blocks);
             let numbers = (first..=first + self.random.below(MOST_KNOWN + MOST_FRESH)).collect();
             return Wish { known: 0, numbers };
         }
@@ -203,7 +204,7 @@ impl<'a> Desk<'a> {
     }
 
     fn note_sealed(&mut self, numbers: &[u64]) {
-        if numbers.is_empty() || self.head.engine.start.instance.evicts() {
+        if numbers.is_empty() || self.head.engine.start.instance.evicts {
             return;
         }
         self.open.retain(|number| !numbers.contains(number));

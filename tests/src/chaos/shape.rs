@@ -16,7 +16,7 @@ pub const THREADS: usize = 3;
 pub const BLOCKS_PER_THREAD: usize = 24;
 
 /// How long a block waits for the shards of its remaining ranks.
-pub const INCOMPLETE_TTL: Duration = Duration::from_secs(4);
+pub const INCOMPLETE_TTL: Duration = Duration::from_secs(2);
 
 /// One engine instance.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,8 +25,10 @@ pub struct InstanceShape {
     pub name: String,
     /// What each rank registers.
     pub ranks: Vec<WorkerSpec>,
-    /// Most blocks it may save; 0 where blocks may be evicted.
+    /// Numbers of its blocks are at most this.
     pub most_blocks: u64,
+    /// Blocks may be evicted: any number may be a hit or a miss.
+    pub evicts: bool,
 }
 
 impl InstanceShape {
@@ -39,11 +41,6 @@ impl InstanceShape {
     /// What the scheduler registers.
     pub fn scheduler(&self) -> WorkerSpec {
         self.ranks[0].scheduler()
-    }
-
-    /// Blocks may be evicted: any number may be a hit or a miss.
-    pub fn evicts(&self) -> bool {
-        self.most_blocks == 0
     }
 }
 
@@ -70,11 +67,11 @@ pub fn instances(pool_bytes: u64, evicts: bool) -> Vec<InstanceShape> {
                 ranks: specs(&name, ranks),
                 name,
                 most_blocks: 0,
+                evicts,
             };
-            if !evicts {
-                // Half of the pool for both: extents are not full, and orphans take room, too.
-                shape.most_blocks = pool_bytes / 4 / shape.block_bytes();
-            }
+            let fitting = pool_bytes / 2 / shape.block_bytes();
+            // Half of the room is left for extents that are not full, and for orphans.
+            shape.most_blocks = if evicts { fitting * 3 } else { fitting / 2 };
             shape
         })
         .collect()
