@@ -9,6 +9,9 @@
 //!   lie inside their memory, every answer fits a packet.
 //! * `catalog`: records, tables and files of a previous daemon, damaged. Only pages that were
 //!   sealed come back, none of them twice, and the next look finds the same.
+//! * `descriptors`: rings and arenas of two clients at a lane, copies and time as the input says;
+//!   in `lane/fuzz/`. No page is touched twice, counts agree, nothing is left of who left, and a
+//!   third client finds its blocks unchanged.
 //! * `ring`: every word that the peer writes. Positions, faults and bodies are those of a naive
 //!   model.
 //! * `index`: every byte of an index file. Look-ups are bounded and agree with each other, and a
@@ -19,13 +22,14 @@
 mod catalog;
 mod control;
 mod index;
-mod input;
-mod place;
+pub(crate) mod input;
+pub(crate) mod place;
 mod ring;
 
 #[cfg(test)]
 mod tests;
 
+pub use crate::lane::fuzz::descriptors;
 pub use catalog::catalog;
 pub use control::control;
 pub use index::index;
@@ -36,9 +40,10 @@ pub use ring::ring;
 type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
 #[cfg(test)]
-const TARGETS: [Target; 4] = [
+const TARGETS: [Target; 5] = [
     ("control", control, control::seeds),
     ("catalog", catalog, catalog::seeds),
+    ("descriptors", descriptors, crate::lane::fuzz::seeds),
     ("ring", ring, ring::seeds),
     ("index", index, index::seeds),
 ];

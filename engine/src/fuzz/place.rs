@@ -20,10 +20,10 @@ use crate::policy::{AdmissionKind, PolicyKind};
 const FOLDER_VARIABLE: &str = "PEGAFLOW_FUZZ_DIR";
 
 /// The folder of one input; gone with it.
-pub(super) struct Place(TempDir);
+pub(crate) struct Place(TempDir);
 
 impl Place {
-    pub(super) fn new() -> Place {
+    pub(crate) fn new() -> Place {
         let parent = std::env::var_os(FOLDER_VARIABLE);
         let parent = parent.map_or(PathBuf::from("/dev/shm"), PathBuf::from);
         let made = tempfile::Builder::new()
@@ -32,13 +32,13 @@ impl Place {
         Place(made.expect("shared memory is writable"))
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.0.path()
     }
 }
 
 /// A node of the smallest sizes that leave something to contend for.
-pub(super) fn lane_options(dir: &Path) -> LaneOptions {
+pub(crate) fn lane_options(dir: &Path) -> LaneOptions {
     LaneOptions {
         dir: dir.to_owned(),
         boot_id: [3; 16],

@@ -144,6 +144,11 @@ fn a_damaged_catalog_breaks_nothing() {
 }
 
 #[test]
+fn hostile_descriptors_break_nothing() {
+    replay_and_mutate("descriptors");
+}
+
+#[test]
 fn a_ring_shared_with_a_liar_breaks_nothing() {
     replay_and_mutate("ring");
 }

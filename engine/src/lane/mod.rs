@@ -13,12 +13,15 @@
 //! | `tasks` | copy tasks out and back |
 //! | `stuck` | copies that a client's process holds up |
 //! | `upkeep` | expiry, stalled rings, gauges and tables |
+//! | `fuzz` | hostile clients at a lane that is turned by hand |
 //! | `tally` | counters gathered between two publications |
 
 #![forbid(unsafe_code)]
 
 pub mod api;
 mod commands;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod lease_ops;
 mod load;
 mod machine;
