@@ -30,6 +30,7 @@ UNSAFE_ALLOWED = (
     "shm-protocol/src/ring/raw.rs",
     "shm-protocol/tests/",
     "tests/src/memory.rs",
+    "tests/src/withheld.rs",
     "tools/src/bench/c_scheduler.rs",
     "tools/src/bench/memcpy.rs",
     "tools/src/doctor/probe.rs",

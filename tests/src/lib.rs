@@ -8,6 +8,7 @@
 //! | [`content`] | block hashes and the bytes that belong to them |
 //! | [`layout`] | arrangements of KV memory |
 //! | [`memory`] | KV memory of both kinds |
+//! | [`withheld`] | memory that makes whoever touches it wait |
 //! | [`worker`] | one rank (or scheduler) of an engine, with its KV memory |
 //! | [`process`] | a worker in a process of its own, driven by commands |
 //! | [`chaos`] | daemon and engines killed at random under load |
@@ -25,6 +26,7 @@ pub mod process;
 pub mod procfs;
 pub mod raw;
 pub mod skip;
+pub mod withheld;
 pub mod worker;
 
 pub use daemon::Daemon;

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pegaflow::{Client, HostMemory, SegmentMemory};
 use serde::{Deserialize, Serialize};
 
+use crate::withheld::Withheld;
+
 /// Kind of KV memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MemoryKind {
@@ -13,10 +15,12 @@ pub enum MemoryKind {
     Shared,
     /// This process's own; the daemon uses `process_vm_readv` and `process_vm_writev`.
     Process,
+    /// This process's own, which nobody ever gets to read or write, this process included.
+    Withheld,
 }
 
 impl MemoryKind {
-    /// Both.
+    /// Those that work.
     pub const ALL: [MemoryKind; 2] = [MemoryKind::Shared, MemoryKind::Process];
 }
 
@@ -27,6 +31,8 @@ pub enum KvMemory {
     Shared(HostMemory),
     /// See [`MemoryKind::Process`].
     Process(Arc<[AtomicU64]>),
+    /// See [`MemoryKind::Withheld`].
+    Withheld(Withheld),
 }
 
 impl KvMemory {
@@ -34,6 +40,9 @@ impl KvMemory {
     ///
     /// # Errors
     /// The library has no memory to share.
+    ///
+    /// # Panics
+    /// This machine has no memory that can be withheld: see [`Withheld::refused`].
     pub fn allocate(
         client: &Client,
         kind: MemoryKind,
@@ -43,6 +52,9 @@ impl KvMemory {
             MemoryKind::Shared => KvMemory::Shared(client.alloc_host(bytes)?),
             MemoryKind::Process => {
                 KvMemory::Process((0..bytes.div_ceil(8)).map(|_| AtomicU64::new(0)).collect())
+            }
+            MemoryKind::Withheld => {
+                KvMemory::Withheld(Withheld::map(bytes).expect("asked before with `refused`"))
             }
         })
     }
@@ -57,6 +69,12 @@ impl KvMemory {
                 // worker that registers them keeps them until its client is gone. Layouts that
                 // reach beyond them are what the daemon has to refuse or to fail on.
                 unsafe { SegmentMemory::at(address, stride, bytes) }
+            }
+            KvMemory::Withheld(memory) => {
+                assert!(base <= memory.bytes(), "inside the memory");
+                // SAFETY: the memory stays until the process ends, and this process never touches
+                // it.
+                unsafe { SegmentMemory::at(memory.address().wrapping_add(base), stride, bytes) }
             }
         }
     }
@@ -74,6 +92,7 @@ impl KvMemory {
                     bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
                 }
             }
+            KvMemory::Withheld(_) => panic!("would wait for ever"),
         }
     }
 
@@ -91,6 +110,7 @@ impl KvMemory {
                     word.store(value, Ordering::Relaxed);
                 }
             }
+            KvMemory::Withheld(_) => panic!("would wait for ever"),
         }
     }
 }

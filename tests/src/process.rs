@@ -57,6 +57,22 @@ pub enum Task {
         /// Blocks.
         count: usize,
     },
+    /// Save blocks `0..count` as they are under the hashes from `first` on, and do not wait.
+    StartSave {
+        /// First hash number.
+        first: u64,
+        /// Blocks.
+        count: usize,
+    },
+    /// Load a lease into blocks `0..count`, and do not wait.
+    StartLoad {
+        /// The lease.
+        lease: u64,
+        /// Blocks.
+        count: usize,
+    },
+    /// Close the session and live on.
+    Leave,
     /// Save, query, load and verify at random until killed.
     Churn {
         /// Of the random numbers.
@@ -228,6 +244,13 @@ fn perform(task: Task, place: &mut Option<Worker>) -> Answer {
             Err(error) => failure(&error),
         };
     }
+    if matches!(task, Task::Leave) {
+        *place = None;
+        return Answer {
+            status: Status::Ok.label().into(),
+            ..Answer::default()
+        };
+    }
     let Some(worker) = place else {
         return Answer {
             error: "not open".into(),
@@ -282,8 +305,17 @@ fn work(task: Task, worker: &Worker) -> Result<Answer, pegaflow::Error> {
         } => {
             return load(worker, lease, &content::hashes(first, count));
         }
+        Task::StartSave { first, count } => {
+            let hashes = content::hashes(first, count);
+            client.save(registration, 0, &hashes, &first_blocks(count))?;
+            pegaflow::Completion::default()
+        }
+        Task::StartLoad { lease, count } => {
+            client.load(registration, 0, lease, 0, &first_blocks(count))?;
+            pegaflow::Completion::default()
+        }
         Task::Churn { seed } => churn(worker, seed),
-        Task::Open { .. } => pegaflow::Completion::default(),
+        Task::Open { .. } | Task::Leave => pegaflow::Completion::default(),
     };
     Ok(Answer {
         status: done.status.label().into(),

@@ -69,6 +69,11 @@ pub fn settled_descriptors(pid: u32) -> usize {
     last
 }
 
+/// Threads of a process.
+pub fn threads(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
+}
+
 /// Whether a process exists and is no zombie.
 pub fn is_alive(pid: u32) -> bool {
     let state = fs::read_to_string(format!("/proc/{pid}/stat"));

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bytesize::ByteSize;
 use pegaflow_shm::control::MemoryRef;
 use pegaflow_shm::status::Status;
+use tokio::task::spawn_blocking;
 
 use super::peer::Peer;
 use crate::copy::{ClientMemory, MemoryError, ProcessMemory, RegionMapping};
@@ -114,8 +115,9 @@ impl Memory {
         }
     }
 
-    /// Takes hold of the process's own memory, once.
-    pub(crate) fn open_process(&mut self, peer: &Peer) -> Result<(), Refusal> {
+    /// Takes hold of the process's own memory, once. On a thread of its own: the kernel takes locks
+    /// for it that the process may be holding for as long as it likes.
+    pub(super) async fn open_process(&mut self, peer: &Peer) -> Result<(), Refusal> {
         if self.process.is_some() {
             return Ok(());
         }
@@ -123,9 +125,19 @@ impl Memory {
             let text = format!("the daemon has no descriptor left: {error}");
             Refusal::new(Status::SystemError, text)
         })?;
-        let process = ProcessMemory::open(peer.pid, pidfd).map_err(refuse_memory)?;
-        self.process = Some(Arc::new(process));
+        let pid = peer.pid;
+        let opened = spawn_blocking(move || ProcessMemory::open(pid, pidfd)).await;
+        let opened = opened.map_err(|error| {
+            let text = format!("opening the memory of process {pid}: {error}");
+            Refusal::new(Status::Internal, text)
+        })?;
+        self.hold_process(opened.map_err(refuse_memory)?);
         Ok(())
+    }
+
+    /// Takes an opened process's memory in.
+    pub(crate) fn hold_process(&mut self, process: ProcessMemory) {
+        self.process = Some(Arc::new(process));
     }
 }
 

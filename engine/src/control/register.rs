@@ -11,7 +11,6 @@ use pegaflow_shm::control::{
 };
 use pegaflow_shm::status::Status;
 
-use super::peer::Peer;
 use super::regions::Memory;
 use crate::copy::BoundLayout;
 use crate::lane::api::{NewRegistration, Refusal, RegisteredGroup};
@@ -23,12 +22,14 @@ pub(crate) struct Checked {
     pub(crate) regions: Vec<u32>,
 }
 
-/// Checks a registration and finds its memory.
-pub(crate) fn check(
-    spec: RegisterSpec,
-    memory: &mut Memory,
-    peer: &Peer,
-) -> Result<Checked, Refusal> {
+/// Whether a registration names memory of the process itself.
+pub(crate) fn names_process(spec: &RegisterSpec) -> bool {
+    let mut segments = spec.groups.iter().flat_map(|group| &group.segments);
+    segments.any(|segment| segment.memory == MemoryRef::Process)
+}
+
+/// Checks a registration and finds its memory; that of the process, if named, was opened before.
+pub(crate) fn check(spec: RegisterSpec, memory: &Memory) -> Result<Checked, Refusal> {
     check_name("instance", &spec.instance)?;
     spec.namespace
         .check()
@@ -38,7 +39,7 @@ pub(crate) fn check(
     let mut groups = Vec::with_capacity(spec.groups.len());
     let mut regions = BTreeSet::new();
     for group in &spec.groups {
-        groups.push(check_group(group, memory, peer)?);
+        groups.push(check_group(group, memory)?);
         let used = group
             .segments
             .iter()
@@ -118,21 +119,10 @@ fn check_group_numbers(spec: &RegisterSpec) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn check_group(
-    group: &GroupLayout,
-    memory: &mut Memory,
-    peer: &Peer,
-) -> Result<RegisteredGroup, Refusal> {
+fn check_group(group: &GroupLayout, memory: &Memory) -> Result<RegisteredGroup, Refusal> {
     let bad = |text: String| Refusal::new(Status::BadLayout, text);
     let layout = ValidLayout::new(group, |region| memory.region_bytes(region))
         .map_err(|error| bad(error.to_string()))?;
-    if layout
-        .parts()
-        .iter()
-        .any(|part| part.memory == MemoryRef::Process)
-    {
-        memory.open_process(peer)?;
-    }
     let target = BoundLayout::bind(Arc::new(layout), |place| memory.resolve(place))
         .map_err(|error| bad(format!("group {}: {error}", group.group)))?;
     Ok(RegisteredGroup {

@@ -180,7 +180,10 @@ impl Session {
     }
 
     async fn register(&mut self, spec: RegisterSpec) -> Result<u32, Refusal> {
-        let checked = register::check(spec, &mut self.memory, &self.peer)?;
+        if register::names_process(&spec) {
+            self.memory.open_process(&self.peer).await?;
+        }
+        let checked = register::check(spec, &self.memory)?;
         let (instance, rank) = (
             checked.registration.spec.instance.clone(),
             checked.registration.spec.rank,

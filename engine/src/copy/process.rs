@@ -44,15 +44,12 @@ impl ProcessMemory {
                 source,
             },
         })?;
-        let memory = Self {
+        // Whether it still is the address space of the process is asked at each copy.
+        Ok(Self {
             pid,
             pidfd,
             address_space,
-        };
-        if !memory.is_alive() {
-            return Err(MemoryError::OwnerGone { pid });
-        }
-        Ok(memory)
+        })
     }
 
     /// The process id at registration.

@@ -21,6 +21,7 @@ use crate::control::packet::bounded;
 use crate::control::peer::Peer;
 use crate::control::regions::{MAX_REGION_BYTES, MAX_REGIONS, Memory};
 use crate::control::register;
+use crate::copy::ProcessMemory;
 use crate::lane::api::Refusal;
 use crate::registry::{Member, MemberGroup, Registry, packed_groups};
 
@@ -131,7 +132,12 @@ impl Session {
     }
 
     fn register(&mut self, spec: RegisterSpec) -> Result<(), Refusal> {
-        let checked = register::check(spec, &mut self.memory, &self.peer)?;
+        if register::names_process(&spec) {
+            let pidfd = self.peer.pidfd.try_clone().expect("a descriptor is left");
+            let process = ProcessMemory::open(self.peer.pid, pidfd).expect("our own memory");
+            self.memory.hold_process(process);
+        }
+        let checked = register::check(spec, &self.memory)?;
         let spec = checked.registration.spec;
         assert!((1..=MAX_WORLD_SIZE).contains(&spec.world_size));
         assert_eq!(spec.rank.is_some(), !spec.groups.is_empty());

@@ -23,6 +23,7 @@ mod shutdown;
 mod startup;
 mod upgrade;
 mod users;
+mod withheld;
 
 /// The program of [`pegaflow_tests::WorkerProcess`].
 const WORKER: &str = env!("CARGO_BIN_EXE_worker-process");
