@@ -121,6 +121,10 @@ bench: build ## latency and throughput of queries and saves on this machine
 bench-rings: build ## rings against raw ping-pongs and a textbook ring
 	$(RELEASE)/pegactl bench rings $(ARGS)
 
+.PHONY: bench-restart
+bench-restart: build ## time from exec to the first hit over full pools (up to 8 GiB of /dev/shm)
+	$(RELEASE)/pegactl bench restart $(ARGS)
+
 .PHONY: bench-peers
 bench-peers: ## rings beside iceoryx2, crossbeam and rtrb in one run
 	$(CARGO) bench -p pegaflow-benches --features peers --bench rings $(ARGS)

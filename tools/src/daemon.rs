@@ -97,6 +97,9 @@ pub struct OwnDaemon {
     place: NodePlace,
     socket: PathBuf,
     log: PathBuf,
+    /// Program and flags.
+    command_line: Vec<OsString>,
+    started_in: Duration,
 }
 
 /// The daemon's program: beside this one, in PATH, or where PEGAFLOW_DAEMON says.
@@ -141,32 +144,10 @@ impl OwnDaemon {
             .map_err(ToolError::io("making a temporary folder"))?;
         let socket = folder.path().join("pegaflow.sock");
         let log = folder.path().join("pegaflowd.log");
-        let log_file = std::fs::File::create(&log).map_err(ToolError::io("making the log file"))?;
-        let own = std::env::current_exe().map_err(ToolError::io("this program's path"))?;
-        let mut command = Command::new(own);
-        command
-            .arg(RUN_ARGUMENT)
-            .arg(&program)
-            .args(spec.arguments(&node, &socket))
-            .env("PEGAFLOW_SHM_DIR", shm_dir)
-            .stdin(Stdio::null())
-            .stdout(
-                log_file
-                    .try_clone()
-                    .map_err(ToolError::io("the log file"))?,
-            )
-            .stderr(log_file);
-        for (name, _) in std::env::vars_os() {
-            // What the caller set for its own daemon must not change ours.
-            let foreign = name.to_string_lossy().starts_with("PEGAFLOW_");
-            if foreign && name != "PEGAFLOW_SHM_DIR" {
-                command.env_remove(name);
-            }
-        }
-        let child = command
-            .spawn()
-            .map_err(ToolError::io(format!("starting {}", program.display())))?;
-        children::remember_process(child.id());
+        let mut command_line = vec![program.into_os_string()];
+        command_line.extend(spec.arguments(&node, &socket));
+        let started = Instant::now();
+        let child = spawn(&command_line, shm_dir, &log)?;
         children::remember_folder(folder.path());
         let place = NodePlace {
             node,
@@ -179,15 +160,56 @@ impl OwnDaemon {
             place,
             socket,
             log,
+            command_line,
+            started_in: Duration::ZERO,
         };
-        daemon.wait_until_it_accepts()?;
+        daemon.wait_until_it_accepts(started)?;
         Ok(daemon)
     }
 
-    fn wait_until_it_accepts(&mut self) -> Result<(), ToolError> {
+    /// Ends it as a crash would, and waits until it is gone.
+    ///
+    /// # Errors
+    /// It cannot be signalled.
+    pub fn kill(&mut self) -> Result<(), ToolError> {
+        self.child
+            .kill()
+            .and_then(|()| self.child.wait())
+            .map_err(ToolError::io("killing the daemon"))?;
+        children::forget_process(self.child.id());
+        Ok(())
+    }
+
+    /// Starts it again after [`kill`](Self::kill), over what it left; returns when that was.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_again(&mut self) -> Result<Instant, ToolError> {
         let started = Instant::now();
+        self.child = spawn(&self.command_line, &self.place.shm_dir, &self.log)?;
+        self.wait_until_it_accepts(started)?;
+        Ok(started)
+    }
+
+    /// How long the last start took until the socket accepted.
+    pub fn started_in(&self) -> Duration {
+        self.started_in
+    }
+
+    /// Its session socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its node.
+    pub fn place(&self) -> &NodePlace {
+        &self.place
+    }
+
+    fn wait_until_it_accepts(&mut self, started: Instant) -> Result<(), ToolError> {
         loop {
             if try_connect(&self.socket).is_ok() {
+                self.started_in = started.elapsed();
                 return Ok(());
             }
             if let Ok(Some(status)) = self.child.try_wait() {
@@ -197,7 +219,7 @@ impl OwnDaemon {
                 let seconds = START_PATIENCE.as_secs();
                 return Err(self.failure(format!("the daemon did not accept within {seconds} s")));
             }
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -234,6 +256,35 @@ impl Drop for OwnDaemon {
             let _ = folder.close();
         }
     }
+}
+
+/// Starts the program with its output appended to `log`; it ends with this process.
+fn spawn(command_line: &[OsString], shm_dir: &Path, log: &Path) -> Result<Child, ToolError> {
+    let mut options = std::fs::OpenOptions::new();
+    let opened = options.create(true).append(true).open(log);
+    let log_file = opened.map_err(ToolError::io("making the log file"))?;
+    let own = std::env::current_exe().map_err(ToolError::io("this program's path"))?;
+    let output = log_file.try_clone();
+    let mut command = Command::new(own);
+    command
+        .arg(RUN_ARGUMENT)
+        .args(command_line)
+        .env("PEGAFLOW_SHM_DIR", shm_dir)
+        .stdin(Stdio::null())
+        .stdout(output.map_err(ToolError::io("the log file"))?)
+        .stderr(log_file);
+    for (name, _) in std::env::vars_os() {
+        // What the caller set for its own daemon must not change ours.
+        let foreign = name.to_string_lossy().starts_with("PEGAFLOW_");
+        if foreign && name != "PEGAFLOW_SHM_DIR" {
+            command.env_remove(name);
+        }
+    }
+    let child = command
+        .spawn()
+        .map_err(ToolError::io("starting the daemon"))?;
+    children::remember_process(child.id());
+    Ok(child)
 }
 
 /// The daemon that a bench or a replay talks to: our own, or one that runs already.

@@ -7,6 +7,7 @@ mod c_scheduler;
 #[allow(unsafe_code)]
 mod memcpy;
 pub mod query;
+pub mod restart;
 pub mod rings;
 pub mod rings_table;
 pub mod save;
@@ -38,6 +39,8 @@ pub enum BenchCommand {
     Query(QueryArgs),
     /// Save until sealed, and load, against memcpy with the daemon's number of copy threads
     Save(SaveArgs),
+    /// Restart of a killed daemon over its full pool, until the first query is a hit
+    Restart(RestartArgs),
 }
 
 /// Flags of `bench rings`.
@@ -82,6 +85,21 @@ pub struct SaveArgs {
     pub rounds: Option<NonZero<usize>>,
 }
 
+/// Flags of `bench restart`.
+#[derive(Clone, Debug, Args)]
+pub struct RestartArgs {
+    /// Pools, such as 1GiB,4GiB,8GiB; each is filled, so shared memory must have room for it
+    /// [default: 1GiB,4GiB,8GiB]
+    #[arg(long, value_name = "SIZE", value_delimiter = ',')]
+    pub pool_size: Vec<ByteSize>,
+    /// Bytes of a block; a multiple of 64
+    #[arg(long, value_name = "BYTES", default_value = "64KiB")]
+    pub page_bytes: ByteSize,
+    /// Kills and restarts of each pool; figures are their medians
+    #[arg(long, default_value = "5")]
+    pub restarts: NonZero<usize>,
+}
+
 /// `pegactl bench`.
 ///
 /// # Errors
@@ -96,6 +114,7 @@ pub fn bench(
         BenchCommand::Rings(args) => rings_command(args, socket, place, as_json),
         BenchCommand::Query(args) => query::command(args, socket, place, as_json),
         BenchCommand::Save(args) => save::command(args, socket, place, as_json),
+        BenchCommand::Restart(args) => restart::command(args, socket, place, as_json),
     }
 }
 
