@@ -236,7 +236,7 @@ fn remove_indexes(dir: &Path) -> io::Result<()> {
 
 impl Cache {
     /// Takes whole blocks in and clears the rest. Returns blocks taken over and pages given up.
-    fn adopt_pages(&mut self, pages: Vec<AdoptedPage>) -> Result<(u64, u64), OpenError> {
+    pub(super) fn adopt_pages(&mut self, pages: Vec<AdoptedPage>) -> Result<(u64, u64), OpenError> {
         let mut blocks: HashMap<BlockName, Vec<AdoptedPage>> = HashMap::new();
         let mut order = Vec::new();
         let (mut adopted_blocks, mut given_up) = (0, 0);

@@ -22,6 +22,8 @@ pub mod room;
 pub mod store;
 
 #[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;

@@ -17,6 +17,8 @@ pub(crate) enum Step {
     Store { at: u64, word: u64 },
     /// Bytes of the file that read as zeros from now on.
     Release { at: u64, bytes: u64 },
+    /// A change elsewhere, which the test itself noted under this number.
+    Elsewhere(usize),
 }
 
 impl Step {
@@ -27,6 +29,7 @@ impl Step {
                 image[at as usize..at as usize + 8].copy_from_slice(&word.to_le_bytes());
             }
             Step::Release { at, bytes } => image[at as usize..(at + bytes) as usize].fill(0),
+            Step::Elsewhere(_) => {}
         }
     }
 }
