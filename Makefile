@@ -25,7 +25,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  Variables: CARGO_TARGET_DIR (build output), PREFIX and DESTDIR (install),'
-	@echo '  SOAK_TRIALS (soak), FUZZ_SECONDS and FUZZ_TARGET (fuzz), ARGS (bench-*, chaos).'
+	@echo '  SOAK_TRIALS (soak), FUZZ_SECONDS and FUZZ_TARGET (fuzz), SIM_SEEDS and SIM_SEED (sim),'
+	@echo '  ARGS (bench-*, chaos).'
 
 .PHONY: build
 build: ## build daemon, tools and library (release)
@@ -96,6 +97,11 @@ soak: ## kill -9 of clients and daemons at random, SOAK_TRIALS times (hours)
 chaos: build ## kill -9 of daemon and engines under load, CHAOS_KILLS=200 times (minutes)
 	$(CARGO) build --release -p pegaflow-tests --bin chaos
 	PEGAFLOW_BIN_DIR=$(abspath $(RELEASE)) $(RELEASE)/chaos $(ARGS)
+
+.PHONY: sim
+sim: ## simulate daemon and clients with injected faults, SIM_SEEDS seeds; SIM_SEED=N replays one
+	SIM_SEEDS=$(or $(SIM_SEEDS),3000) SIM_SEED=$(SIM_SEED) \
+	    $(CARGO) test -p pegaflow-engine --lib -- --nocapture sim::runs::no_seed
 
 .PHONY: fuzz
 fuzz: ## libFuzzer on each target for FUZZ_SECONDS of CPU time, or on FUZZ_TARGET alone

@@ -16,3 +16,6 @@ pub mod metrics;
 pub mod policy;
 pub mod pool;
 pub mod registry;
+
+#[cfg(test)]
+mod sim;

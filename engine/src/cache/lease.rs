@@ -320,6 +320,12 @@ impl LeaseTable {
             .map(|Reverse((deadline, _))| *deadline)
     }
 
+    /// Deadlines in the queue, those of leases that ended early included.
+    #[cfg(test)]
+    pub fn deadlines_len(&self) -> usize {
+        self.deadlines.len()
+    }
+
     /// Ids of the leases of a session.
     pub fn of_session(&self, session: u64) -> Vec<u64> {
         self.iter()
@@ -336,7 +342,8 @@ impl LeaseTable {
             .collect()
     }
 
-    fn iter(&self) -> impl Iterator<Item = (u64, &Lease)> {
+    /// Live leases with their ids, those that only wait for copies included.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &Lease)> {
         self.slots
             .iter()
             .enumerate()

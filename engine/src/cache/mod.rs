@@ -16,6 +16,8 @@ pub mod adopt;
 pub mod block;
 pub mod domain;
 pub mod index_file;
+#[cfg(test)]
+pub mod inspect;
 pub mod lease;
 pub mod lookup;
 pub mod room;

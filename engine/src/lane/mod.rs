@@ -31,6 +31,8 @@ mod request;
 mod run;
 mod save;
 mod session;
+#[cfg(test)]
+mod simulated;
 mod start;
 mod stuck;
 mod submit;
@@ -44,5 +46,7 @@ mod tests;
 
 pub use machine::{Machine, RealMachine};
 pub use options::LaneOptions;
+#[cfg(test)]
+pub(crate) use simulated::{SimLane, Turned};
 pub use start::{LaneStartError, StartedLane, start};
 pub use wake::LaneWake;

@@ -49,6 +49,17 @@ pub(super) enum Round {
     Stopped,
 }
 
+/// What ended the lane's sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Woken {
+    /// The clock.
+    Nobody,
+    /// A copy thread or a command.
+    Daemon,
+    /// A client's bell.
+    Client,
+}
+
 /// Everything the lane thread owns.
 pub(super) struct Lane<M: Machine> {
     pub options: LaneOptions,
@@ -60,6 +71,8 @@ pub(super) struct Lane<M: Machine> {
     pub by_id: HashMap<SessionId, usize>,
     pub clock: M::Clock,
     pub workers: M::Copies,
+    /// Bytes of one copy task, at most; a page that is larger makes one of its own.
+    pub task_bytes: u64,
     pub backlog: VecDeque<CopyTask>,
     pub tasks: TaskTable,
     pub tally: Tally,
@@ -258,8 +271,8 @@ impl<M: Machine> Lane<M> {
     fn sleep(&mut self) {
         if self.fall_asleep() {
             let limit = self.sleep_limit(self.clock.now());
-            let rung = self.wait(limit);
-            self.wake_up(rung);
+            let woken = self.wait(limit);
+            self.wake_up(woken == Woken::Client);
         } else {
             self.wake_up(false);
         }
@@ -303,8 +316,8 @@ impl<M: Machine> Lane<M> {
         self.wake.unpark();
     }
 
-    /// Waits on the bells. True when a client's bell ended the wait.
-    fn wait(&self, limit: Option<Duration>) -> bool {
+    /// Waits on the bells.
+    pub(super) fn wait(&self, limit: Option<Duration>) -> Woken {
         let limit = limit.map(|limit| Timespec {
             tv_sec: limit.as_secs() as i64,
             tv_nsec: i64::from(limit.subsec_nanos()),
@@ -317,6 +330,10 @@ impl<M: Machine> Lane<M> {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }
-        events.iter().any(|event| event.data.u64() != LANE_WAKE)
+        match events.iter().map(|event| event.data.u64()).max() {
+            None => Woken::Nobody,
+            Some(LANE_WAKE) => Woken::Daemon,
+            Some(_) => Woken::Client,
+        }
     }
 }

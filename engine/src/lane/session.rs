@@ -209,6 +209,11 @@ impl LaneSession {
         self.submissions.stalled()
     }
 
+    #[cfg(test)]
+    pub(super) fn completion_slots(&self) -> u32 {
+        self.completion_slots
+    }
+
     pub(super) fn arena_bytes(&self) -> u32 {
         self.arena_bytes
     }

@@ -24,7 +24,7 @@ use crate::lane::machine::{Machine, RealMachine};
 use crate::lane::options::LaneOptions;
 use crate::lane::run::{LANE_WAKE, Lane};
 use crate::lane::tally::Tally;
-use crate::lane::tasks::TaskTable;
+use crate::lane::tasks::{TASK_BYTES, TaskTable};
 use crate::lane::upkeep::{Clocks, NamespaceTable};
 use crate::lane::wake::LaneWake;
 use crate::registry::Registry;
@@ -177,6 +177,7 @@ pub(super) fn build<M: Machine>(
         sessions: Vec::new(),
         by_id: HashMap::new(),
         workers,
+        task_bytes: TASK_BYTES,
         backlog: VecDeque::new(),
         tasks: TaskTable::default(),
         tally,

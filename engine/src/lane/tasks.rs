@@ -16,7 +16,7 @@ use crate::lane::session::LaneSession;
 
 /// Bytes of one task: long enough that handing it over costs nothing, short enough that all copy
 /// threads get their share of a request and that a cancellation is quick.
-const TASK_BYTES: u64 = 512 * 1024;
+pub(super) const TASK_BYTES: u64 = 512 * 1024;
 
 /// Pages of this size and more take longer to copy than the lane takes to sleep and wake up.
 const LONG_PAGE_BYTES: u64 = 256 * 1024;
@@ -107,7 +107,7 @@ impl<M: Machine> Lane<M> {
     ) -> u32 {
         let pages = std::mem::take(&mut self.pages);
         let page_bytes = target.layout().page_bytes();
-        let per_task = (TASK_BYTES / page_bytes.max(1)).max(1) as usize;
+        let per_task = (self.task_bytes / page_bytes.max(1)).max(1) as usize;
         let mut tasks = 0;
         for (number, part) in pages.chunks(per_task).enumerate() {
             let mut part_pages = self.page_lists.pop().unwrap_or_default();

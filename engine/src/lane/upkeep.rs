@@ -21,6 +21,9 @@ const SHORT_TICK: Duration = Duration::from_millis(1);
 const LONG_TICK: Duration = Duration::from_millis(500);
 /// How often figures are published while the lane is busy.
 const PUBLISH_TICK: Duration = Duration::from_millis(50);
+/// How long the lane sleeps at most while a session is open: what a bell that a client did not
+/// ring, or that was lost, costs that client.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// How long a claimed submission slot may stay unpublished, and a list incomplete.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -92,10 +95,8 @@ impl<M: Machine> Lane<M> {
             .any(|session| !session.requests.is_empty());
         let patience = (listing || self.suspect_gap || self.cache.figures().unfinished > 0)
             .then_some(LONG_TICK);
-        match (lease, patience) {
-            (Some(lease), Some(patience)) => Some(lease.min(patience)),
-            (lease, patience) => lease.or(patience),
-        }
+        let watch = (!self.by_id.is_empty()).then_some(LONGEST_SLEEP);
+        [lease, patience, watch].into_iter().flatten().min()
     }
 
     /// Ends sessions whose ring has a gap, or that left a list unfinished, for too long.
