@@ -209,6 +209,13 @@ impl Daemon {
         self.arguments[at.expect("an option that was given") + 1] = value.into();
     }
 
+    /// Sets or removes an environment variable for the next [`Self::launch`].
+    pub fn set_environment(&mut self, name: &str, value: Option<&str>) {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment
+            .extend(value.map(|value| (name.to_owned(), value.to_owned())));
+    }
+
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.child.as_ref().expect("running").id()

@@ -6,6 +6,7 @@
 mod bytes;
 mod c_api;
 mod chaos;
+mod crash_points;
 mod footprint;
 mod groups;
 mod hostile;
