@@ -232,11 +232,14 @@ impl Model {
                     Shard::Empty => assert!(!block.sealed),
                     Shard::In(page) => {
                         assert!(used.insert(page));
+                        assert_eq!(cache.catalog().record(page).is_some(), block.sealed);
                         bytes += u64::from(cache.pool().page_bytes_of(page).expect("allocated"));
                     }
                     Shard::Copying(page) => {
                         copying += 1;
                         assert!(!block.sealed && used.insert(page));
+                        // A crash now must not bring back what the page held before.
+                        assert!(cache.catalog().record(page).is_none());
                         bytes += u64::from(cache.pool().page_bytes_of(page).expect("allocated"));
                     }
                 }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod counters;
+mod drains;
 mod hostile;
 mod leases;
 mod restart;
