@@ -26,7 +26,7 @@ help: ## list the targets
 	@echo
 	@echo '  Variables: CARGO_TARGET_DIR (build output), PREFIX and DESTDIR (install),'
 	@echo '  SOAK_TRIALS (soak), FUZZ_SECONDS and FUZZ_TARGET (fuzz), SIM_SEEDS and SIM_SEED (sim),'
-	@echo '  ARGS (bench-*, chaos).'
+	@echo '  ARGS (bench-*, chaos, mutants).'
 
 .PHONY: build
 build: ## build daemon, tools and library (release)
@@ -70,6 +70,7 @@ lint: ## formatting, clippy, style rules, C header
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	python3 .ci/style.py
+	python3 .ci/mutants.py --check
 	$(MAKE) --no-print-directory check-header
 
 .PHONY: deny
@@ -102,6 +103,10 @@ chaos: build ## kill -9 of daemon and engines under load, CHAOS_KILLS=200 times 
 sim: ## simulate daemon and clients with injected faults, SIM_SEEDS seeds; SIM_SEED=N replays one
 	SIM_SEEDS=$(or $(SIM_SEEDS),3000) SIM_SEED=$(SIM_SEED) \
 	    $(CARGO) test -p pegaflow-engine --lib -- --nocapture sim::runs::no_seed
+
+.PHONY: mutants
+mutants: ## remove each invariant's guard in a copy of the tree; its test must fail
+	python3 .ci/mutants.py $(ARGS)
 
 .PHONY: fuzz
 fuzz: ## libFuzzer on each target for FUZZ_SECONDS of CPU time, or on FUZZ_TARGET alone

@@ -44,6 +44,9 @@ FORBIDDEN_WORDS = (
     (re.compile(r"Result<[^;{}]*,\s*(std::string::)?String>"), "error type String"),
     (re.compile(r"(?<![\w.])/(work|root|home)/"), "path of one machine"),
 )
+# Documents in which every test that is named must exist, and how other long words in them begin.
+DOCS_THAT_NAME_TESTS = ("docs/failure-model.md", "docs/verification.md")
+NO_TESTS = ("pegaflow_", "pega_")
 TEXT_SUFFIXES = {".rs", ".md", ".toml", ".sh", ".py", ".c", ".h", ".cc", ".cpp", ".service", ""}
 # Documents that are copied or generated as they are.
 EXEMPT = {"LICENSE", "Cargo.lock", "fuzz/Cargo.lock", "packaging/THIRD-PARTY.md", ".ci/style.py"}
@@ -144,9 +147,25 @@ def check_file(name):
         yield from check_unsafe(name, lines)
 
 
+def check_named_tests(name, functions):
+    """Each test that a document names exists: words in backquotes with three underscores or more."""
+    for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1):
+        for word in re.findall(r"`(?:\w+::)*([a-z0-9]+(?:_[a-z0-9]+){3,})`", line):
+            if word not in functions and not word.startswith(NO_TESTS):
+                yield number, f"there is no test {word}"
+
+
 def main():
     findings = 0
     names = tracked_files()
+    functions = {
+        function for name in names if name.endswith(".rs")
+        for function in re.findall(r"\bfn (\w+)\s*\(", (ROOT / name).read_text(encoding="utf-8"))
+    }
+    for name in DOCS_THAT_NAME_TESTS:
+        for number, what in check_named_tests(name, functions):
+            print(f"{name}:{number}: {what}")
+            findings += 1
     for name in names:
         for number, what in check_file(name):
             print(f"{name}:{number}: {what}")
