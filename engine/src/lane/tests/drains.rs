@@ -47,7 +47,9 @@ fn a_registration_is_gone_only_after_its_last_copy() {
     let gone = rig.lane.handle.unregister(client.id, worker);
     rig.runtime.block_on(gone).unwrap();
     // The memory is the engine's again: its save is over, and says so already.
-    let done = client.try_completion().expect("the save was answered before");
+    let done = client
+        .try_completion()
+        .expect("the save was answered before");
     assert_eq!(done.request_id, save);
     rig.close(&client);
     rig.stop();
