@@ -120,11 +120,15 @@ pub fn decode_blocks(
     let mut left = count;
     for run in bytes.chunks_exact(8) {
         let (start, length) = (word(&run[..4]), word(&run[4..]));
-        if length == 0 || length > left || start.checked_add(length).is_none() {
+        // The last id, not the end: a list may hold every number, also one that no layout has.
+        let last = length
+            .checked_sub(1)
+            .and_then(|more| start.checked_add(more));
+        let Some(last) = last.filter(|_| length <= left) else {
             return Err(size_fault(bytes, count));
-        }
+        };
         left -= length;
-        out.extend(start..start + length);
+        out.extend(start..=last);
     }
     if left != 0 {
         return Err(size_fault(bytes, count));

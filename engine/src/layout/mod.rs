@@ -14,6 +14,8 @@ mod overlap;
 mod valid;
 
 #[cfg(test)]
+mod exhaustive;
+#[cfg(test)]
 mod tests;
 
 pub use error::{LayoutError, MemoryName};
