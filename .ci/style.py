@@ -22,6 +22,7 @@ UNSAFE_ALLOWED = (
     "client-c/src/shared/process.rs",
     "client-c/tests/",
     "engine/src/copy/",
+    "engine/src/isolation/peer_groups.rs",
     "engine/src/pool/mapping.rs",
     "engine/src/pool/memory.rs",
     "shm-protocol/src/index/raw.rs",

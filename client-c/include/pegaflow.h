@@ -62,7 +62,7 @@ extern "C" {
 #define PEGA_TIMEOUT 19              /* The bound for waiting ran out; the request goes on. */
 #define PEGA_AGAIN 20                /* No room now: poll completions, then submit again. */
 #define PEGA_VERSION_MISMATCH 21     /* No common protocol version: upgrade client or daemon. */
-#define PEGA_PERMISSION_DENIED 22    /* The daemon does not serve this user (--allow-uid). */
+#define PEGA_PERMISSION_DENIED 22    /* The daemon does not serve this user, or this model to it. */
 #define PEGA_BAD_LAYOUT 23           /* The KV layout is impossible: see pega_last_error(). */
 #define PEGA_ALREADY_REGISTERED 24   /* A live session already holds this rank of the instance. */
 #define PEGA_NAMESPACE_MISMATCH 25   /* Ranks differ in namespace, world size or mode. */

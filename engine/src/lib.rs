@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod fault;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+pub mod isolation;
 pub mod lane;
 pub mod layout;
 pub mod metrics;

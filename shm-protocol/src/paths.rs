@@ -35,7 +35,8 @@ pub fn check_node_name(name: &str) -> Result<(), NodeNameFault> {
     Ok(())
 }
 
-/// Folder of a node's shared files: `node`, `pool`, `catalog`, `index-<uid>`, `sessions/`, `lock`.
+/// Folder of a node's shared files: `node`, `pool`, `catalog`, `index-<domain>`, `lock`, and
+/// `sessions/`.
 pub fn node_dir(node: &str) -> PathBuf {
     let root =
         std::env::var_os("PEGAFLOW_SHM_DIR").map_or_else(|| PathBuf::from(SHM_ROOT), PathBuf::from);

@@ -15,6 +15,7 @@ pub mod children;
 pub mod cli;
 pub mod daemon;
 pub mod doctor;
+pub mod domains;
 pub mod error;
 pub mod metrics;
 pub mod node;

@@ -8,6 +8,7 @@ use pegaflow_shm::node::{
 use pegaflow_shm::status::Status;
 use serde_json::{Value, json};
 
+use crate::domains::{domains_json, domains_line, domains_table};
 use crate::node::{NodeView, ProcStat, label, miss_counters};
 use crate::output::{
     age, count, duration, facts, nanos, percent, print_json, printable, ratio, size, table,
@@ -53,6 +54,7 @@ pub fn status(view: &NodeView, as_json: bool) {
             "instances": gauge(Gauge::Instances),
             "instances_ready": gauge(Gauge::InstancesReady),
             "namespaces": gauge(Gauge::Namespaces),
+            "domains": domains_json(&view.reader.domains()),
             "leases": gauge(Gauge::Leases),
             "blocks": gauge(Gauge::BlocksHeld),
             "blocks_max": gauge(Gauge::BlocksMax),
@@ -116,6 +118,7 @@ pub fn status(view: &NodeView, as_json: bool) {
                 gauge(Gauge::InstancesReady)
             ),
         ),
+        ("isolation domains", domains_line(&view.reader.domains())),
         ("leases", gauge(Gauge::Leases).to_string()),
         (
             "hits",
@@ -147,6 +150,7 @@ fn session_json(row: &SessionRow) -> Value {
         "session": row.session,
         "pid": row.pid,
         "uid": row.uid,
+        "domain": field_text(&row.domain),
         "connected_unix_ms": row.connected_unix_ms,
         "client_name": field_text(&row.client_name),
         "instance": field_text(&row.instance),
@@ -183,6 +187,7 @@ pub fn sessions(view: &NodeView, as_json: bool) {
         "session",
         "pid",
         "uid",
+        "domain",
         "name",
         "instance",
         "rank",
@@ -190,12 +195,13 @@ pub fn sessions(view: &NodeView, as_json: bool) {
         "submissions",
         "unfinished",
     ];
-    let mut table = table(&header, &[0, 1, 2, 7, 8]);
+    let mut table = table(&header, &[0, 1, 2, 8, 9]);
     for row in &rows {
         table.add_row([
             row.session.to_string(),
             row.pid.to_string(),
             row.uid.to_string(),
+            printable(&field_text(&row.domain)),
             printable(&field_text(&row.client_name)),
             printable(&field_text(&row.instance)),
             rank_text(row),
@@ -212,7 +218,7 @@ fn namespace_json((key, row): &(usize, NamespaceRow)) -> Value {
         "key": key,
         "summary": field_text(&row.summary),
         "digest": hex(&row.digest),
-        "uid": row.uid,
+        "domain": field_text(&row.domain),
         "world_size": row.world_size,
         "block_tokens": row.block_tokens,
         "blocks": row.blocks,
@@ -260,6 +266,7 @@ pub fn cache(view: &NodeView, as_json: bool) {
         print_json(&json!({
             "daemon": daemon_json(view),
             "pool": pool,
+            "domains": domains_json(&view.reader.domains()),
             "namespaces": namespaces.iter().map(namespace_json).collect::<Vec<_>>(),
             "hit_blocks": view.reader.counter(Counter::QueryHit),
             "missed_blocks": misses,
@@ -288,23 +295,23 @@ pub fn cache(view: &NodeView, as_json: bool) {
             text,
         ]);
     }
-    println!("{pool}");
+    println!("{pool}\n{}", domains_table(&view.reader.domains()));
     let header = [
         "key",
         "namespace",
-        "uid",
+        "domain",
         "ranks",
         "blocks",
         "bytes",
         "queried",
         "hit ratio",
     ];
-    let mut spaces = table(&header, &[0, 2, 3, 4, 5, 6, 7]);
+    let mut spaces = table(&header, &[0, 3, 4, 5, 6, 7]);
     for (key, row) in &namespaces {
         spaces.add_row([
             key.to_string(),
             printable(&field_text(&row.summary)),
-            row.uid.to_string(),
+            printable(&field_text(&row.domain)),
             row.world_size.to_string(),
             count(row.blocks),
             size(row.bytes),

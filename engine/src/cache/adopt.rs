@@ -20,12 +20,14 @@ use pegaflow_shm::index::BlockKey;
 use pegaflow_shm::node::text_field;
 
 use crate::cache::block::Shard;
+use crate::cache::homes::Homes;
 use crate::cache::lookup::key_hash;
 use crate::cache::{Cache, CacheOptions};
 use crate::catalog::{AdoptedPage, Catalog, CatalogError, Differences, Geometry, OpenedCatalog};
 use crate::config::PoolStart;
 use crate::copy::PoolMemory;
 use crate::fault::{self, CrashPoint};
+use crate::isolation::DomainRules;
 use crate::lane::LaneOptions;
 use crate::pool::{
     OpenedPool, Pool, PoolError, PoolFile, PoolFileError, PoolIdentity, PopulateOptions,
@@ -96,7 +98,7 @@ pub fn open_cache(
     if files.previous_blocks {
         let report = cache.catalog.adopt()?;
         discarded_pages = report.discarded.total();
-        let (blocks, given_up) = cache.adopt_pages(report.pages)?;
+        let (blocks, given_up) = cache.adopt_pages(report.pages, &options.rules)?;
         adopted_blocks = blocks;
         discarded_pages += given_up;
         tracing::info!(
@@ -236,14 +238,19 @@ fn remove_indexes(dir: &Path) -> io::Result<()> {
 
 impl Cache {
     /// Takes whole blocks in and clears the rest. Returns blocks taken over and pages given up.
-    pub(super) fn adopt_pages(&mut self, pages: Vec<AdoptedPage>) -> Result<(u64, u64), OpenError> {
+    pub(super) fn adopt_pages(
+        &mut self,
+        pages: Vec<AdoptedPage>,
+        rules: &DomainRules,
+    ) -> Result<(u64, u64), OpenError> {
+        let homes = self.stored_domains(rules);
         let mut blocks: HashMap<BlockName, Vec<AdoptedPage>> = HashMap::new();
         let mut order = Vec::new();
         let (mut adopted_blocks, mut given_up) = (0, 0);
         for adopted in pages {
             if adopted.page.shards == 1 {
                 // Most blocks: nothing to gather.
-                self.adopt_or_clear(&[adopted], &mut adopted_blocks, &mut given_up)?;
+                self.adopt_or_clear(&homes, &[adopted], &mut adopted_blocks, &mut given_up)?;
                 continue;
             }
             let name = (
@@ -259,9 +266,10 @@ impl Cache {
         }
         for name in order {
             let shards = blocks.remove(&name).unwrap_or_default();
-            self.adopt_or_clear(&shards, &mut adopted_blocks, &mut given_up)?;
+            self.adopt_or_clear(&homes, &shards, &mut adopted_blocks, &mut given_up)?;
         }
         fault::point(CrashPoint::BlocksAdopted);
+        self.forget_homeless(&homes)?;
         let pool = &self.pool;
         self.catalog
             .retain_extents(|extent| pool.page_bytes_of_extent(extent).is_some())?;
@@ -271,11 +279,12 @@ impl Cache {
     /// Takes the block of these pages in, or clears their records.
     fn adopt_or_clear(
         &mut self,
+        homes: &Homes,
         pages: &[AdoptedPage],
         adopted: &mut u64,
         given_up: &mut u64,
     ) -> Result<(), OpenError> {
-        if self.adopt_block(pages) {
+        if self.adopt_block(homes, pages) {
             *adopted += 1;
             fault::point(CrashPoint::BlockAdopted);
             return Ok(());
@@ -289,18 +298,12 @@ impl Cache {
     }
 
     /// Takes a block in, if these pages, all of one namespace, group and hash, are all of it.
-    fn adopt_block(&mut self, pages: &[AdoptedPage]) -> bool {
+    fn adopt_block(&mut self, homes: &Homes, pages: &[AdoptedPage]) -> bool {
         let Some(first) = pages.first() else {
             return false;
         };
         let (slot, group, hash) = (first.page.namespace, first.page.group, first.page.hash);
-        let Some(namespace) = self.catalog.namespace_in(slot) else {
-            return false;
-        };
-        let Ok(uid) = u32::try_from(namespace.domain_key) else {
-            return false;
-        };
-        let Ok(domain) = self.domain(uid) else {
+        let Some(domain) = homes.of(slot) else {
             return false;
         };
         let mut ranks: Vec<u8> = pages.iter().map(|adopted| adopted.page.rank).collect();

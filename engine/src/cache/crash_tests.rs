@@ -19,6 +19,7 @@ use crate::cache::store::{Offer, ShardScope};
 use crate::cache::{Cache, CacheOptions};
 use crate::catalog::steps::{Step, Steps};
 use crate::catalog::{Catalog, Geometry, OpenedCatalog};
+use crate::isolation::{DomainRules, IsolationDomain};
 use crate::policy::{AdmissionKind, PolicyKind};
 use crate::pool::{Pool, PoolIdentity};
 
@@ -124,7 +125,12 @@ impl Before {
         let catalog = Catalog::create(&path, &geometry(), BOOT).expect("room");
         let steps = catalog.steps();
         let mut cache = cache_over(catalog, dir);
-        assert_eq!(cache.domain(0).expect("a domain"), 0);
+        assert_eq!(
+            cache
+                .domain(&Arc::new(IsolationDomain::of_user(0)))
+                .expect("a domain"),
+            0
+        );
         let mut before = Before {
             cache,
             steps,
@@ -261,7 +267,9 @@ fn adopt(dir: &Path, image: &[u8], memory: &[Content], dies: bool) -> BTreeSet<N
     steps.record();
     let report = catalog.adopt().expect("readable");
     let mut cache = cache_over(catalog, dir);
-    cache.adopt_pages(report.pages).expect("no system error");
+    cache
+        .adopt_pages(report.pages, &DomainRules::any_user())
+        .expect("no system error");
     let found = sealed(&cache, memory);
     let steps = steps.take();
     drop(cache);

@@ -1,9 +1,10 @@
-//! An isolation domain: one user's index file and the records behind it.
+//! An isolation domain's blocks: its index and the records behind it.
 
 #![forbid(unsafe_code)]
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use pegaflow_shm::BootId;
 use pegaflow_shm::index::{BlockKey, EntryId, IndexLayout, InsertError};
@@ -12,6 +13,7 @@ use pegaflow_shm::mapping::{Access, NamedFile};
 use crate::cache::block::{Block, ShardRuns};
 use crate::cache::index_file::{IndexFile, IndexFileError};
 use crate::fault::{self, CrashPoint};
+use crate::isolation::IsolationDomain;
 use crate::policy::EvictionPolicy;
 
 /// Position of a domain in the cache's list.
@@ -20,10 +22,10 @@ pub type DomainId = usize;
 /// Entries that get storage at a time: 16,384 entries are 1 MiB.
 const RESERVE_STEP: u32 = 16 * 1024;
 
-/// One user's blocks.
+/// One domain's blocks.
 pub struct Domain {
-    /// The user.
-    pub uid: u32,
+    /// Whose they are.
+    pub identity: Arc<IsolationDomain>,
     /// Index, in shared memory.
     pub index: IndexFile,
     /// Records by entry id.
@@ -47,7 +49,7 @@ impl Domain {
     /// # Errors
     /// The file cannot be made or has no room in its tmpfs.
     pub fn create(
-        uid: u32,
+        identity: Arc<IsolationDomain>,
         path: PathBuf,
         max_blocks: u32,
         boot_id: BootId,
@@ -58,7 +60,7 @@ impl Domain {
         let index = IndexFile::create(&path, layout, boot_id, seed)?;
         fault::point(CrashPoint::IndexMade);
         Ok(Domain {
-            uid,
+            identity,
             index,
             blocks: bytemuck::allocation::zeroed_vec(max_blocks as usize),
             runs: ShardRuns::default(),

@@ -18,6 +18,7 @@ use std::time::Instant;
 use pegaflow_shm::BootId;
 use pegaflow_shm::status::Status;
 
+use crate::cache::MAX_DOMAINS;
 use crate::cache::domain::DomainId;
 
 /// Deadlines of ended leases that may stay in the queue beyond one for each live lease.
@@ -106,6 +107,8 @@ pub struct LeaseTable {
     deadlines: BinaryHeap<Reverse<(Instant, u64)>>,
     max_leases: usize,
     live: usize,
+    /// Live leases of each domain.
+    by_domain: [u32; MAX_DOMAINS],
 }
 
 impl LeaseTable {
@@ -120,6 +123,7 @@ impl LeaseTable {
             deadlines: BinaryHeap::new(),
             max_leases,
             live: 0,
+            by_domain: [0; MAX_DOMAINS],
         }
     }
 
@@ -136,6 +140,11 @@ impl LeaseTable {
     /// True when another lease would exceed the maximum.
     pub fn is_full(&self) -> bool {
         self.live >= self.max_leases
+    }
+
+    /// Live leases of a domain.
+    pub fn count_of_domain(&self, domain: DomainId) -> u64 {
+        u64::from(self.by_domain[domain])
     }
 
     /// Takes a lease in and returns its id.
@@ -157,6 +166,7 @@ impl LeaseTable {
         }
         self.by_request.insert(lease.request, id);
         self.deadlines.push(Reverse((lease.deadline, id)));
+        self.by_domain[lease.domain] += 1;
         place.lease = Some(lease);
         self.live += 1;
         if self.deadlines.len() > 2 * self.live + DEADLINE_SLACK {
@@ -278,6 +288,7 @@ impl LeaseTable {
             self.by_request.remove(&lease.request);
         }
         self.live -= 1;
+        self.by_domain[lease.domain] -= 1;
         Some(Ended { id, end, lease })
     }
 

@@ -5,16 +5,18 @@
 //! | file | what it does |
 //! | --- | --- |
 //! | [`block`] | a block's pins and shards |
-//! | [`domain`] | one user's blocks: index, records, eviction order |
+//! | [`domain`] | one isolation domain's blocks: index, records, eviction order |
 //! | [`lookup`] | pinning what a query hits, unpinning what a lease held |
 //! | [`store`] | taking shards in: offer, copied, failed |
 //! | [`room`] | finding a page: allocate, evict, evacuate an extent |
 //! | [`lease`] | leases: grant, consume, renew, release, expire |
 //! | [`adopt`] | taking over the pages of a previous daemon |
+//! | `homes` | which domain a stored namespace belongs to now |
 
 pub mod adopt;
 pub mod block;
 pub mod domain;
+mod homes;
 pub mod index_file;
 #[cfg(test)]
 pub mod inspect;
@@ -30,19 +32,22 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pegaflow_shm::BootId;
 use pegaflow_shm::index::EntryId;
+use pegaflow_shm::node::DOMAIN_ROWS;
 
 use crate::cache::domain::{Domain, DomainId};
 use crate::cache::index_file::IndexFileError;
 use crate::catalog::Catalog;
+use crate::isolation::{DomainKey, IsolationDomain};
 use crate::policy::{self, Admission, AdmissionKind, PolicyKind};
 use crate::pool::{ExtentId, Pool};
 
 /// Most isolation domains of one daemon.
-pub const MAX_DOMAINS: usize = 64;
+pub const MAX_DOMAINS: usize = DOMAIN_ROWS;
 /// Pins that leases and unfinished queries may hold at once, for each block that an index can hold.
 /// A block that many requests share has many pins, and each costs its holder four bytes.
 pub const PINS_PER_BLOCK: u32 = 8;
@@ -154,27 +159,44 @@ impl Cache {
         }
     }
 
-    /// The domain of a user, created at first use.
+    /// The blocks of a domain, created at first use.
     ///
     /// # Errors
     /// Its index file cannot be made, or there are [`MAX_DOMAINS`] already.
-    pub fn domain(&mut self, uid: u32) -> Result<DomainId, DomainError> {
-        if let Some(found) = self.domains.iter().position(|domain| domain.uid == uid) {
+    pub fn domain(&mut self, identity: &Arc<IsolationDomain>) -> Result<DomainId, DomainError> {
+        if let Some(found) = self.domain_of_key(identity.key()) {
             return Ok(found);
         }
         if self.domains.len() == MAX_DOMAINS {
-            return Err(DomainError::TooMany { uid });
+            let name = identity.name().to_owned();
+            return Err(DomainError::TooMany { name });
         }
-        let path = self.options.dir.join(format!("index-{uid}"));
+        let path = self.options.dir.join(format!("index-{identity}"));
         let seed = {
             let id = self.options.boot_id;
             u64::from_le_bytes([id[0], id[1], id[2], id[3], id[4], id[5], id[6], id[7]])
         };
         let (max_blocks, boot_id) = (self.options.max_blocks, self.options.boot_id);
         let policy = policy::build(self.options.policy, max_blocks);
-        let domain = Domain::create(uid, path, max_blocks, boot_id, seed, policy)?;
+        let domain = Domain::create(identity.clone(), path, max_blocks, boot_id, seed, policy)?;
         self.domains.push(domain);
         Ok(self.domains.len() - 1)
+    }
+
+    fn domain_of_key(&self, key: DomainKey) -> Option<DomainId> {
+        let mut domains = self.domains.iter();
+        domains.position(|domain| domain.identity.key() == key)
+    }
+
+    /// The name of a domain that the cache has; empty for another one.
+    pub fn name_of_domain(&self, key: DomainKey) -> &str {
+        let found = self.domain_of_key(key);
+        found.map_or("", |domain| self.domains[domain].identity.name())
+    }
+
+    /// All domains, in the order of their positions.
+    pub fn domains(&self) -> &[Domain] {
+        &self.domains
     }
 
     /// A domain by position.
@@ -276,14 +298,18 @@ impl Cache {
     }
 }
 
-/// A user's domain cannot be made.
+/// A domain cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum DomainError {
-    /// Too many users.
-    #[error("user {uid} would be the {}th user of this daemon: start another daemon", MAX_DOMAINS + 1)]
+    /// Too many domains.
+    #[error(
+        "isolation domain `{name}` would be the {}th of this daemon: put users that may share blocks \
+         into one [[domain]] of the configuration, or start another daemon",
+        MAX_DOMAINS + 1
+    )]
     TooMany {
-        /// The user.
-        uid: u32,
+        /// The domain.
+        name: String,
     },
     /// The index file.
     #[error(transparent)]

@@ -14,6 +14,7 @@ use crate::cache::block::{Block, Shard};
 use crate::cache::domain::DomainId;
 use crate::cache::lookup::key_hash;
 use crate::fault::{self, CrashPoint};
+use crate::isolation::DomainKey;
 use crate::pool::{Allocation, ExtentId, PageAddr};
 
 /// Extents of another page size that are tried in vain before a list goes without room.
@@ -130,7 +131,7 @@ impl Cache {
         }
     }
 
-    /// The next victim: of the domain that holds most, so that no user can crowd another one out.
+    /// The next victim: of the domain that holds most, so that none can crowd another one out.
     fn pick_victim(&mut self) -> Option<(DomainId, EntryId)> {
         let heaviest = (0..self.domains.len()).max_by_key(|domain| self.domains[*domain].bytes)?;
         let busy = std::mem::take(&mut self.busy_extents);
@@ -218,9 +219,8 @@ impl Cache {
     fn owner_of(&self, page: PageAddr) -> Option<(DomainId, EntryId)> {
         let record = self.catalog.record(page)?;
         let key = BlockKey::new(record.namespace, record.group, &record.hash);
-        let key_of_domain = self.catalog.namespace_in(record.namespace)?.domain_key;
-        let mut domains = self.domains.iter();
-        let domain = domains.position(|domain| u64::from(domain.uid) == key_of_domain)?;
+        let stored = self.catalog.namespace_in(record.namespace)?;
+        let domain = self.domain_of_key(DomainKey(stored.domain_key))?;
         let entry = self.domains[domain].index.writer.find(&key)?;
         Some((domain, entry))
     }

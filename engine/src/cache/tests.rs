@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use pegaflow_shm::BlockHash;
@@ -14,6 +15,7 @@ use crate::cache::block::Shard;
 use crate::cache::store::{Offer, ShardScope};
 use crate::cache::{Cache, CacheOptions};
 use crate::catalog::{Catalog, Geometry};
+use crate::isolation::IsolationDomain;
 use crate::policy::{AdmissionKind, PolicyKind};
 use crate::pool::{Pool, PoolIdentity};
 
@@ -57,7 +59,12 @@ fn fixture(extents: u64, max_blocks: u32, policy: PolicyKind) -> Fixture {
     };
     let pool = Pool::new(pool_bytes, EXTENT).expect("a pool");
     let mut cache = Cache::new(pool, catalog, options);
-    assert_eq!(cache.domain(0).expect("a domain"), 0);
+    assert_eq!(
+        cache
+            .domain(&Arc::new(IsolationDomain::of_user(0)))
+            .expect("a domain"),
+        0
+    );
     Fixture { cache, _dir: dir }
 }
 

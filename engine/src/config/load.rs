@@ -11,6 +11,7 @@ use clap::parser::ValueSource;
 use super::ConfigError;
 use super::check;
 use super::cli::{CHECK_FLAG, CONFIG_ENV, CONFIG_FLAG};
+use super::domains::{self, DomainRule};
 use super::options::{Config, OPTIONS, OptionDef, Shape};
 
 /// Variables with the daemon's prefix that the client library, the tools or the path rules read.
@@ -107,6 +108,10 @@ impl Loaded {
             let line = format!("{} = {value}", option.name.replace('-', "_"));
             text.push_str(&format!("{line:<44} # {}\n", self.origin(option.name)));
         }
+        // Tables come last in TOML.
+        for domain in &self.config.domains {
+            text.push_str(&domain.show());
+        }
         text
     }
 }
@@ -130,9 +135,10 @@ pub fn load(
     let file = matches
         .get_one::<String>(CONFIG_FLAG)
         .or_else(|| environment.get(CONFIG_ENV));
-    if let Some(path) = file {
-        read_file(path, &mut sources, &mut errors);
-    }
+    let domains = match file {
+        Some(path) => read_file(path, &mut sources, &mut errors),
+        None => Vec::new(),
+    };
     for option in OPTIONS {
         if let Some(text) = environment.get(option.env) {
             let origin = Origin::Environment(option.env);
@@ -170,6 +176,7 @@ pub fn load(
             ));
         }
     }
+    config.domains = domains;
     config.derive(&|option| !sources.contains_key(option));
     let (problems, adjusted) = check::check(&mut config);
     notes.extend(adjusted);
@@ -223,7 +230,7 @@ fn read_file(
     path: &str,
     sources: &mut HashMap<&'static str, Source>,
     errors: &mut Vec<ConfigError>,
-) {
+) -> Vec<DomainRule> {
     let file = || path.to_owned();
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
@@ -232,7 +239,7 @@ fn read_file(
                 file: file(),
                 problem: error.to_string(),
             });
-            return;
+            return Vec::new();
         }
     };
     let table: toml::Table = match text.parse() {
@@ -242,13 +249,19 @@ fn read_file(
                 file: file(),
                 problem: error.to_string(),
             });
-            return;
+            return Vec::new();
         }
     };
+    let mut rules = Vec::new();
     for (key, value) in &table {
+        if key == domains::KEY {
+            rules = domains::read(value, path, errors);
+            continue;
+        }
         let dashed = key.replace('_', "-");
         let Some(option) = OPTIONS.iter().find(|option| option.name == dashed) else {
-            let hint = nearest(key, OPTIONS.iter().map(|option| option.name));
+            let names = OPTIONS.iter().map(|option| option.name);
+            let hint = nearest(key, names.chain([domains::KEY]));
             errors.push(ConfigError::UnknownKey {
                 key: key.clone(),
                 file: file(),
@@ -271,10 +284,11 @@ fn read_file(
                 sources.insert(option.name, Source { origin, text });
             }
             None => errors.push(refused(
-                "give a text, a whole number, true or false (a list for allow-uid)",
+                "give a text, a whole number, true or false (a list for allow-uid and allow-gid)",
             )),
         }
     }
+    rules
 }
 
 fn value_text(option: &OptionDef, value: &toml::Value) -> Option<String> {
@@ -285,7 +299,11 @@ fn value_text(option: &OptionDef, value: &toml::Value) -> Option<String> {
         toml::Value::Array(items) if option.shape == Shape::List => {
             let texts: Option<Vec<String>> = items
                 .iter()
-                .map(|item| item.as_integer().map(|uid| uid.to_string()))
+                .map(|item| match item {
+                    toml::Value::Integer(id) => Some(id.to_string()),
+                    toml::Value::String(name) => Some(name.clone()),
+                    _ => None,
+                })
                 .collect();
             Some(texts?.join(","))
         }
@@ -312,7 +330,7 @@ fn unknown_variables(environment: &BTreeMap<String, String>) -> Vec<String> {
 }
 
 /// `: did you mean …?` for the closest of the known names, or nothing.
-fn nearest(name: &str, known: impl Iterator<Item = &'static str>) -> String {
+pub(super) fn nearest(name: &str, known: impl Iterator<Item = &'static str>) -> String {
     let same_dashes = name.replace('_', "-").to_ascii_lowercase();
     let distance = |other: &str| slips(&same_dashes, &other.replace('_', "-").to_ascii_lowercase());
     match known.map(|other| (distance(other), other)).min() {

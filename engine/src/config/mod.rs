@@ -12,20 +12,27 @@
 //! | `cli` | the command line, made from the table |
 //! | `load` | the four layers on top of each other |
 //! | `check` | ranges, contradictions, values that follow from others |
+//! | `domains` | the `[[domain]]` tables of the file |
+//! | `ids` | users and groups by number or by name |
 
 #![forbid(unsafe_code)]
 
 mod check;
 mod cli;
+mod domains;
+mod ids;
 mod load;
 mod options;
 mod value;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_domains;
 
 pub use check::{MAX_COPY_THREADS, MAX_INSTANCES, MAX_LEASES, MIN_POOL_BYTES};
 pub use cli::command;
+pub use domains::{DomainRule, MAX_NAMED_DOMAINS};
 pub use load::{ConfigErrors, Loaded, Origin, Source, load};
 pub use options::Config;
 pub use value::{Hugepages, LogFormat, PoolStart};
@@ -54,6 +61,16 @@ pub enum ConfigError {
         file: String,
         /// `: did you mean …?`, or nothing.
         hint: String,
+    },
+    /// A `[[domain]]` table that cannot be accepted.
+    #[error("domain {domain} in {file}: {problem}")]
+    Domain {
+        /// Its name, or its number.
+        domain: String,
+        /// The file.
+        file: String,
+        /// What is wrong and what would be right.
+        problem: String,
     },
     /// The file cannot be read.
     #[error(

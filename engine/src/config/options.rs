@@ -9,9 +9,11 @@ use std::time::Duration;
 
 use pegaflow_shm::paths;
 
+use super::domains::DomainRule;
+use super::ids::{Gids, Uids};
 use super::value::{
     AdmissionChoice, BadValue, Choice, Count, FileMode, Hugepages, Kind, Listen, LogFormat,
-    LogLevel, Path, PoolStart, Size, Span, Switch, Text, Uids,
+    LogLevel, Path, PoolStart, Size, Span, Switch, Text,
 };
 use crate::policy::{AdmissionKind, PolicyKind};
 
@@ -42,7 +44,11 @@ macro_rules! options {
        $name:literal, $env:literal, $value_name:literal, $help:literal;)*) => {
         /// Every option of the daemon, with its effective value.
         #[derive(Clone, Debug, PartialEq)]
-        pub struct Config { $(#[doc = $help] pub $field: $type,)* }
+        pub struct Config {
+            $(#[doc = $help] pub $field: $type,)*
+            /// Isolation domains of several users, or of some models; in the file alone.
+            pub domains: Vec<DomainRule>,
+        }
 
         /// The table in the order of `--help`.
         pub(super) const OPTIONS: &[OptionDef] = &[$(OptionDef {
@@ -57,7 +63,7 @@ macro_rules! options {
         impl Config {
             /// Defaults before those that follow from others are filled in.
             pub(super) fn constants() -> Config {
-                Config { $($field: $default,)* }
+                Config { $($field: $default,)* domains: Vec::new() }
             }
 
             /// Reads a value into the option at this position of the table.
@@ -88,12 +94,15 @@ options! {
         "/run/pegaflow/NODE.sock for root, else pegaflow/NODE.sock in $XDG_RUNTIME_DIR",
         "socket", "PEGAFLOW_SOCKET", "PATH",
         "Unix socket that engines connect to; an absolute path";
-    socket_mode: u32, FileMode, Single, 0o600, "0600, or 0666 when --allow-uid names other users",
+    socket_mode: u32, FileMode, Single, 0o600, "0600, or 0666 when other users may connect",
         "socket-mode", "PEGAFLOW_SOCKET_MODE", "OCTAL",
         "Permission bits of the socket";
     allow_uid: Vec<u32>, Uids, List, Vec::new(), "the daemon's own user and root",
         "allow-uid", "PEGAFLOW_ALLOW_UID", "UID",
-        "User that may connect besides the daemon's own and root; repeat it for several. Users never see each other's blocks";
+        "User that may connect besides the daemon's own and root, by number or name; repeat it for several. Users see each other's blocks only where a [[domain]] of the file says so";
+    allow_gid: Vec<u32>, Gids, List, Vec::new(), "none",
+        "allow-gid", "PEGAFLOW_ALLOW_GID", "GID",
+        "Group whose members may connect, by number or name, primary or supplementary; repeat it for several";
     pool_bytes: u64, Size, Single, 1 << 30, "",
         "pool-size", "PEGAFLOW_POOL_SIZE", "SIZE",
         "Memory for blocks, in bytes or with a unit (512MB, 1GiB); allocated at start, rounded down to whole extents";
@@ -189,12 +198,10 @@ impl Config {
     /// True when a user besides the daemon's own and root may connect.
     pub fn serves_others(&self) -> bool {
         let own = rustix::process::geteuid().as_raw();
-        self.allow_uid.iter().any(|uid| *uid != own && *uid != 0)
-    }
-
-    /// True when a process of this user may connect.
-    pub fn allows(&self, uid: u32) -> bool {
-        let own = rustix::process::geteuid().as_raw();
-        uid == own || uid == 0 || self.allow_uid.contains(&uid)
+        let listed = self.domains.iter().flat_map(|domain| &domain.uids);
+        let other = |uid: &u32| *uid != own && *uid != 0;
+        self.allow_uid.iter().chain(listed).any(other)
+            || !self.allow_gid.is_empty()
+            || self.domains.iter().any(|domain| !domain.gids.is_empty())
     }
 }

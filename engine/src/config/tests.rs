@@ -4,7 +4,7 @@ use std::time::Duration;
 use super::*;
 use crate::policy::{AdmissionKind, PolicyKind};
 
-fn load_with(flags: &[&str], env: &[(&str, &str)]) -> Result<Loaded, ConfigErrors> {
+pub(super) fn load_with(flags: &[&str], env: &[(&str, &str)]) -> Result<Loaded, ConfigErrors> {
     let words = std::iter::once("pegaflowd").chain(flags.iter().copied());
     let matches = command().try_get_matches_from(words).unwrap();
     load(
@@ -14,17 +14,17 @@ fn load_with(flags: &[&str], env: &[(&str, &str)]) -> Result<Loaded, ConfigError
     )
 }
 
-fn file(text: &str) -> tempfile::NamedTempFile {
+pub(super) fn file(text: &str) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(text.as_bytes()).unwrap();
     file
 }
 
-fn path(file: &tempfile::NamedTempFile) -> &str {
+pub(super) fn path(file: &tempfile::NamedTempFile) -> &str {
     file.path().to_str().unwrap()
 }
 
-fn errors(flags: &[&str]) -> Vec<String> {
+pub(super) fn errors(flags: &[&str]) -> Vec<String> {
     let errors = load_with(flags, &[])
         .err()
         .map_or(Vec::new(), |errors| errors.0);

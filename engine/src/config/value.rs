@@ -58,7 +58,7 @@ pub enum LogFormat {
     Json,
 }
 
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
 }
 
@@ -170,34 +170,6 @@ impl Kind for Switch {
     }
     fn show(value: &bool) -> String {
         value.to_string()
-    }
-}
-
-/// User ids, separated by commas.
-pub(super) struct Uids;
-impl Kind for Uids {
-    type Value = Vec<u32>;
-    fn parse(text: &str) -> Result<Vec<u32>, BadValue> {
-        let mut uids = Vec::new();
-        for part in text
-            .split(',')
-            .map(str::trim)
-            .filter(|part| !part.is_empty())
-        {
-            let uid = part.parse().map_err(|_| {
-                BadValue(format!(
-                    "`{part}` is no user id: give numbers, as `id -u` prints them"
-                ))
-            })?;
-            uids.push(uid);
-        }
-        uids.sort_unstable();
-        uids.dedup();
-        Ok(uids)
-    }
-    fn show(value: &Vec<u32>) -> String {
-        let uids: Vec<String> = value.iter().map(u32::to_string).collect();
-        format!("[{}]", uids.join(", "))
     }
 }
 

@@ -156,6 +156,7 @@ async fn welcome(
     let new = NewSession {
         id,
         uid: peer.uid,
+        domain: peer.domain.clone(),
         pid: peer.pid as u32,
         client_name: opening.name.clone(),
         c2d: opening.c2d,
@@ -192,6 +193,7 @@ async fn welcome(
         session = id,
         pid = peer.pid,
         uid = peer.uid,
+        domain = %peer.domain,
         client = %opening.name,
         version = %opening.version,
         protocol = opening.protocol,

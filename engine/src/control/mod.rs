@@ -10,7 +10,7 @@
 //! | [`lock`] | lock files with the holder's process id |
 //! | [`node_dir`] | the node's folder: made, checked, locked, swept |
 //! | [`listener`] | the session socket and the right to it |
-//! | [`peer`] | user, process and pidfd of a connection |
+//! | [`peer`] | user, domain, process and pidfd of a connection |
 //! | `packet` | one message in, bounded messages out |
 //! | `handshake` | Hello, segments, bells, Welcome |
 //! | `session` | one session's messages and its end |
@@ -58,10 +58,11 @@ use pegaflow_shm::status::Status;
 use serde::de::IgnoredAny;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::isolation::DomainRules;
 use crate::lane::api::{LaneEvent, LaneHandle, Refusal, SessionId};
 use listener::Listener;
 use packet::PacketSocket;
-use peer::{AllowList, Peer};
+use peer::Peer;
 
 /// How long a connection may take to say Hello.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -79,8 +80,8 @@ pub struct ControlOptions {
     pub node: String,
     /// Boot id.
     pub boot_id: BootId,
-    /// Who may connect.
-    pub allowed: AllowList,
+    /// Who may connect, and to which isolation domain each belongs.
+    pub rules: DomainRules,
     /// Most connections, sessions and those on the way to one.
     pub max_sessions: u32,
     /// How long a connection may take to say Hello.
@@ -172,7 +173,7 @@ impl Control {
 
     fn admit(&self, connection: OwnedFd) {
         let shared = &self.shared;
-        let admitted = Peer::identify(connection.as_fd(), &shared.options.allowed)
+        let admitted = Peer::identify(connection.as_fd(), &shared.options.rules)
             .and_then(|peer| Ok((peer, self.place()?)));
         match admitted {
             Ok((peer, place)) => {

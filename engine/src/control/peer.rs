@@ -4,37 +4,16 @@
 
 use std::fs;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::errno::Errno as NixErrno;
 use nix::sys::socket::{getsockopt, sockopt};
 use pegaflow_shm::status::Status;
-use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::config::Config;
+use crate::isolation::peer_groups::peer_groups;
+use crate::isolation::{Credentials, DomainRules, IsolationDomain};
 use crate::lane::api::Refusal;
-
-/// Users that may connect.
-#[derive(Clone, Debug)]
-pub struct AllowList(Vec<u32>);
-
-impl AllowList {
-    /// The daemon's own user, root, and those of `--allow-uid`.
-    pub fn of(config: &Config) -> AllowList {
-        let mut uids = config.allow_uid.clone();
-        uids.extend([0, geteuid().as_raw()]);
-        AllowList(uids)
-    }
-
-    /// Exactly these users.
-    pub fn only(uids: impl Into<Vec<u32>>) -> AllowList {
-        AllowList(uids.into())
-    }
-
-    /// Whether this user may connect.
-    pub fn contains(&self, uid: u32) -> bool {
-        self.0.contains(&uid)
-    }
-}
 
 /// A connected process.
 #[derive(Debug)]
@@ -43,25 +22,31 @@ pub struct Peer {
     pub pid: i32,
     /// Its user.
     pub uid: u32,
+    /// Its isolation domain, which does not change while it is connected.
+    pub domain: Arc<IsolationDomain>,
     /// Becomes readable when it ends.
     pub pidfd: OwnedFd,
 }
 
 impl Peer {
-    /// Asks the kernel, and refuses users that are not on the list.
+    /// Asks the kernel, and refuses users whom no rule admits.
     ///
     /// # Errors
     /// What to tell the client.
-    pub fn identify(socket: BorrowedFd<'_>, allowed: &AllowList) -> Result<Peer, Refusal> {
+    pub fn identify(socket: BorrowedFd<'_>, rules: &DomainRules) -> Result<Peer, Refusal> {
         let credentials = getsockopt(&socket, sockopt::PeerCredentials)
             .map_err(|errno| system("getsockopt(SO_PEERCRED)", errno))?;
         let (pid, uid) = (credentials.pid(), credentials.uid());
-        if !allowed.contains(uid) {
-            return Err(Refusal::new(
-                Status::PermissionDenied,
-                format!("user {uid} may not connect: start pegaflowd with --allow-uid {uid}"),
-            ));
-        }
+        let mut gids = vec![credentials.gid()];
+        gids.extend(peer_groups(socket).map_err(|error| {
+            let errno = error
+                .raw_os_error()
+                .map_or(NixErrno::EIO, NixErrno::from_raw);
+            system("getsockopt(SO_PEERGROUPS)", errno)
+        })?);
+        let domain = rules
+            .domain_of(&Credentials { uid, gids })
+            .map_err(|error| Refusal::new(Status::PermissionDenied, error.to_string()))?;
         let Some(known) = Pid::from_raw(pid).filter(|_| pid > 0) else {
             return Err(Refusal::new(
                 Status::SystemError,
@@ -77,7 +62,12 @@ impl Peer {
                 .map_err(|errno| system("pidfd_open", NixErrno::from_raw(errno.raw_os_error())))?,
             Err(errno) => return Err(system("getsockopt(SO_PEERPIDFD)", errno)),
         };
-        Ok(Peer { pid, uid, pidfd })
+        Ok(Peer {
+            pid,
+            uid,
+            domain,
+            pidfd,
+        })
     }
 }
 
@@ -111,20 +101,25 @@ mod tests {
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
+    use rustix::process::geteuid;
+
     use super::*;
+    use crate::config::Config;
 
     #[test]
     fn a_peer_is_known_by_user_and_process() {
         let (left, _right) = UnixStream::pair().unwrap();
         let own = geteuid().as_raw();
-        let peer = Peer::identify(left.as_fd(), &AllowList::of(&Config::default())).unwrap();
+        let rules = DomainRules::of(&Config::default());
+        let peer = Peer::identify(left.as_fd(), &rules).unwrap();
         assert_eq!((peer.pid, peer.uid), (std::process::id() as i32, own));
+        assert_eq!(peer.domain.name(), format!("uid-{own}"));
     }
 
     #[test]
     fn a_user_off_the_list_is_told_the_flag() {
         let (left, _right) = UnixStream::pair().unwrap();
-        let refusal = Peer::identify(left.as_fd(), &AllowList::only([4242])).unwrap_err();
+        let refusal = Peer::identify(left.as_fd(), &DomainRules::only([4242])).unwrap_err();
         assert_eq!(refusal.status, Status::PermissionDenied);
         let uid = geteuid().as_raw();
         assert!(

@@ -13,6 +13,7 @@ use pegaflow_shm::status::Status;
 
 use super::regions::Memory;
 use crate::copy::BoundLayout;
+use crate::isolation::IsolationDomain;
 use crate::lane::api::{NewRegistration, Refusal, RegisteredGroup};
 use crate::layout::ValidLayout;
 
@@ -29,11 +30,16 @@ pub(crate) fn names_process(spec: &RegisterSpec) -> bool {
 }
 
 /// Checks a registration and finds its memory; that of the process, if named, was opened before.
-pub(crate) fn check(spec: RegisterSpec, memory: &Memory) -> Result<Checked, Refusal> {
+pub(crate) fn check(
+    spec: RegisterSpec,
+    memory: &Memory,
+    domain: &IsolationDomain,
+) -> Result<Checked, Refusal> {
     check_name("instance", &spec.instance)?;
     spec.namespace
         .check()
         .map_err(|fault| invalid(fault.to_string()))?;
+    domain.check_model(&spec.namespace.model)?;
     check_rank(&spec)?;
     check_group_numbers(&spec)?;
     let mut groups = Vec::with_capacity(spec.groups.len());

@@ -183,7 +183,7 @@ impl Session {
         if register::names_process(&spec) {
             self.memory.open_process(&self.peer).await?;
         }
-        let checked = register::check(spec, &self.memory)?;
+        let checked = register::check(spec, &self.memory, &self.peer.domain)?;
         let (instance, rank) = (
             checked.registration.spec.instance.clone(),
             checked.registration.spec.rank,

@@ -55,7 +55,7 @@ impl Rig {
         let mut options = ControlOptions {
             node: "n1".into(),
             boot_id: [7; 16],
-            allowed: AllowList::only([rustix::process::geteuid().as_raw()]),
+            rules: DomainRules::only([rustix::process::geteuid().as_raw()]),
             max_sessions: 8,
             hello_timeout: SOON,
             lease_ttl: Duration::from_secs(30),
@@ -316,7 +316,7 @@ fn a_client_is_welcomed_found_by_name_and_forgotten_when_it_leaves() {
 #[test]
 fn a_user_off_the_list_is_refused_by_name_and_counted() {
     let rig = Rig::with(|options| {
-        options.allowed = AllowList::only([4242]);
+        options.rules = DomainRules::only([4242]);
         options.hello_timeout = Duration::from_millis(50);
     });
     let uid = rustix::process::geteuid().as_raw();
@@ -329,7 +329,7 @@ fn a_user_off_the_list_is_refused_by_name_and_counted() {
 
 #[test]
 fn a_refused_client_that_says_hello_first_still_reads_why() {
-    let rig = Rig::with(|options| options.allowed = AllowList::only([4242]));
+    let rig = Rig::with(|options| options.rules = DomainRules::only([4242]));
     let client = rig.connect();
     // Long enough for the refusal to be sent.
     std::thread::sleep(Duration::from_millis(50));
@@ -341,7 +341,7 @@ fn a_refused_client_that_says_hello_first_still_reads_why() {
 #[test]
 fn a_refused_client_that_says_nothing_is_closed() {
     let rig = Rig::with(|options| {
-        options.allowed = AllowList::only([4242]);
+        options.rules = DomainRules::only([4242]);
         options.hello_timeout = Duration::from_millis(50);
     });
     rig.connect()

@@ -37,9 +37,9 @@ use tokio::sync::oneshot;
 use crate::config::{Config, Hugepages, Loaded};
 use crate::control::listener::{ListenError, SocketClaim};
 use crate::control::node_dir::{NodeDir, NodeDirError};
-use crate::control::peer::AllowList;
 use crate::control::{Control, ControlOptions, HELLO_TIMEOUT, hex};
 use crate::fault::{self, CrashPoint};
+use crate::isolation::DomainRules;
 use crate::lane::{self, LaneOptions, LaneStartError, StartedLane};
 use crate::metrics::{Health, HttpError, HttpServer, Phase};
 use progress::Progress;
@@ -174,6 +174,7 @@ fn lane_options(prepared: &Prepared) -> LaneOptions {
     let config = &prepared.config;
     LaneOptions {
         dir: prepared.node_dir.path().to_owned(),
+        rules: DomainRules::of(config),
         boot_id: prepared.boot_id,
         node_name: config.node.clone(),
         node: prepared.node.clone(),
@@ -254,7 +255,7 @@ async fn serve_sessions(
     let options = ControlOptions {
         node: config.node.clone(),
         boot_id,
-        allowed: AllowList::of(&config),
+        rules: DomainRules::of(&config),
         max_sessions: config.max_sessions,
         hello_timeout: HELLO_TIMEOUT,
         lease_ttl: config.lease_ttl,

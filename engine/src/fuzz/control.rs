@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use pegaflow_shm::control::{
     ClientMessage, DaemonMessage, GroupLayout, MAX_MESSAGE_BYTES, MAX_WORLD_SIZE, MemoryRef,
@@ -22,6 +23,7 @@ use crate::control::peer::Peer;
 use crate::control::regions::{MAX_REGION_BYTES, MAX_REGIONS, Memory};
 use crate::control::register;
 use crate::copy::ProcessMemory;
+use crate::isolation::IsolationDomain;
 use crate::lane::api::Refusal;
 use crate::registry::{Member, MemberGroup, Registry, packed_groups};
 
@@ -95,6 +97,7 @@ impl Session {
             peer: Peer {
                 pid: getpid().as_raw_nonzero().get(),
                 uid: 1000,
+                domain: Arc::new(IsolationDomain::of_user(1000)),
                 pidfd,
             },
             memory: Memory::default(),
@@ -137,7 +140,7 @@ impl Session {
             let process = ProcessMemory::open(self.peer.pid, pidfd).expect("our own memory");
             self.memory.hold_process(process);
         }
-        let checked = register::check(spec, &self.memory)?;
+        let checked = register::check(spec, &self.memory, &self.peer.domain)?;
         let spec = checked.registration.spec;
         assert!((1..=MAX_WORLD_SIZE).contains(&spec.world_size));
         assert_eq!(spec.rank.is_some(), !spec.groups.is_empty());
@@ -157,7 +160,7 @@ impl Session {
             registration: id,
             groups: groups.collect(),
         };
-        let instance = self.registry.join(self.peer.uid, &spec, member)?;
+        let instance = self.registry.join(0, &spec, member)?;
         let found = self.registry.get(instance).expect("it was joined just now");
         if found.is_complete() {
             spec.namespace

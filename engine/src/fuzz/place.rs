@@ -12,6 +12,7 @@ use pegaflow_shm::node::{NodeHeader, NodeWriter};
 use tempfile::TempDir;
 
 use crate::config::PoolStart;
+use crate::isolation::DomainRules;
 use crate::lane::LaneOptions;
 use crate::policy::{AdmissionKind, PolicyKind};
 
@@ -41,6 +42,7 @@ impl Place {
 pub(crate) fn lane_options(dir: &Path) -> LaneOptions {
     LaneOptions {
         dir: dir.to_owned(),
+        rules: DomainRules::any_user(),
         boot_id: [3; 16],
         node_name: "fuzz".into(),
         node: node_file(),

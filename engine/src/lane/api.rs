@@ -16,6 +16,7 @@ use pegaflow_shm::status::Status;
 use tokio::sync::oneshot;
 
 use crate::copy::BoundLayout;
+use crate::isolation::IsolationDomain;
 use crate::lane::LaneWake;
 
 /// Session ids count up from 1 and are never used twice by one daemon.
@@ -45,8 +46,10 @@ impl Refusal {
 pub struct NewSession {
     /// Its id.
     pub id: SessionId,
-    /// User of the client: its isolation domain.
+    /// User of the client.
     pub uid: u32,
+    /// Isolation domain of the client.
+    pub domain: Arc<IsolationDomain>,
     /// Process of the client.
     pub pid: u32,
     /// Name of the client in tables.

@@ -9,6 +9,8 @@ use pegaflow_shm::node::Counter;
 use pegaflow_shm::segment::SessionState;
 use pegaflow_shm::status::Status;
 
+use crate::cache::DomainError;
+use crate::cache::domain::DomainId;
 use crate::cache::lease::LeaseEnd;
 use crate::catalog::CatalogError;
 use crate::clock::Clock;
@@ -73,7 +75,13 @@ impl<M: Machine> Lane<M> {
         let system = |error: &dyn std::fmt::Display| {
             Refusal::new(Status::SystemError, format!("session {}: {error}", new.id))
         };
-        let domain = self.cache.domain(new.uid).map_err(|error| system(&error))?;
+        let domain = self
+            .cache
+            .domain(&new.domain)
+            .map_err(|error| match error {
+                DomainError::TooMany { .. } => Refusal::new(Status::Limit, error.to_string()),
+                DomainError::Index(_) => system(&error),
+            })?;
         let (index, index_bytes) = self
             .cache
             .domain_ref(domain)
@@ -129,7 +137,7 @@ impl<M: Machine> Lane<M> {
                 })
                 .collect(),
         };
-        let instance = self.registry.join(session.uid, &spec, member)?;
+        let instance = self.registry.join(session.domain, &spec, member)?;
         let registration = Registration {
             id,
             instance,
@@ -170,9 +178,9 @@ impl<M: Machine> Lane<M> {
         let digest = found
             .namespace
             .digest(found.world_size, &packed_groups(found));
-        let (uid, world_size, spec) = (found.uid, found.world_size, found.namespace.clone());
+        let (domain, world_size, spec) = (found.domain, found.world_size, found.namespace.clone());
         let name = found.name.clone();
-        let namespace = match self.namespace(uid, world_size, digest) {
+        let namespace = match self.namespace(domain, world_size, digest) {
             Ok(namespace) => namespace,
             Err(error) => {
                 let message = format!("instance `{name}` cannot start: {error}");
@@ -181,8 +189,9 @@ impl<M: Machine> Lane<M> {
                 return;
             }
         };
+        let domain = self.cache.domain_ref(domain).identity.name();
         self.namespaces
-            .note(namespace, uid, world_size, digest, &spec);
+            .note(namespace, domain, world_size, digest, &spec);
         if let Some(instance) = self.registry.get_mut(instance) {
             instance.ready = Some(namespace);
         }
@@ -194,14 +203,15 @@ impl<M: Machine> Lane<M> {
     /// The namespace's row in the catalog; one that nobody uses makes room when all are taken.
     fn namespace(
         &mut self,
-        uid: u32,
+        domain: DomainId,
         world_size: u32,
         digest: [u8; 32],
     ) -> Result<u32, CatalogError> {
+        let key = self.cache.domain_ref(domain).identity.key().0;
         let added = self
             .cache
             .catalog_mut()
-            .add_namespace(u64::from(uid), world_size, digest);
+            .add_namespace(key, world_size, digest);
         if !matches!(added, Err(CatalogError::NamespacesFull)) {
             return added;
         }
@@ -210,7 +220,7 @@ impl<M: Machine> Lane<M> {
         let unused = unused.ok_or(CatalogError::NamespacesFull)?;
         let catalog = self.cache.catalog_mut();
         catalog.remove_namespace(unused)?;
-        let added = catalog.add_namespace(u64::from(uid), world_size, digest);
+        let added = catalog.add_namespace(key, world_size, digest);
         self.namespaces.forget(unused);
         added
     }

@@ -9,6 +9,7 @@ use pegaflow_shm::BootId;
 use pegaflow_shm::node::NodeWriter;
 
 use crate::config::PoolStart;
+use crate::isolation::DomainRules;
 use crate::policy::{AdmissionKind, PolicyKind};
 
 /// Everything the lane needs to know from the configuration.
@@ -16,6 +17,8 @@ use crate::policy::{AdmissionKind, PolicyKind};
 pub struct LaneOptions {
     /// The node's folder of shared files.
     pub dir: PathBuf,
+    /// Which stored domains still are one.
+    pub rules: DomainRules,
     /// Boot id.
     pub boot_id: BootId,
     /// Name of the node.

@@ -80,7 +80,6 @@ impl Registration {
 /// A session.
 pub(super) struct LaneSession {
     pub id: SessionId,
-    pub uid: u32,
     pub domain: DomainId,
     pub registrations: Vec<Registration>,
     last_registration: u32,
@@ -141,6 +140,7 @@ impl LaneSession {
             session: new.id,
             pid: new.pid,
             uid: new.uid,
+            domain: text_field(new.domain.name()),
             connected_unix_ms,
             submission_slots: new.c2d_shape.slots,
             completion_slots: new.d2c_shape.slots,
@@ -157,7 +157,6 @@ impl LaneSession {
         };
         let session = LaneSession {
             id: new.id,
-            uid: new.uid,
             domain,
             registrations: Vec::new(),
             last_registration: 0,

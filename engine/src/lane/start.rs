@@ -18,6 +18,7 @@ use crate::cache::adopt::{OpenError, OpenedCache, open_cache};
 use crate::cache::lease::LeaseTable;
 use crate::clock::{Clock, SystemClock};
 use crate::copy::{CopyOptions, CopyWorkers};
+use crate::isolation::DomainKey;
 use crate::lane::api::{LaneEvent, LaneHandle};
 use crate::lane::load::SeenBlocks;
 use crate::lane::machine::{Machine, RealMachine};
@@ -168,7 +169,8 @@ pub(super) fn build<M: Machine>(
     let handle = LaneHandle::new(command_sender, wake.clone());
     let mut namespaces = NamespaceTable::default();
     for namespace in opened.cache.catalog().namespaces() {
-        namespaces.note_adopted(&namespace);
+        let domain = opened.cache.name_of_domain(DomainKey(namespace.domain_key));
+        namespaces.note_adopted(&namespace, domain);
     }
     let mut lane: Lane<M> = Lane {
         cache: opened.cache,

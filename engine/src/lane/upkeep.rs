@@ -6,9 +6,9 @@
 use std::time::{Duration, Instant};
 
 use pegaflow_shm::namespace::NamespaceSpec;
-use pegaflow_shm::node::{Counter, Gauge, NamespaceRow, NodeWriter, text_field};
+use pegaflow_shm::node::{Counter, DomainRow, Gauge, NamespaceRow, NodeWriter, text_field};
 
-use crate::cache::Held;
+use crate::cache::{Held, MAX_DOMAINS};
 use crate::catalog::Namespace;
 use crate::clock::Clock;
 use crate::lane::machine::Machine;
@@ -168,6 +168,31 @@ impl<M: Machine> Lane<M> {
             }
         }
         self.namespaces.publish(node, self.cache.held());
+        self.publish_domains();
+    }
+}
+
+impl<M: Machine> Lane<M> {
+    /// Publishes what each isolation domain holds.
+    fn publish_domains(&self) {
+        let mut sessions = [0; MAX_DOMAINS];
+        for session in self.sessions.iter().flatten() {
+            sessions[session.domain] += 1;
+        }
+        for (position, domain) in self.cache.domains().iter().enumerate() {
+            let row = DomainRow {
+                key: domain.identity.key().0,
+                used: 1,
+                sessions: sessions[position],
+                leases: self.leases.count_of_domain(position),
+                blocks: u64::from(domain.index.writer.sealed_len()),
+                bytes: domain.bytes,
+                pinned: u64::from(domain.pinned),
+                pins: domain.pins,
+                name: text_field(domain.identity.name()),
+            };
+            self.node.write_domain(position, &row);
+        }
     }
 }
 
@@ -191,14 +216,14 @@ impl NamespaceTable {
     pub(super) fn note(
         &mut self,
         namespace: u32,
-        uid: u32,
+        domain: &str,
         world_size: u32,
         digest: [u8; 32],
         spec: &NamespaceSpec,
     ) {
         let row = self.row(namespace);
         row.used = 1;
-        row.uid = uid;
+        row.domain = text_field(domain);
         row.world_size = world_size;
         row.block_tokens = spec.block_tokens;
         row.digest = digest;
@@ -206,11 +231,10 @@ impl NamespaceTable {
     }
 
     /// Shows a namespace whose blocks were taken over and whose engines have not registered yet.
-    pub(super) fn note_adopted(&mut self, namespace: &Namespace) {
+    pub(super) fn note_adopted(&mut self, namespace: &Namespace, domain: &str) {
         let row = self.row(namespace.slot);
         row.used = 1;
-        // The node file shows users; a domain that is no user's shows as the largest number.
-        row.uid = u32::try_from(namespace.domain_key).unwrap_or(u32::MAX);
+        row.domain = text_field(domain);
         row.world_size = namespace.world_size;
         row.digest = namespace.digest;
         row.summary = text_field("(from a previous daemon)");

@@ -5,8 +5,8 @@
 use std::fmt;
 
 use pegaflow_shm::node::{
-    Counter, Gauge, Histogram, HistogramSnapshot, NamespaceRow, NodeReader, SessionRow, bucket_end,
-    field_text,
+    Counter, DomainRow, Gauge, Histogram, HistogramSnapshot, NamespaceRow, NodeReader, SessionRow,
+    bucket_end, field_text,
 };
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
@@ -66,7 +66,8 @@ impl Collector for NodeCollector {
         encode_families(MetricType::Gauge, gauges, &mut encoder)?;
         encode_histograms(node, &mut encoder)?;
         encode_sessions(&node.sessions(), &mut encoder)?;
-        encode_namespaces(node, &mut encoder)
+        encode_namespaces(node, &mut encoder)?;
+        encode_domains(&node.domains(), &mut encoder)
     }
 }
 
@@ -165,6 +166,7 @@ fn octaves(snapshot: &HistogramSnapshot) -> Vec<(f64, u64)> {
 
 type SessionValue = fn(&SessionRow) -> u64;
 type NamespaceValue = fn(&NamespaceRow) -> u64;
+type DomainValue = fn(&DomainRow) -> u64;
 
 fn encode_sessions(
     sessions: &[SessionRow],
@@ -258,7 +260,7 @@ fn encode_namespaces(
         .map(|(key, row)| {
             [
                 key.to_string(),
-                row.uid.to_string(),
+                field_text(&row.domain),
                 field_text(&row.summary),
             ]
         })
@@ -291,7 +293,7 @@ fn encode_namespaces(
     ];
     for (kind, family, help, value) in families {
         let samples = rows.iter().zip(&texts).map(|((_, row), texts)| {
-            let keys = ["namespace", "uid", "summary"];
+            let keys = ["namespace", "domain", "summary"];
             let labels = keys
                 .into_iter()
                 .zip(texts.iter().map(String::as_str))
@@ -304,6 +306,50 @@ fn encode_namespaces(
             }
         });
         encode_families(kind, samples, encoder)?;
+    }
+    Ok(())
+}
+
+fn encode_domains(
+    rows: &[DomainRow],
+    encoder: &mut DescriptorEncoder<'_>,
+) -> Result<(), fmt::Error> {
+    let names: Vec<String> = rows.iter().map(|row| field_text(&row.name)).collect();
+    let families: [(&'static str, &'static str, DomainValue); 5] = [
+        (
+            "pegaflow_domain_sessions",
+            "Sessions of an isolation domain.",
+            |row| u64::from(row.sessions),
+        ),
+        (
+            "pegaflow_domain_leases",
+            "Live leases of an isolation domain.",
+            |row| row.leases,
+        ),
+        (
+            "pegaflow_domain_blocks",
+            "Sealed blocks of an isolation domain.",
+            |row| row.blocks,
+        ),
+        (
+            "pegaflow_domain_bytes",
+            "Bytes of the pages of an isolation domain.",
+            |row| row.bytes,
+        ),
+        (
+            "pegaflow_domain_pinned_blocks",
+            "Blocks of an isolation domain that leases hold.",
+            |row| row.pinned,
+        ),
+    ];
+    for (family, help, value) in families {
+        let samples = rows.iter().zip(&names).map(|(row, name)| Sample {
+            family,
+            help,
+            labels: vec![("domain", name.as_str())],
+            value: value(row),
+        });
+        encode_families(MetricType::Gauge, samples, encoder)?;
     }
     Ok(())
 }

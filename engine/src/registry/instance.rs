@@ -6,6 +6,7 @@ use pegaflow_shm::control::{Mode, RegisterSpec};
 use pegaflow_shm::namespace::NamespaceSpec;
 use pegaflow_shm::status::Status;
 
+use crate::cache::domain::DomainId;
 use crate::lane::api::Refusal;
 use crate::registry::{InstanceId, describe};
 
@@ -45,8 +46,8 @@ pub struct GroupPlace {
 pub struct Instance {
     /// Its number.
     pub id: InstanceId,
-    /// User of its processes.
-    pub uid: u32,
+    /// Isolation domain of its processes: another domain's instance of this name is another one.
+    pub domain: DomainId,
     /// Its name.
     pub name: String,
     /// What its blocks mean.
@@ -62,10 +63,10 @@ pub struct Instance {
 }
 
 impl Instance {
-    pub(super) fn new(id: InstanceId, uid: u32, spec: &RegisterSpec) -> Instance {
+    pub(super) fn new(id: InstanceId, domain: DomainId, spec: &RegisterSpec) -> Instance {
         Instance {
             id,
-            uid,
+            domain,
             name: spec.instance.clone(),
             namespace: spec.namespace.clone(),
             world_size: spec.world_size,
@@ -263,7 +264,7 @@ mod tests {
         assert_eq!(beyond.status, Status::InvalidArgument);
         assert!(
             registry.join(1, &other, member(2, &[0])).is_ok(),
-            "another user's instance"
+            "another domain's instance"
         );
     }
 

@@ -16,6 +16,7 @@ use pegaflow_shm::status::Status;
 
 pub use instance::{GroupPlace, Instance, Member, MemberGroup};
 
+use crate::cache::domain::DomainId;
 use crate::lane::api::Refusal;
 
 /// Number of an instance; never used twice by one daemon.
@@ -60,20 +61,20 @@ impl Registry {
     /// instances.
     pub fn join(
         &mut self,
-        uid: u32,
+        domain: DomainId,
         spec: &RegisterSpec,
         member: Member,
     ) -> Result<InstanceId, Refusal> {
         let known = self
             .instances
             .values()
-            .find(|i| i.uid == uid && i.name == spec.instance);
+            .find(|i| i.domain == domain && i.name == spec.instance);
         let id = match known {
             Some(instance) => {
                 instance.check_same(spec)?;
                 instance.id
             }
-            None => self.make(uid, spec)?,
+            None => self.make(domain, spec)?,
         };
         let joined = match self.instances.get_mut(&id) {
             Some(instance) => instance.join(spec.rank, member),
@@ -88,7 +89,7 @@ impl Registry {
         joined.map(|()| id)
     }
 
-    fn make(&mut self, uid: u32, spec: &RegisterSpec) -> Result<InstanceId, Refusal> {
+    fn make(&mut self, domain: DomainId, spec: &RegisterSpec) -> Result<InstanceId, Refusal> {
         if self.instances.len() >= self.max_instances {
             return Err(Refusal::new(
                 Status::Limit,
@@ -101,7 +102,7 @@ impl Registry {
         }
         let id = self.next;
         self.next += 1;
-        self.instances.insert(id, Instance::new(id, uid, spec));
+        self.instances.insert(id, Instance::new(id, domain, spec));
         Ok(id)
     }
 

@@ -18,6 +18,7 @@ use pegaflow_shm::payload::CHUNK_BYTES;
 use pegaflow_shm::ring::{Consumer, Producer, PushError, RawRing, RingFault};
 use pegaflow_shm::segment::{CONSUMED_OFFSET, SLEEP_EPOCH_OFFSET, SLOTS_OFFSET, SegmentShape};
 
+use crate::isolation::IsolationDomain;
 use crate::lane::api::{NewSession, Refusal, SessionOpened};
 
 /// An answer of the lane that has not come yet.
@@ -117,6 +118,7 @@ impl Session {
         let new = NewSession {
             id,
             uid,
+            domain: Arc::new(IsolationDomain::of_user(uid)),
             pid: std::process::id(),
             client_name: format!("simulated {id}"),
             c2d: c2d.clone(),

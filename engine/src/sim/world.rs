@@ -17,6 +17,7 @@ use pegaflow_shm::node::{NodeHeader, NodeReader, NodeWriter};
 use crate::config::PoolStart;
 use crate::copy::{BoundLayout, Direction};
 use crate::fault::Arming;
+use crate::isolation::DomainRules;
 use crate::lane::{LaneOptions, LaneStartError, LaneWake, SimLane};
 use crate::sim::copies::{CopyEvent, SimCopies, SimMachine, TaskView};
 use crate::sim::crash::{BlockName, Survivors};
@@ -154,6 +155,7 @@ impl World {
     pub fn options(&self, node: NodeWriter) -> LaneOptions {
         let plan = &self.plan;
         LaneOptions {
+            rules: DomainRules::any_user(),
             dir: self.dir.path().to_owned(),
             boot_id: [self.boots; 16],
             node_name: "simulated".into(),

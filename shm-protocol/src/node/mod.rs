@@ -11,6 +11,7 @@
 //!         sessions    SESSION_ROWS × (version, SessionRow)
 //!         leases      LEASE_ROWS × (version, LeaseRow)
 //!         namespaces  NAMESPACE_ROWS × (version, NamespaceRow)
+//!         domains     DOMAIN_ROWS × (version, DomainRow)
 //! ```
 //!
 //! Counters, gauges and buckets are single atomic words. A table row carries a version that is odd
@@ -22,8 +23,8 @@ mod view;
 
 pub use metrics::{Counter, Gauge, HISTOGRAM_BUCKETS, Histogram, bucket_end, bucket_of};
 pub use rows::{
-    LEASE_ROWS, LeaseRow, NAMESPACE_ROWS, NamespaceRow, SESSION_ROWS, SessionRow, field_text,
-    text_field,
+    DOMAIN_NAME_BYTES, DOMAIN_ROWS, DomainRow, LEASE_ROWS, LeaseRow, NAMESPACE_ROWS, NamespaceRow,
+    SESSION_ROWS, SessionRow, field_text, text_field,
 };
 pub use view::{HistogramSnapshot, NodeFault, NodeReader, NodeWriter};
 

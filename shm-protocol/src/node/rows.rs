@@ -1,4 +1,4 @@
-//! Rows of the node file's tables: sessions, leases, namespaces.
+//! Rows of the node file's tables: sessions, leases, namespaces, isolation domains.
 //!
 //! Text fields are UTF-8, cut to the field and padded with zeros.
 
@@ -12,6 +12,10 @@ pub const SESSION_ROWS: usize = 256;
 pub const LEASE_ROWS: usize = 1024;
 /// Namespaces the table shows; also the most a daemon keeps.
 pub const NAMESPACE_ROWS: usize = 256;
+/// Isolation domains the table shows; also the most a daemon keeps.
+pub const DOMAIN_ROWS: usize = 64;
+/// Longest name of an isolation domain in bytes.
+pub const DOMAIN_NAME_BYTES: usize = 32;
 
 /// A connected session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
@@ -49,6 +53,8 @@ pub struct SessionRow {
     pub client_name: [u8; 64],
     /// Instance of the first registration.
     pub instance: [u8; 64],
+    /// Isolation domain.
+    pub domain: [u8; DOMAIN_NAME_BYTES],
 }
 
 /// A live lease.
@@ -83,12 +89,12 @@ pub struct LeaseRow {
 pub struct NamespaceRow {
     /// 1 when the row is in use.
     pub used: u32,
-    /// User whose isolation domain it belongs to.
-    pub uid: u32,
     /// World size of its instances.
     pub world_size: u32,
     /// Tokens per block.
     pub block_tokens: u32,
+    /// Zero.
+    pub reserved: u32,
     /// Sealed blocks held.
     pub blocks: u64,
     /// Bytes of their pages.
@@ -101,12 +107,39 @@ pub struct NamespaceRow {
     pub digest: [u8; 32],
     /// Summary of the spec.
     pub summary: [u8; 160],
+    /// Isolation domain.
+    pub domain: [u8; DOMAIN_NAME_BYTES],
+}
+
+/// An isolation domain that has had sessions or blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct DomainRow {
+    /// What the catalog knows it by.
+    pub key: u64,
+    /// 1 when the row is in use.
+    pub used: u32,
+    /// Sessions.
+    pub sessions: u32,
+    /// Live leases.
+    pub leases: u64,
+    /// Sealed blocks.
+    pub blocks: u64,
+    /// Bytes of the pages of its blocks, finished or not.
+    pub bytes: u64,
+    /// Blocks that leases or unfinished queries hold.
+    pub pinned: u64,
+    /// Pins of all of them: a block that several hold has several.
+    pub pins: u64,
+    /// Name.
+    pub name: [u8; DOMAIN_NAME_BYTES],
 }
 
 const _: () = {
-    assert!(size_of::<SessionRow>() == 200);
+    assert!(size_of::<SessionRow>() == 232);
     assert!(size_of::<LeaseRow>() == 56);
-    assert!(size_of::<NamespaceRow>() == 240);
+    assert!(size_of::<NamespaceRow>() == 272);
+    assert!(size_of::<DomainRow>() == 88);
 };
 
 /// Puts text into a fixed field, cut at a character boundary.

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use bytemuck::Pod;
 
 use super::{
-    Counter, Gauge, HISTOGRAM_BUCKETS, Histogram, LEASE_ROWS, LeaseRow, NAMESPACE_ROWS,
-    NODE_LAYOUT, NODE_MAGIC, NamespaceRow, NodeHeader, SESSION_ROWS, SessionRow, bucket_end,
-    bucket_of,
+    Counter, DOMAIN_ROWS, DomainRow, Gauge, HISTOGRAM_BUCKETS, Histogram, LEASE_ROWS, LeaseRow,
+    NAMESPACE_ROWS, NODE_LAYOUT, NODE_MAGIC, NamespaceRow, NodeHeader, SESSION_ROWS, SessionRow,
+    bucket_end, bucket_of,
 };
 use crate::mapping::Mapping;
 use crate::sync::{AtomicU64, Ordering, fence};
@@ -23,7 +23,9 @@ const LEASES_AT: usize = SESSIONS_AT + SESSION_ROWS * SESSION_WORDS;
 const LEASE_WORDS: usize = 1 + size_of::<LeaseRow>() / 8;
 const NAMESPACES_AT: usize = LEASES_AT + LEASE_ROWS * LEASE_WORDS;
 const NAMESPACE_WORDS: usize = 1 + size_of::<NamespaceRow>() / 8;
-const TOTAL_WORDS: usize = NAMESPACES_AT + NAMESPACE_ROWS * NAMESPACE_WORDS;
+const DOMAINS_AT: usize = NAMESPACES_AT + NAMESPACE_ROWS * NAMESPACE_WORDS;
+const DOMAIN_WORDS: usize = 1 + size_of::<DomainRow>() / 8;
+const TOTAL_WORDS: usize = DOMAINS_AT + DOMAIN_ROWS * DOMAIN_WORDS;
 const HEADER_WORDS: usize = size_of::<NodeHeader>() / 8;
 const ROW_READ_TRIES: usize = 1000;
 
@@ -226,6 +228,14 @@ impl NodeWriter {
         }
     }
 
+    /// Writes an isolation domain's row; a position beyond the table is not shown.
+    pub fn write_domain(&self, position: usize, row: &DomainRow) {
+        if position < DOMAIN_ROWS {
+            self.words
+                .write_row(DOMAINS_AT + position * DOMAIN_WORDS, row);
+        }
+    }
+
     /// The reading side of the same file.
     pub fn reader(&self) -> NodeReader {
         NodeReader {
@@ -343,6 +353,13 @@ impl NodeReader {
                     .read_row(NAMESPACES_AT + position * NAMESPACE_WORDS)?;
                 (row.used == 1).then_some((position, row))
             })
+            .collect()
+    }
+
+    /// Isolation domains that have had sessions or blocks.
+    pub fn domains(&self) -> Vec<DomainRow> {
+        self.rows(DOMAINS_AT, DOMAIN_WORDS, DOMAIN_ROWS)
+            .filter(|row: &DomainRow| row.used == 1)
             .collect()
     }
 

@@ -71,7 +71,11 @@ fn unknown_flags_and_bad_values_are_named() {
     refused(&["--max-sessions", "0"], 2, &["max-sessions", "1 to 256"]);
     refused(&["--max-sessions", "257"], 2, &["max-sessions", "1 to 256"]);
     refused(&["--copy-threads", "-1"], 2, &["copy-threads"]);
-    refused(&["--allow-uid", "nobody"], 2, &["allow-uid", "nobody"]);
+    refused(
+        &["--allow-uid", "no-such-user"],
+        2,
+        &["allow-uid", "no-such-user"],
+    );
     refused(
         &["--http", "0.0.0.0:1"],
         2,

@@ -15,6 +15,7 @@ use pegaflow_shm::ring::{Consumer, RawRing};
 use pegaflow_shm::segment::{CONSUMED_OFFSET, SLOT_BYTES, SLOTS_OFFSET, SegmentShape};
 
 use crate::copy::{BoundLayout, ClientMemory, RegionMapping};
+use crate::isolation::IsolationDomain;
 use crate::lane::api::{NewRegistration, NewSession, RegisteredGroup};
 use crate::layout::ValidLayout;
 
@@ -55,6 +56,7 @@ impl Client {
         let new = NewSession {
             id,
             uid,
+            domain: Arc::new(IsolationDomain::of_user(uid)),
             pid: std::process::id(),
             client_name: "fuzz".into(),
             c2d: c2d.clone(),

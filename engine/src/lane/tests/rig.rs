@@ -19,6 +19,7 @@ use pegaflow_shm::status::Status;
 use tokio::runtime::Runtime;
 
 use crate::copy::{BoundLayout, ClientMemory, RegionMapping};
+use crate::isolation::{DomainRules, IsolationDomain};
 use crate::lane::api::{CloseReason, NewRegistration, NewSession, Refusal, RegisteredGroup};
 use crate::lane::{LaneOptions, StartedLane, start};
 use crate::layout::{GroupLayout, MemoryRef, SegmentLayout, ValidLayout};
@@ -78,6 +79,7 @@ pub fn hashes(numbers: impl IntoIterator<Item = u64>) -> Vec<BlockHash> {
 fn options(dir: &std::path::Path, node: NodeWriter, boot: u8) -> LaneOptions {
     LaneOptions {
         dir: dir.to_owned(),
+        rules: DomainRules::any_user(),
         boot_id: [boot; 16],
         node_name: "n1".to_owned(),
         node,
@@ -97,6 +99,11 @@ fn options(dir: &std::path::Path, node: NodeWriter, boot: u8) -> LaneOptions {
         spin: Duration::ZERO,
         pool: crate::config::PoolStart::Adopt,
     }
+}
+
+/// The domain of a user whom no rule mentions.
+pub fn domain_of(uid: u32) -> Arc<IsolationDomain> {
+    Arc::new(IsolationDomain::of_user(uid))
 }
 
 pub fn folder() -> tempfile::TempDir {
@@ -144,6 +151,7 @@ impl Rig {
         let new = NewSession {
             id,
             uid,
+            domain: domain_of(uid),
             pid: std::process::id(),
             client_name: "test".into(),
             c2d: c2d.clone(),
