@@ -37,7 +37,7 @@ extern "C" {
 /* ---------------------------------------------------------------- constants */
 
 /* Version of this interface. It grows only; pega_abi_version() tells the library's. */
-#define PEGA_ABI_VERSION 1
+#define PEGA_ABI_VERSION 2
 
 /* Status codes. Functions return them negated; completions carry them as they are. */
 #define PEGA_OK 0                    /* The operation succeeded. */
@@ -93,7 +93,7 @@ extern "C" {
 
 /* pega_state(). */
 #define PEGA_STATE_CONNECTED 1     /* A session is up. */
-#define PEGA_STATE_DISCONNECTED 2  /* The daemon is away; a reconnect is under way. */
+#define PEGA_STATE_DISCONNECTED 2  /* The daemon is away, or not there yet; the library tries on. */
 #define PEGA_STATE_CLOSED 3        /* The daemon is away; this client does not reconnect. */
 
 /* pega_registration.rank of a process without KV memory that only queries. */
@@ -111,6 +111,11 @@ extern "C" {
 #define PEGA_ON 1
 #define PEGA_OFF 2
 
+/* pega_options.log_level, and the level of a line. */
+#define PEGA_LOG_OFF 1   /* Nothing. */
+#define PEGA_LOG_WARN 2  /* The daemon is away, is back, or refuses something. */
+#define PEGA_LOG_INFO 3  /* First connections, ends and failed attempts, too. */
+
 /* ---------------------------------------------------------------- structs */
 
 /* A connection to the node daemon that mends itself. */
@@ -120,6 +125,19 @@ typedef struct pega_client pega_client;
 typedef struct pega_hash {
     uint8_t bytes[32];
 } pega_hash;
+
+/*
+ * Takes one line about a change of the connection (no line end; valid during the call). The
+ * library's own thread of the client calls it, one line at a time, all signals blocked, from within
+ * pega_connect() until pega_disconnect() has returned. While it runs, the library neither notices
+ * the daemon's end nor reconnects, and pega_disconnect() waits for it: it must return soon. It must
+ * not call pega_disconnect(), nor what waits for the daemon (pega_register, pega_unregister,
+ * pega_alloc_host, pega_wait, pega_wait_ready) on this client, nor throw, nor longjmp.
+ *
+ * user   pega_options.log_user
+ * level  PEGA_LOG_WARN or PEGA_LOG_INFO
+ */
+typedef void (*pega_log_fn)(void *user, uint32_t level, const char *line);
 
 /* How to connect. 0 or NULL takes the default named here. */
 typedef struct pega_options {
@@ -137,6 +155,10 @@ typedef struct pega_options {
     uint32_t autostart;          /* Start a daemon if none listens [on if PEGAFLOW_AUTOSTART=1]. */
     uint32_t reconnect;          /* Reconnect and re-register when the daemon was away [on]. */
     uint32_t no_spin;            /* PEGA_ON: sleep at once [off]. */
+    uint32_t start_without_daemon; /* See pega_connect() [on if PEGAFLOW_START_WITHOUT_DAEMON=1]. */
+    uint32_t log_level;          /* PEGA_LOG_* [$PEGAFLOW_CLIENT_LOG=off|warn|info, else warn]. */
+    pega_log_fn log;             /* Takes the lines [NULL: they go to standard error]. */
+    void *log_user;              /* First argument of `log`. */
 } pega_options;
 
 /*
@@ -226,8 +248,11 @@ typedef struct pega_stats {
     uint64_t loaded_bytes;  /* Bytes copied by loads. */
     uint64_t saved_bytes;   /* Bytes copied by saves. */
     uint64_t disconnects;   /* Sessions lost. */
-    uint64_t reconnects;    /* Sessions regained. */
+    uint64_t reconnects;    /* Sessions regained; the first one of a client does not count. */
     uint64_t outstanding;   /* Requests not yet consumed at this moment. */
+    uint64_t away_ms;       /* Time without a session so far. */
+    uint64_t failed_attempts;       /* Attempts to get a session that failed. */
+    uint64_t refused_registrations; /* Registrations that the daemon refuses at this moment. */
 } pega_stats;
 
 /* Longest lists that this client can submit at all; beyond, submissions fail with PEGA_TOO_MANY. */
@@ -287,6 +312,11 @@ int pega_options_init(pega_options *options, uint32_t size);
  * options  NULL for all defaults
  * client   gets the client, or NULL on failure
  *
+ * With start_without_daemon, whatever keeps a session from coming about is no failure: the client
+ * begins PEGA_STATE_DISCONNECTED, behaves as while a daemon is away, and keeps trying.
+ * pega_register() and pega_alloc_host() then succeed without a daemon, now and whenever one is away
+ * later, and the next daemon is told. Needs `reconnect`.
+ *
  * -PEGA_NO_DAEMON: nobody listens, or autostart failed (the text names what was tried).
  * -PEGA_VERSION_MISMATCH, -PEGA_PERMISSION_DENIED, -PEGA_LIMIT, -PEGA_DRAINING: the daemon refused.
  * -PEGA_TIMEOUT: no answer in time.  -PEGA_PROTOCOL_ERROR: what answered is no PegaFlow daemon.
@@ -299,16 +329,16 @@ int pega_connect(const pega_options *options, pega_client **client);
  * the client. No other call on this client may run then or come after. Unfinished requests get no
  * completion; the daemon ends their copies before it forgets the memory, but a load may still write
  * for a moment: wait for loads, or unregister, before you reuse or unmap KV memory. Waits until the
- * daemon has taken notice, at most half a second; blocks up to connect_timeout_ms if a reconnect is
- * just under way. NULL does nothing.
+ * daemon has taken notice, at most half a second, whatever the daemon does. NULL does nothing.
  *
  * Always 0.
  */
 int pega_disconnect(pega_client *client);
 
 /*
- * Whether a session is up: PEGA_STATE_CONNECTED, _DISCONNECTED or _CLOSED. Never blocks; costs one
- * load.
+ * Whether a session is up: PEGA_STATE_CONNECTED, _DISCONNECTED or _CLOSED. Each change counts in
+ * pega_stats and is one line of the log. A daemon that is stopped, not gone, stays connected: calls
+ * then run into their bounds. Never blocks; costs one load.
  */
 int pega_state(const pega_client *client);
 
@@ -352,8 +382,9 @@ int pega_free_host(pega_client *client, void *memory);
  *
  * -PEGA_INVALID_ARGUMENT, -PEGA_BAD_LAYOUT: the text names the field and its value.
  * -PEGA_ALREADY_REGISTERED, -PEGA_NAMESPACE_MISMATCH, -PEGA_LIMIT: the daemon refused.
- * -PEGA_DISCONNECTED: no daemon at the moment.  -PEGA_TIMEOUT: no answer in time; nothing is
- * registered.
+ * -PEGA_DISCONNECTED: no daemon at the moment (never with start_without_daemon: then the
+ * registration is taken in, and pega_wait_ready() tells what a later daemon said to it).
+ * -PEGA_TIMEOUT: no answer in time; nothing is registered.
  */
 int pega_register(pega_client *client, const pega_registration *spec, uint32_t *registration);
 
@@ -366,9 +397,13 @@ int pega_unregister(pega_client *client, uint32_t registration);
 
 /*
  * Waits until every rank of the registration's instance has registered: only then are there hits.
- * After a reconnect this is so again once all ranks are back.
+ * After a reconnect this is so again once all ranks are back. A timeout_ms of 0 only looks.
  *
- * -PEGA_TIMEOUT: timeout_ms ran out.  -PEGA_UNKNOWN_REGISTRATION.
+ * -PEGA_TIMEOUT: timeout_ms ran out; the text says what is missing.  -PEGA_UNKNOWN_REGISTRATION.
+ * -PEGA_PERMISSION_DENIED, -PEGA_NAMESPACE_MISMATCH, -PEGA_BAD_LAYOUT and others: the present
+ * daemon refuses the registration; told at once. -PEGA_ALREADY_REGISTERED, -PEGA_LIMIT: the same,
+ * but it may pass: told when timeout_ms ran out. The library tries on in any case.
+ * -PEGA_DISCONNECTED: the state is PEGA_STATE_CLOSED.
  */
 int pega_wait_ready(pega_client *client, uint32_t registration, uint64_t timeout_ms);
 
@@ -510,6 +545,22 @@ int pega_poll(pega_client *client, pega_completion *completions, size_t capacity
  */
 int pega_wait(pega_client *client, uint64_t request, uint64_t timeout_ms,
               pega_completion *completion);
+
+/*
+ * The blocks that a load was to fill, for a load whose completion was handed out with another
+ * status than PEGA_OK: all blocks of its list. Their bytes are undefined: recompute them. Kept for
+ * the latest failed loads: at most completion_slots of them, and together at most as many blocks as
+ * all loads under way can name, so that no list is lost when a daemon dies. May be asked again.
+ * Never blocks.
+ *
+ * blocks    room for `capacity` ids; NULL if capacity is 0
+ * capacity  no more than this many are written
+ * count     gets the number of blocks in the list, which may be more
+ *
+ * -PEGA_UNKNOWN_REQUEST: no load, not failed, its completion not yet consumed, or forgotten.
+ */
+int pega_unloaded_blocks(pega_client *client, uint64_t request, uint32_t *blocks, size_t capacity,
+                         size_t *count);
 
 /*
  * A descriptor for poll(2), epoll(7) or the engine's event loop, readable when pega_poll() has to

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 
 use crate::Error;
 use crate::options::Resolved;
-use crate::session::{Channel, ConnectError};
+use crate::session::{Bound, Channel, ConnectError};
 use crate::shared::process::detach;
 
 /// Name of the daemon's program.
@@ -27,12 +27,14 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// Connects, starting a daemon if nobody listens and the options say so.
 pub(crate) fn connect(resolved: &Resolved, deadline: Instant) -> Result<Channel, Error> {
-    match Channel::connect(&resolved.socket, deadline) {
+    let bound = Bound::until(deadline);
+    match Channel::connect(&resolved.socket, bound) {
         Ok(channel) => Ok(channel),
         Err(ConnectError::Failed(error)) => Err(error),
         Err(ConnectError::NobodyListens(errno)) if !resolved.autostart => {
             let cause = std::io::Error::from(errno);
-            let hint = "start pegaflowd, or set PEGAFLOW_AUTOSTART=1";
+            let hint = "start pegaflowd, or set PEGAFLOW_AUTOSTART=1, or begin without it: option \
+                        start_without_daemon or PEGAFLOW_START_WITHOUT_DAEMON=1";
             Err(no_daemon(resolved, format!("{cause}; {hint}")))
         }
         Err(ConnectError::NobodyListens(_)) => start(resolved, deadline),
@@ -40,6 +42,7 @@ pub(crate) fn connect(resolved: &Resolved, deadline: Instant) -> Result<Channel,
 }
 
 fn start(resolved: &Resolved, deadline: Instant) -> Result<Channel, Error> {
+    let bound = Bound::until(deadline);
     let folder = resolved.socket.parent().unwrap_or(Path::new("."));
     DirBuilder::new()
         .recursive(true)
@@ -48,7 +51,7 @@ fn start(resolved: &Resolved, deadline: Instant) -> Result<Channel, Error> {
         .map_err(|error| no_daemon(resolved, format!("creating {}: {error}", folder.display())))?;
     let _lock = lock(resolved, deadline)?;
     // Whoever held the lock before may have started one.
-    if let Ok(channel) = Channel::connect(&resolved.socket, deadline) {
+    if let Ok(channel) = Channel::connect(&resolved.socket, bound) {
         return Ok(channel);
     }
     let program = find_program(resolved)?;
@@ -56,7 +59,7 @@ fn start(resolved: &Resolved, deadline: Instant) -> Result<Channel, Error> {
     let mut child = spawn(resolved, &program, &log)?;
     let tried = || format!("autostart of {}, log {}", program.display(), log.display());
     loop {
-        match Channel::connect(&resolved.socket, deadline) {
+        match Channel::connect(&resolved.socket, bound) {
             Ok(channel) => {
                 reap(child);
                 return Ok(channel);
@@ -66,7 +69,7 @@ fn start(resolved: &Resolved, deadline: Instant) -> Result<Channel, Error> {
         }
         if let Ok(Some(status)) = child.try_wait() {
             // A daemon that found another one of its node running leaves; then that one listens.
-            return Channel::connect(&resolved.socket, deadline)
+            return Channel::connect(&resolved.socket, bound)
                 .map_err(|_| no_daemon(resolved, format!("{}: it ended with {status}", tried())));
         }
         if Instant::now() >= deadline {

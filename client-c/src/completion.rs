@@ -48,6 +48,8 @@ pub struct Completion {
     pub cookie: u64,
     /// Where the bitmap still lies; resolved before the completion is handed out.
     pub(crate) source: Option<ResultSource>,
+    /// Load: its blocks; kept elsewhere, or dropped, before the completion is handed out.
+    pub(crate) blocks: Option<Box<[u32]>>,
 }
 
 impl Default for Completion {
@@ -67,6 +69,7 @@ impl Default for Completion {
             bitmap: None,
             cookie: 0,
             source: None,
+            blocks: None,
         }
     }
 }

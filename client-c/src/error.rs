@@ -60,6 +60,22 @@ pub enum Error {
         /// The bound.
         bound: Duration,
     },
+    /// The instance did not become complete in time.
+    #[error("registration {registration} is not ready after {bound:?}: {state}")]
+    NotReadyInTime {
+        /// The registration.
+        registration: u32,
+        /// The bound.
+        bound: Duration,
+        /// What it waits for.
+        state: String,
+    },
+    /// The block list of a load is not kept.
+    #[error(
+        "no block list of request {0:#x}: it is no load, has not failed, its completion was not \
+         consumed, or more recent failures took its place"
+    )]
+    NoBlockList(u64),
     /// The daemon refused.
     #[error("{message}")]
     Refused {
@@ -131,8 +147,8 @@ impl Error {
             Error::Disconnected { .. } => Status::Disconnected,
             Error::NotReady(_) => Status::NotReady,
             Error::UnknownRegistration(_) => Status::UnknownRegistration,
-            Error::UnknownRequest(_) => Status::UnknownRequest,
-            Error::Timeout { .. } => Status::Timeout,
+            Error::UnknownRequest(_) | Error::NoBlockList(_) => Status::UnknownRequest,
+            Error::Timeout { .. } | Error::NotReadyInTime { .. } => Status::Timeout,
             Error::Refused { status, .. } => *status,
             Error::NoDaemon { .. } => Status::NoDaemon,
             Error::Protocol(_) => Status::ProtocolError,

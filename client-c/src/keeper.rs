@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -16,10 +17,10 @@ use pegaflow_shm::status::Status;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::Error;
-use crate::client::{Shared, add_region};
+use crate::client::{Shared, add_region, may_pass};
 use crate::memory::HostRegion;
 use crate::session::control::{Purpose, Reply};
-use crate::session::{Channel, ConnectError, Live, Session};
+use crate::session::{Bound, Channel, ConnectError, Live, Session};
 use crate::shared::process::without_signals;
 use crate::shared::timespec;
 
@@ -36,12 +37,24 @@ const SUCCESSION: Duration = Duration::from_secs(30);
 /// Refusals after which a session counts as up although a registration is not back.
 const PATIENCE: u32 = 6;
 
-/// Starts the keeper of a client whose first session is up.
+/// Longest pause between two attempts to register what the daemon refuses.
+const REGISTERING_MAX: Duration = Duration::from_secs(5);
+
+/// Pause between two attempts to say what a daemon that reads nothing has no room for.
+const REMOVAL_PAUSE: Duration = Duration::from_millis(100);
+
+/// Starts the keeper of a client.
 pub(crate) fn spawn(shared: Arc<Shared>) -> Result<JoinHandle<()>, Error> {
-    let backoff = Backoff::new(&shared);
+    let options = &shared.resolved.options;
+    let backoff = Backoff::new(options.backoff_min, options.backoff_max);
+    let registering = Backoff::new(
+        options.backoff_min,
+        options.backoff_max.max(REGISTERING_MAX),
+    );
     let mut keeper = Keeper {
         shared,
         backoff,
+        registering,
         sessions: 1,
         retry_at: None,
         refusals: 0,
@@ -55,6 +68,8 @@ pub(crate) fn spawn(shared: Arc<Shared>) -> Result<JoinHandle<()>, Error> {
 struct Keeper {
     shared: Arc<Shared>,
     backoff: Backoff,
+    /// Pauses between attempts to register.
+    registering: Backoff,
     /// Sessions so far.
     sessions: u64,
     /// When to register again what the present daemon refused.
@@ -68,6 +83,7 @@ struct Keeper {
 impl Keeper {
     fn run(&mut self) {
         while !self.shared.is_closing() {
+            self.shared.journal.say();
             match self.shared.session() {
                 Ok(session) => self.watch(&session),
                 Err(_) if self.shared.resolved.options.reconnect => self.reconnect(),
@@ -76,31 +92,39 @@ impl Keeper {
         }
         if let Ok(session) = self.shared.session() {
             session.channel.take_leave(Instant::now() + LEAVE_BOUND);
-            self.shared.lose(session.number, "this client disconnected");
+            let reason = "this client disconnected";
+            self.shared
+                .lose(session.number, Status::Disconnected, reason);
         }
+        self.shared.journal.say();
     }
 
     /// Serves the socket until the session is lost or the client closes.
     fn watch(&mut self, session: &Arc<Session>) {
         loop {
-            match session.channel.try_receive() {
-                Ok(Some((message, _))) => {
-                    if let Err(error) = self.handle(session, message) {
-                        return self.shared.lose(session.number, &error.to_string());
-                    }
-                    continue;
-                }
-                Ok(None) => {}
-                Err(error) => return self.end(session, &error.to_string()),
-            }
+            self.shared.journal.say();
             if self.shared.is_closing() || session.is_lost() {
                 return;
             }
-            self.register_again(session);
+            let received = session.channel.try_receive();
+            let handled = match received {
+                Ok(Some((message, _))) => self.handle(session, message).map(|()| true),
+                Ok(None) => self.register_again(session).map(|()| false),
+                Err(error) => Err(error),
+            };
+            match handled {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => return self.end(session, &error),
+            }
             let left = self
                 .retry_at
                 .map(|at| at.saturating_duration_since(Instant::now()));
-            let limit = timespec(left.unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP));
+            let mut limit = left.unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP);
+            if !self.shared.send_removals(session) {
+                limit = limit.min(REMOVAL_PAUSE);
+            }
+            let limit = timespec(limit);
             let socket = session.socket();
             let mut fds = [
                 PollFd::new(&socket, PollFlags::IN),
@@ -114,10 +138,10 @@ impl Keeper {
         }
     }
 
-    /// The daemon is gone: what it had posted before still counts.
-    fn end(&self, session: &Session, reason: &str) {
-        self.shared.collect_last();
-        self.shared.lose(session.number, reason);
+    /// The session is over, for the reason that the daemon gave or for this one.
+    fn end(&self, session: &Session, error: &Error) {
+        let (status, reason) = session.end_reason(error);
+        self.shared.lose(session.number, status, &reason);
     }
 
     fn handle(&mut self, session: &Arc<Session>, message: DaemonMessage) -> Result<(), Error> {
@@ -137,10 +161,11 @@ impl Keeper {
                 registration,
                 namespace,
             } => {
-                self.shared.set_namespace(registration, Some(namespace));
+                self.shared
+                    .set_namespace(session, registration, Some(namespace));
             }
             DaemonMessage::NotReady { registration } => {
-                self.shared.set_namespace(registration, None);
+                self.shared.set_namespace(session, registration, None);
             }
             DaemonMessage::Draining { .. } => {
                 if session.welcome.protocol < PROTOCOL_DRAINING {
@@ -153,8 +178,9 @@ impl Keeper {
             }
             DaemonMessage::Closing { status, message }
             | DaemonMessage::Refused { status, message } => {
-                self.shared.collect_last();
-                return Err(Error::Refused { status, message });
+                // Unfinished requests end with the socket: until then copies may touch blocks.
+                session.begin_end(status, message);
+                self.shared.collect_now();
             }
             DaemonMessage::Welcome(_) => {
                 return Err(Error::Protocol("a second Welcome in one session".into()));
@@ -168,7 +194,7 @@ impl Keeper {
         let Some((Purpose::Register(id), _)) = self.shared.control.purpose(seq) else {
             return Err(Error::Protocol(format!("a Registered for request {seq}")));
         };
-        let wanted = self.shared.accepted(id, remote);
+        let wanted = self.shared.accepted(session, id, remote);
         self.shared.control.answer(seq, Reply::Registered(remote));
         if wanted {
             return Ok(());
@@ -181,15 +207,17 @@ impl Keeper {
     }
 
     fn failed(&mut self, session: &Session, seq: u64, status: Status, message: String) {
-        if let Some((Purpose::Register(id), false)) = self.shared.control.purpose(seq) {
-            self.shared.refused(id, status, message.clone());
-            self.refusals += 1;
+        if let Some((Purpose::Register(id), true)) = self.shared.control.purpose(seq) {
             // Another client may still hold the rank, or a limit: that can pass.
-            self.retry_at = Some(Instant::now() + self.backoff.next());
+            self.refusals += if may_pass(status) { 1 } else { PATIENCE };
+            let refusal = (status, message.clone());
+            let patient = self.refusals < PATIENCE;
+            self.shared.refused(session, id, refusal, patient);
+            self.retry_at = Some(Instant::now() + self.registering.next());
         }
-        if let Some((Purpose::AddRegion(id), false)) = self.shared.control.purpose(seq) {
+        if let Some((Purpose::AddRegion(id), true)) = self.shared.control.purpose(seq) {
             let reason = format!("the daemon refused region {id}: {message}");
-            self.shared.lose(session.number, &reason);
+            self.shared.lose(session.number, status, &reason);
         }
         self.shared
             .control
@@ -201,14 +229,16 @@ impl Keeper {
         if std::mem::take(&mut self.expects_successor) {
             self.backoff.hurry(SUCCESSION);
         }
+        self.registering.reset();
         let pause = self.backoff.next();
         self.sleep(pause);
         if self.shared.is_closing() {
             return;
         }
-        let deadline = Instant::now() + self.shared.resolved.options.connect_timeout;
-        let Ok(live) = self.open(deadline) else {
-            return;
+        let live = match self.open() {
+            Ok(live) => live,
+            Err(_) if self.shared.is_closing() => return,
+            Err(error) => return self.shared.note_failure(&error),
         };
         let session = live.session.clone();
         let restored = self
@@ -217,19 +247,22 @@ impl Keeper {
             .and_then(|regions| self.restore(&session, &regions));
         match restored {
             Ok(()) => self.announce(&session),
-            Err(error) => self.shared.lose(session.number, &error.to_string()),
+            Err(error) => self.end(&session, &error),
         }
     }
 
-    fn open(&mut self, deadline: Instant) -> Result<Live, Error> {
+    fn open(&mut self) -> Result<Live, Error> {
         let resolved = &self.shared.resolved;
-        let channel =
-            Channel::connect(&resolved.socket, deadline).map_err(|error| match error {
-                ConnectError::Failed(error) => error,
-                ConnectError::NobodyListens(errno) => Error::system("connect", errno),
-            })?;
+        let bound = Bound::unless(&self.shared.events.stop, resolved.options.connect_timeout);
+        let channel = Channel::connect(&resolved.socket, bound).map_err(|error| match error {
+            ConnectError::Failed(error) => error,
+            ConnectError::NobodyListens(errno) => Error::NoDaemon {
+                socket: resolved.socket.clone(),
+                detail: std::io::Error::from(errno).to_string(),
+            },
+        })?;
         self.sessions += 1;
-        Session::open(resolved, self.sessions, channel, deadline)
+        Session::open(resolved, self.sessions, channel, bound)
     }
 
     /// Tells a fresh session about everything the engine has. The answers come one by one.
@@ -257,23 +290,23 @@ impl Keeper {
     }
 
     /// Tries refused registrations again when their pause is over.
-    fn register_again(&mut self, session: &Session) {
-        if self.retry_at.is_none_or(|at| Instant::now() < at) {
-            return;
+    fn register_again(&mut self, session: &Session) -> Result<(), Error> {
+        let soon = self.shared.register_soon.swap(false, Ordering::Relaxed);
+        if !soon && self.retry_at.is_none_or(|at| Instant::now() < at) {
+            return Ok(());
         }
         self.retry_at = None;
-        if let Err(error) = self.register_missing(session) {
-            self.shared.lose(session.number, &error.to_string());
-        }
+        self.register_missing(session)
     }
 
     /// Says that the session is up once nothing is left to be answered. A refusal is often that of
     /// our own last session, which the daemon is still ending: that is waited for a few times.
     fn announce(&mut self, session: &Session) {
-        if self.retry_at.is_some() && self.refusals < PATIENCE {
+        let waits = self.retry_at.is_some() && self.refusals < PATIENCE;
+        if waits || session.ending().is_some() {
             return;
         }
-        if !self.shared.control.has_background() && self.shared.announce(session.number) {
+        if !self.shared.control.has_background() && self.shared.announce(session) {
             self.backoff.reset();
         }
     }
@@ -285,7 +318,8 @@ impl Keeper {
         fds: &[std::os::fd::BorrowedFd<'_>],
         message: impl FnOnce(u64) -> ClientMessage,
     ) -> Result<(), Error> {
-        let bound = self.shared.resolved.options.control_timeout;
+        let time = self.shared.resolved.options.control_timeout;
+        let bound = Bound::unless(&self.shared.events.stop, time);
         self.shared
             .control
             .send(session, purpose, fds, bound, message)
@@ -319,13 +353,13 @@ struct Backoff {
 }
 
 impl Backoff {
-    fn new(shared: &Shared) -> Backoff {
-        let options = &shared.resolved.options;
+    fn new(min: Duration, max: Duration) -> Backoff {
         let clock = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         let seed = clock.as_nanos() as u64 ^ u64::from(std::process::id()) << 32;
-        let (min, max) = (options.backoff_min, options.backoff_max);
+        // Neighbouring seeds must not give neighbouring pauses.
+        let seed = (seed ^ seed >> 31).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         Backoff {
             min,
             max,
@@ -362,6 +396,18 @@ impl Backoff {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn clients_that_start_together_do_not_pause_alike() {
+        let (min, max) = (Duration::from_millis(50), Duration::from_millis(500));
+        let first: Vec<u128> = (0..100)
+            .map(|_| Backoff::new(min, max).next().as_millis())
+            .collect();
+        let most = (25..=50)
+            .map(|ms| first.iter().filter(|pause| **pause == ms).count())
+            .max();
+        assert!(most < Some(40), "{first:?}");
+    }
 
     #[test]
     fn pauses_grow_to_the_maximum_and_start_over() {

@@ -23,6 +23,7 @@
 //! | `requests` | request table, arenas, submission, waiting |
 //! | `session` | one connection: handshake, segments, control messages |
 //! | `keeper` | the thread that notices the daemon's end and reconnects |
+//! | `log` | lines about changes that an operator would ask about |
 //! | [`memory`] | host memory shared with the daemon, layouts over it |
 //! | [`autostart`] | starting a daemon where none listens |
 //! | [`ffi`] | the C ABI |
@@ -36,6 +37,7 @@ mod error;
 mod fake;
 pub mod ffi;
 mod keeper;
+mod log;
 pub mod memory;
 mod options;
 mod requests;
@@ -46,6 +48,7 @@ mod stats;
 pub use client::Client;
 pub use completion::{Completion, RegistrationId, RequestId};
 pub use error::Error;
+pub use log::{Log, LogLevel};
 pub use memory::{GroupMemory, HostMemory, Registration, SegmentMemory};
 pub use options::Options;
 pub use stats::{Limits, State, Stats};

@@ -12,6 +12,7 @@ use pegaflow_shm::payload::CHUNK_BYTES;
 use pegaflow_shm::segment::{MAX_ARENA_CHUNKS, MAX_RING_SLOTS, MIN_RING_SLOTS, SegmentShape};
 
 use crate::Error;
+use crate::log::{Log, LogLevel};
 
 /// Options of [`Client::connect`](crate::Client::connect); the default suits an engine process.
 #[derive(Clone, Debug)]
@@ -44,8 +45,18 @@ pub struct Options {
     pub reconnect: bool,
     /// Pause after the first failed attempt to reconnect; it doubles up to [`Self::backoff_max`].
     pub backoff_min: Duration,
-    /// Longest pause between two attempts.
+    /// Longest pause between two attempts: with the time of one attempt, what a client is later
+    /// than its daemon.
     pub backoff_max: Duration,
+    /// Connect without a daemon too: the client begins disconnected, keeps trying, and takes
+    /// registrations and memory in for the first daemon that comes; while a daemon is away later,
+    /// too. `None` does so if `PEGAFLOW_START_WITHOUT_DAEMON` is `1`.
+    pub start_without_daemon: Option<bool>,
+    /// How much the client says; `None` takes `PEGAFLOW_CLIENT_LOG` (`off`, `warn`, `info`), else
+    /// `warn`.
+    pub log_level: Option<LogLevel>,
+    /// Where it says it; `None` is standard error.
+    pub log: Option<Log>,
 }
 
 impl Default for Options {
@@ -65,7 +76,10 @@ impl Default for Options {
             daemon: None,
             reconnect: true,
             backoff_min: Duration::from_millis(50),
-            backoff_max: Duration::from_secs(5),
+            backoff_max: Duration::from_millis(500),
+            start_without_daemon: None,
+            log_level: None,
+            log: None,
         }
     }
 }
@@ -81,6 +95,8 @@ pub(crate) struct Resolved {
     pub(crate) client_name: String,
     pub(crate) shape: SegmentShape,
     pub(crate) autostart: bool,
+    pub(crate) start_without_daemon: bool,
+    pub(crate) log_level: LogLevel,
 }
 
 impl Options {
@@ -105,11 +121,19 @@ impl Options {
             let value = format!("{:?} to {:?}", self.backoff_min, self.backoff_max);
             return Err(Error::argument("backoff", value, "give 0 < min <= max"));
         }
-        let autostart = match self.autostart {
-            Some(wanted) => wanted,
-            None => std::env::var_os("PEGAFLOW_AUTOSTART").is_some_and(|value| value == "1"),
+        let autostart = switch(self.autostart, "PEGAFLOW_AUTOSTART");
+        let start_without_daemon =
+            switch(self.start_without_daemon, "PEGAFLOW_START_WITHOUT_DAEMON");
+        if self.start_without_daemon == Some(true) && !self.reconnect {
+            let way_out = "needs reconnect: no daemon would ever be looked for";
+            return Err(Error::argument("start_without_daemon", "on", way_out));
+        }
+        let log_level = match self.log_level {
+            Some(level) => level,
+            None => LogLevel::from_env()?.unwrap_or(LogLevel::Warn),
         };
         Ok(Resolved {
+            start_without_daemon: start_without_daemon && self.reconnect,
             options: self,
             node,
             socket,
@@ -117,6 +141,7 @@ impl Options {
             client_name,
             shape,
             autostart,
+            log_level,
         })
     }
 
@@ -139,6 +164,11 @@ impl Options {
             arena_chunks: chunks as u32,
         })
     }
+}
+
+/// What the options say, else the environment.
+fn switch(wanted: Option<bool>, variable: &str) -> bool {
+    wanted.unwrap_or_else(|| std::env::var_os(variable).is_some_and(|value| value == "1"))
 }
 
 fn check_slots(name: &'static str, slots: u32) -> Result<(), Error> {
@@ -199,6 +229,11 @@ mod tests {
             },
             Options {
                 backoff_min: Duration::ZERO,
+                ..Options::default()
+            },
+            Options {
+                start_without_daemon: Some(true),
+                reconnect: false,
                 ..Options::default()
             },
         ];

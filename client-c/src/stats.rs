@@ -56,14 +56,20 @@ pub struct Stats {
     pub saved_bytes: u64,
     /// Sessions lost.
     pub disconnects: u64,
-    /// Sessions regained.
+    /// Sessions regained; the first one of a client that began without a daemon does not count.
     pub reconnects: u64,
     /// Requests without a consumed completion at this moment.
     pub outstanding: u64,
+    /// Time without a session in milliseconds, up to this moment.
+    pub away_ms: u64,
+    /// Attempts to get a session that failed.
+    pub failed_attempts: u64,
+    /// Registrations that the present daemon refuses at this moment.
+    pub refused_registrations: u64,
 }
 
 /// Sizes that bound one request or all of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     /// Most hashes in one query.
     pub query_hashes: usize,

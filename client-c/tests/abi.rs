@@ -197,6 +197,99 @@ fn structs_of_older_and_newer_callers_are_understood() {
 }
 
 #[test]
+fn a_program_of_the_first_header_is_served_by_this_library() {
+    // Sizes of ABI version 1, and nothing readable behind them that means something.
+    const OPTIONS: usize = 88;
+    const STATS: usize = 104;
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("daemon.sock");
+    let _fake = Fake::start(&socket);
+    let text = CString::new(socket.to_str().unwrap()).unwrap();
+    let mut room = [u64::MAX; 32];
+    let options = room.as_mut_ptr().cast::<pega_options>();
+    let mut client = null_mut();
+    // SAFETY: the buffers are as long as they say.
+    unsafe {
+        assert_eq!(pega_options_init(options, OPTIONS as u32), 0);
+        (&raw mut (*options).socket).write(text.as_ptr());
+        (&raw mut (*options).autostart).write(PEGA_OFF);
+    }
+    assert!(room[OPTIONS / 8..].iter().all(|word| *word == u64::MAX));
+    // SAFETY: as above.
+    unsafe {
+        assert_eq!(pega_connect(options, &mut client), 0, "{}", last_error());
+        let stats = room.as_mut_ptr().cast::<pega_stats>();
+        room[STATS / 8..].fill(u64::MAX);
+        stats.cast::<u32>().write(STATS as u32);
+        assert_eq!(pega_get_stats(client, stats), 0);
+    }
+    assert_eq!(room[0] >> 32, 1, "connected");
+    assert!(room[STATS / 8..].iter().all(|word| *word == u64::MAX));
+    // SAFETY: not used any more.
+    assert_eq!(unsafe { pega_disconnect(client) }, 0);
+}
+
+/// Counts lines of each level.
+unsafe extern "C" fn count_lines(user: *mut std::ffi::c_void, level: u32, line: *const c_char) {
+    // SAFETY: `user` is what the test gave, `line` a text.
+    let (counts, line) = unsafe {
+        (
+            &*user.cast::<[std::sync::atomic::AtomicU32; 4]>(),
+            CStr::from_ptr(line),
+        )
+    };
+    assert!(!line.is_empty());
+    counts[level as usize].fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+}
+
+#[test]
+fn a_c_program_begins_without_a_daemon_and_hears_of_its_coming_and_going() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("daemon.sock");
+    let text = CString::new(socket.to_str().unwrap()).unwrap();
+    let counts: [std::sync::atomic::AtomicU32; 4] = Default::default();
+    let warned = || counts[PEGA_LOG_WARN as usize].load(std::sync::atomic::Ordering::Relaxed);
+    let mut options: pega_options = zeroed();
+    options.size = size_of::<pega_options>() as u32;
+    options.socket = text.as_ptr();
+    options.autostart = PEGA_OFF;
+    options.start_without_daemon = PEGA_ON;
+    options.log_level = PEGA_LOG_WARN;
+    options.log = Some(count_lines);
+    options.log_user = (&raw const counts).cast_mut().cast();
+    let mut client = null_mut();
+    // SAFETY: valid options and place.
+    assert_eq!(unsafe { pega_connect(&options, &mut client) }, 0);
+    let until = |state, lines| {
+        let start = std::time::Instant::now();
+        // SAFETY: a client.
+        while unsafe { pega_state(client) } != state || warned() != lines {
+            assert!(start.elapsed().as_secs() < 10, "{state} {}", warned());
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+    };
+    until(2, 1);
+    let id = scheduler(client);
+    let fake = Fake::start(&socket);
+    until(1, 2);
+    // SAFETY: valid pointers.
+    unsafe {
+        assert_eq!(pega_wait_ready(client, id, 10_000), 0);
+        fake.vanish();
+        until(2, 3);
+        let (mut blocks, mut count) = ([0u32; 2], 9usize);
+        let unknown = pega_unloaded_blocks(client, 5, blocks.as_mut_ptr(), 2, &mut count);
+        assert_eq!((unknown, count), (code(Status::UnknownRequest), 9));
+        assert_eq!(
+            pega_unloaded_blocks(client, 5, null_mut(), 0, null_mut()),
+            code(Status::InvalidArgument)
+        );
+        assert_eq!(pega_disconnect(client), 0);
+    }
+    assert_eq!(warned(), 3, "the own end is no warning");
+}
+
+#[test]
 fn an_impossible_size_of_options_is_refused_before_anything_is_written() {
     let mut room = [u32::MAX; 4];
     for size in [0, 1, 3, 4, 7, 9, 4097, 4100, u32::MAX] {
@@ -342,6 +435,10 @@ fn a_forked_child_gets_an_error_and_leaves_the_parents_session_alone() {
     let child = unsafe { libc::fork() };
     if child == 0 {
         let mut done = pega_completion::default();
+        let (mut stats, mut limits): (pega_stats, pega_limits) = (zeroed(), zeroed());
+        stats.size = size_of::<pega_stats>() as u32;
+        limits.size = size_of::<pega_limits>() as u32;
+        let mut count = 0usize;
         // SAFETY: valid pointers.
         let refused = unsafe {
             [
@@ -350,6 +447,10 @@ fn a_forked_child_gets_an_error_and_leaves_the_parents_session_alone() {
                 pega_wait(client, 1, 1000, &mut done),
                 pega_completion_fd(client),
                 pega_unregister(client, 1),
+                pega_state(client),
+                pega_get_stats(client, &mut stats),
+                pega_get_limits(client, &mut limits),
+                pega_unloaded_blocks(client, 1, null_mut(), 0, &mut count),
             ]
         };
         let all = refused

@@ -58,6 +58,8 @@ pub(crate) struct Events {
     pub(crate) leader: Event,
     /// The keeper has to look up.
     pub(crate) keeper: Event,
+    /// The client closes; never cleared.
+    pub(crate) stop: Event,
 }
 
 impl Events {
@@ -69,6 +71,7 @@ impl Events {
             local: Event::new()?,
             leader: Event::new()?,
             keeper: Event::new()?,
+            stop: Event::new()?,
         };
         events.add(events.local.as_fd())?;
         Ok(events)

@@ -3,12 +3,14 @@
 #![forbid(unsafe_code)]
 
 mod events;
+mod life;
 mod regions;
 mod registrations;
 mod state;
 
+pub(crate) use events::Event;
 pub(crate) use regions::add_region;
-pub(crate) use registrations::Registered;
+pub(crate) use registrations::{Registered, may_pass};
 pub(crate) use state::{Inner, Shared, Wakes};
 
 use std::os::fd::BorrowedFd;
@@ -22,6 +24,7 @@ use pegaflow_shm::control::Welcome;
 use crate::completion::{Completion, RegistrationId, RequestId};
 use crate::memory::{HostMemory, Registration};
 use crate::requests::Draft;
+use crate::session::{Bound, Session};
 use crate::stats::{Limits, State, Stats};
 use crate::{Error, Options, autostart, keeper};
 
@@ -43,13 +46,21 @@ impl Client {
     /// Connects to the node's daemon, starting one first if none listens and `options` say so.
     ///
     /// # Errors
-    /// An impossible option, no daemon, a refusal, another protocol version, or no answer in time.
+    /// An impossible option; and, unless [`Options::start_without_daemon`]: no daemon, a refusal,
+    /// another protocol version, or no answer in time.
     pub fn connect(options: Options) -> Result<Client, Error> {
         let resolved = options.resolve()?;
         let deadline = Instant::now() + resolved.options.connect_timeout;
-        let channel = autostart::connect(&resolved, deadline)?;
-        let live = crate::session::Session::open(&resolved, 1, channel, deadline)?;
-        let shared = Shared::new(resolved, live)?;
+        let opened = autostart::connect(&resolved, deadline)
+            .and_then(|channel| Session::open(&resolved, 1, channel, Bound::until(deadline)));
+        let (first, reason) = match opened {
+            Ok(live) => (Some(live), String::new()),
+            Err(error @ Error::Argument { .. }) => return Err(error),
+            Err(error) if resolved.start_without_daemon => (None, error.to_string()),
+            Err(error) => return Err(error),
+        };
+        let shared = Shared::new(resolved, first, reason)?;
+        shared.note_start();
         let keeper = keeper::spawn(shared.clone())?;
         Ok(Client {
             shared,
@@ -82,10 +93,12 @@ impl Client {
         self.shared.unregister(registration)
     }
 
-    /// Waits until every rank of the registration's instance has registered.
+    /// Waits until every rank of the registration's instance has registered. A `timeout` of zero
+    /// only looks.
     ///
     /// # Errors
-    /// [`Error::Timeout`] if `timeout` ran out, or no such registration.
+    /// [`Error::NotReadyInTime`]; what the present daemon has against the registration, at once if
+    /// waiting does not mend it; or no such registration.
     pub fn wait_ready(&self, registration: RegistrationId, timeout: Duration) -> Result<(), Error> {
         self.shared.wait_ready(registration, timeout)
     }
@@ -234,6 +247,17 @@ impl Client {
         self.shared.wait(request, timeout)
     }
 
+    /// The blocks that a load was to fill and that hold undefined bytes, because it completed with
+    /// another status than `Ok`: all of its list. Kept from the consumption of the completion on,
+    /// for the latest failed loads: at most as many as there are completion slots, and at most as
+    /// many blocks together as all loads under way can name.
+    ///
+    /// # Errors
+    /// [`Error::NoBlockList`].
+    pub fn unloaded_blocks(&self, request: RequestId) -> Result<Vec<u32>, Error> {
+        self.shared.unloaded_blocks(request, <[u32]>::to_vec)
+    }
+
     /// A descriptor for the engine's event loop; it stays the same across reconnections. Call
     /// [`Self::poll`] until it returns 0, then sleep until this is readable.
     pub fn completion_fd(&self) -> BorrowedFd<'_> {
@@ -245,7 +269,7 @@ impl Client {
         self.shared.state()
     }
 
-    /// Counters.
+    /// Counters; zeros in a forked child.
     pub fn stats(&self) -> Stats {
         self.shared.stats()
     }

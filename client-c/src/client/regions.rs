@@ -11,6 +11,7 @@ use super::Shared;
 use crate::Error;
 use crate::memory::{HostMemory, HostRegion};
 use crate::session::control::Purpose;
+use crate::session::{Bound, Session};
 
 impl Shared {
     pub(crate) fn alloc_host(&self, bytes: usize) -> Result<HostMemory, Error> {
@@ -56,12 +57,37 @@ impl Shared {
             inner.live.as_ref().map(|live| live.session.clone())
         };
         let Some(session) = session else { return };
-        let bound = self.resolved.options.control_timeout;
-        let message = |seq| ClientMessage::RemoveRegion { seq, region: id };
-        // A daemon that did not get it forgets the region with the session.
-        let _ = self
+        if self.send_removal(&session, id) {
+            return;
+        }
+        let mut inner = self.lock();
+        if inner.is_present(&session) {
+            inner.removals.push(id);
+        }
+        drop(inner);
+        self.events.keeper.signal();
+    }
+
+    /// Tells the daemon to forget a region, without waiting; false if it takes nothing now.
+    fn send_removal(&self, session: &Session, region: u32) -> bool {
+        let message = |seq| ClientMessage::RemoveRegion { seq, region };
+        let sent = self
             .control
-            .send(&session, Purpose::Removal, &[], bound, message);
+            .send(session, Purpose::Removal, &[], Bound::now(), message);
+        // A daemon that is gone forgets the region with the session.
+        !matches!(sent, Err(Error::Timeout { .. }))
+    }
+
+    /// Sends what could not be sent before; false if the daemon still takes nothing.
+    pub(crate) fn send_removals(&self, session: &Session) -> bool {
+        loop {
+            let next = self.lock().removals.pop();
+            let Some(region) = next else { return true };
+            if !self.send_removal(session, region) {
+                self.lock().removals.push(region);
+                return false;
+            }
+        }
     }
 
     /// Every region that somebody holds.

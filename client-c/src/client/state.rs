@@ -12,14 +12,19 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use pegaflow_shm::bell::Spinner;
 use pegaflow_shm::control::Welcome;
-use pegaflow_shm::status::Status;
+use pegaflow_shm::desc::Op;
+use pegaflow_shm::payload::items_per_chunk;
+use pegaflow_shm::segment::SegmentShape;
 
 use super::Registered;
 use super::events::Events;
+use super::life::Absence;
 use crate::Error;
+use crate::completion::RequestId;
+use crate::log::Journal;
 use crate::memory::HostRegion;
 use crate::options::Resolved;
-use crate::requests::{Collector, Table, local_answer};
+use crate::requests::{Table, Unloaded};
 use crate::session::control::Control;
 use crate::session::{Live, Session};
 use crate::shared::process::HomeProcess;
@@ -43,8 +48,13 @@ pub(crate) struct Shared {
     pub(crate) probed_blocks: AtomicU64,
     pub(crate) probe_hits: AtomicU64,
     pub(crate) weak: Weak<Shared>,
+    pub(crate) journal: Journal,
+    /// Blocks of failed loads; a lock of its own, which no other one is taken under.
+    unloaded: Mutex<Unloaded>,
     inner: Mutex<Inner>,
-    state: AtomicU32,
+    pub(super) state: AtomicU32,
+    /// A registration waits for the keeper that no session has been told of.
+    pub(crate) register_soon: AtomicBool,
     closing: AtomicBool,
     home: HomeProcess,
 }
@@ -69,8 +79,12 @@ pub(crate) struct Inner {
     pub(crate) regions: BTreeMap<u32, Weak<HostRegion>>,
     pub(crate) next_region: u32,
     pub(crate) stats: Stats,
-    /// Why there is no session.
-    pub(crate) reason: String,
+    /// Why there is no session, and for how long.
+    pub(super) absence: Absence,
+    /// Longest bitmap that the present or last session's result arena takes, in positions.
+    pub(crate) result_positions: usize,
+    /// Regions that the present session has yet to be told to forget.
+    pub(crate) removals: Vec<u32>,
     /// The request of the thread that spins or sleeps for all that wait.
     pub(crate) leader: Option<u64>,
     /// Threads that wait on the condition variable.
@@ -94,19 +108,46 @@ pub(crate) struct Wakes {
 }
 
 impl Shared {
-    pub(crate) fn new(resolved: Resolved, live: Live) -> Result<Arc<Shared>, Error> {
+    /// A client with its first session, or with the reason why it has none yet.
+    pub(crate) fn new(
+        resolved: Resolved,
+        first: Option<Live>,
+        reason: String,
+    ) -> Result<Arc<Shared>, Error> {
         let events = Events::new()?;
-        events.watch(&live.session.pipe)?;
+        let (state, absence, result_positions) = match &first {
+            Some(live) => {
+                events.watch(&live.session.pipe)?;
+                let positions = live.results.max_positions();
+                (State::Connected, Absence::default(), positions)
+            }
+            None => {
+                // What a daemon of this version gives.
+                let positions = SegmentShape::DEFAULT_D2C.arena_bytes() * 8;
+                let absence = Absence::from_the_start(reason);
+                (State::Disconnected, absence, positions)
+            }
+        };
         let spin = u64::try_from(resolved.options.spin.as_nanos()).unwrap_or(u64::MAX);
-        let table = Table::new(resolved.options.completion_slots);
+        let slots = resolved.options.completion_slots;
+        let table = Table::new(slots);
+        let most_blocks = resolved.shape.arena_chunks as usize * items_per_chunk(Op::Load);
+        let unloaded = Mutex::new(Unloaded::new(slots as usize, most_blocks));
+        let journal = Journal::new(
+            resolved.client_name.clone(),
+            resolved.log_level,
+            resolved.options.log.clone(),
+        );
         let inner = Inner {
-            live: Some(live),
+            live: first,
             table,
             registrations: Vec::new(),
             regions: BTreeMap::new(),
             next_region: 1,
             stats: Stats::default(),
-            reason: String::new(),
+            absence,
+            result_positions,
+            removals: Vec::new(),
             leader: None,
             followers: 0,
             fd_armed: false,
@@ -126,8 +167,11 @@ impl Shared {
             probed_blocks: AtomicU64::new(0),
             probe_hits: AtomicU64::new(0),
             weak: weak.clone(),
+            journal,
+            unloaded,
             inner: Mutex::new(inner),
-            state: AtomicU32::new(State::Connected as u32),
+            state: AtomicU32::new(state as u32),
+            register_soon: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             home: HomeProcess::here(),
         }))
@@ -163,12 +207,21 @@ impl Shared {
     /// Asks the keeper to end the session and itself.
     pub(crate) fn close(&self) {
         self.closing.store(true, Ordering::Relaxed);
+        self.events.stop.signal();
         self.events.keeper.signal();
     }
 
     pub(crate) fn stats(&self) -> Stats {
+        if self.check_process().is_err() {
+            // The lock may be held for ever by a thread that this fork does not have.
+            return Stats::default();
+        }
         let inner = self.lock();
+        let registrations = inner.registrations.iter().flatten();
+        let refused = registrations.filter(|registered| registered.refusal.is_some());
         Stats {
+            away_ms: inner.absence.total().as_millis() as u64,
+            refused_registrations: refused.count() as u64,
             probes: self.probes.load(Ordering::Relaxed),
             probed_blocks: self.probed_blocks.load(Ordering::Relaxed),
             probe_hits: self.probe_hits.load(Ordering::Relaxed),
@@ -178,10 +231,28 @@ impl Shared {
     }
 
     pub(crate) fn session_info(&self) -> Option<Welcome> {
+        self.check_process().ok()?;
         self.lock()
             .live
             .as_ref()
             .map(|live| live.session.welcome.clone())
+    }
+
+    /// Blocks of failed loads.
+    pub(crate) fn unloaded(&self) -> MutexGuard<'_, Unloaded> {
+        self.unloaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The blocks that a failed load was to fill.
+    pub(crate) fn unloaded_blocks<T>(
+        &self,
+        request: RequestId,
+        read: impl FnOnce(&[u32]) -> T,
+    ) -> Result<T, Error> {
+        self.check_process()?;
+        let unloaded = self.unloaded();
+        let blocks = unloaded.get(request.0);
+        blocks.map(read).ok_or(Error::NoBlockList(request.0))
     }
 
     /// The present session.
@@ -191,92 +262,6 @@ impl Shared {
             Some(live) => Ok(live.session.clone()),
             None => Err(inner.disconnected()),
         }
-    }
-
-    /// Puts a fresh session to use. The state stays as it is until [`Self::announce`].
-    /// Returns the regions that this session has to be told of; later ones are told by their
-    /// makers.
-    pub(crate) fn install(&self, mut live: Live) -> Result<Vec<Weak<HostRegion>>, Error> {
-        self.events.watch(&live.session.pipe)?;
-        let mut inner = self.lock();
-        if self.fd_mode.load(Ordering::Relaxed) {
-            live.sleeper.arm();
-            (inner.fd_armed, inner.bell_dirty) = (true, true);
-        }
-        inner.live = Some(live);
-        Ok(inner.regions.values().cloned().collect())
-    }
-
-    /// Says that the session is up, once every registration was answered; true if it did.
-    pub(crate) fn announce(&self, number: u64) -> bool {
-        let mut inner = self.lock();
-        let present = inner
-            .live
-            .as_ref()
-            .is_some_and(|live| live.session.number == number);
-        if !present || self.state() == State::Connected {
-            return false;
-        }
-        inner.stats.reconnects += 1;
-        inner.reason.clear();
-        self.state.store(State::Connected as u32, Ordering::Relaxed);
-        drop(inner);
-        self.changed.notify_all();
-        true
-    }
-
-    /// Takes in what the daemon posted before it went.
-    pub(crate) fn collect_last(&self) {
-        let mut wakes = Wakes::default();
-        self.collect(&mut self.lock(), Collector::Other, &mut wakes);
-        self.deliver(wakes);
-    }
-
-    /// Ends session `number`, if it is still the present one: every unfinished request completes
-    /// with [`Status::Disconnected`].
-    pub(crate) fn lose(&self, number: u64, reason: &str) {
-        let mut wakes = Wakes::default();
-        self.lose_locked(&mut self.lock(), number, reason, &mut wakes);
-        self.deliver(wakes);
-    }
-
-    /// [`Self::lose`] under the lock.
-    pub(crate) fn lose_locked(
-        &self,
-        inner: &mut Inner,
-        number: u64,
-        reason: &str,
-        wakes: &mut Wakes,
-    ) {
-        let Some(live) = inner.live.take_if(|live| live.session.number == number) else {
-            return;
-        };
-        live.session.mark_lost();
-        reason.clone_into(&mut inner.reason);
-        inner.stats.disconnects += 1;
-        for registered in inner.registrations.iter_mut().flatten() {
-            registered.forget_daemon();
-        }
-        let reconnects = self.resolved.options.reconnect && !self.is_closing();
-        let state = if reconnects {
-            State::Disconnected
-        } else {
-            State::Closed
-        };
-        self.state.store(state as u32, Ordering::Relaxed);
-        for id in inner.table.unfinished() {
-            let Some(held) = inner.table.in_flight(id) else {
-                continue;
-            };
-            if let Some(source) = &mut held.source {
-                source.session = None;
-            }
-            let answer = local_answer(held.op, id, Status::Disconnected);
-            self.finish(inner, id, answer, Collector::Other, wakes);
-        }
-        wakes.followers = true;
-        wakes.leader = true;
-        wakes.lost = Some(live.session);
     }
 
     /// Does what was put off until the lock was free.
@@ -299,24 +284,6 @@ impl Shared {
         }
         if let Some(session) = lost {
             self.take_apart(&session);
-        }
-    }
-
-    #[cold]
-    fn take_apart(&self, session: &Session) {
-        self.events.unwatch(&session.pipe);
-        session.channel.shut_down();
-        self.control.fail_all();
-        self.changed.notify_all();
-        self.events.keeper.signal();
-    }
-}
-
-impl Inner {
-    /// The error that says why there is no session.
-    pub(crate) fn disconnected(&self) -> Error {
-        Error::Disconnected {
-            reason: self.reason.clone(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Connecting, disconnecting, state.
 
 use std::collections::BTreeMap;
-use std::ffi::c_int;
+use std::ffi::{CString, c_int, c_void};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::guard::exports;
 use super::pointers::{handle, init_sized, null, put, read_sized, text, write_sized};
 use super::types::*;
-use crate::{Client, Error, Options};
+use crate::{Client, Error, Log, LogLevel, Options};
 
 exports! {
     /// Fills options with the defaults.
@@ -51,6 +51,7 @@ exports! {
     try fn pega_state(client: *const pega_client) -> c_int {
         // SAFETY: by the header, the handle came from `pega_connect`.
         let handle = unsafe { handle(client)? };
+        handle.client.check_process()?;
         Ok(handle.client.state() as c_int)
     }
 
@@ -59,6 +60,7 @@ exports! {
         // SAFETY: by the header, the handle came from `pega_connect` and `stats` is a sized struct.
         unsafe {
             let client = &handle(client)?.client;
+            client.check_process()?;
             write_sized(stats, &stats_of(client))?;
         }
         Ok(0)
@@ -70,6 +72,7 @@ exports! {
         // struct.
         unsafe {
             let client = &handle(client)?.client;
+            client.check_process()?;
             write_sized(limits, &limits_of(client))?;
         }
         Ok(0)
@@ -93,6 +96,10 @@ fn defaults() -> pega_options {
         autostart: PEGA_DEFAULT,
         reconnect: PEGA_DEFAULT,
         no_spin: PEGA_DEFAULT,
+        start_without_daemon: PEGA_DEFAULT,
+        log_level: PEGA_DEFAULT,
+        log: None,
+        log_user: std::ptr::null_mut(),
     }
 }
 
@@ -140,7 +147,36 @@ unsafe fn read_options(options: *const pega_options) -> Result<Options, Error> {
     }
     result.autostart = switch("autostart", given.autostart)?;
     result.reconnect = switch("reconnect", given.reconnect)?.unwrap_or(true);
+    result.start_without_daemon = switch("start_without_daemon", given.start_without_daemon)?;
+    result.log_level = log_level(given.log_level)?;
+    result.log = log(given.log, given.log_user);
     Ok(result)
+}
+
+fn log_level(value: u32) -> Result<Option<LogLevel>, Error> {
+    match value {
+        PEGA_DEFAULT => Ok(None),
+        PEGA_LOG_OFF => Ok(Some(LogLevel::Off)),
+        PEGA_LOG_WARN => Ok(Some(LogLevel::Warn)),
+        PEGA_LOG_INFO => Ok(Some(LogLevel::Info)),
+        other => {
+            let way_out = "PEGA_LOG_OFF, PEGA_LOG_WARN or PEGA_LOG_INFO";
+            Err(Error::argument("log_level", other.to_string(), way_out))
+        }
+    }
+}
+
+fn log(function: pega_log_fn, user: *mut c_void) -> Option<Log> {
+    let function = function?;
+    let user = user.expose_provenance();
+    Some(Log::new(move |level, line| {
+        let line: Vec<u8> = line.bytes().filter(|byte| *byte != 0).collect();
+        let line = CString::new(line).unwrap_or_default();
+        let user = std::ptr::with_exposed_provenance_mut(user);
+        // SAFETY: by the header, the function takes the pointer that was given with it and a text,
+        // on any thread, until `pega_disconnect` has returned.
+        unsafe { function(user, level as u32, line.as_ptr()) }
+    }))
 }
 
 /// Milliseconds, at most some decades, so that a deadline can be computed.
@@ -178,6 +214,9 @@ fn stats_of(client: &Client) -> pega_stats {
         disconnects: stats.disconnects,
         reconnects: stats.reconnects,
         outstanding: stats.outstanding,
+        away_ms: stats.away_ms,
+        failed_attempts: stats.failed_attempts,
+        refused_registrations: stats.refused_registrations,
     }
 }
 

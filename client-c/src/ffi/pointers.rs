@@ -18,7 +18,8 @@ pub(super) unsafe trait Sized0: Copy {
 
 macro_rules! sized {
     ($($name:ident),*) => { $(
-        // SAFETY: integers and raw pointers only.
+        // SAFETY: integers, raw pointers, and at most a function pointer that may be null.
+        // By the header, a caller puts a function of its type there.
         unsafe impl Sized0 for super::types::$name {
             const NAME: &'static str = stringify!($name);
         }

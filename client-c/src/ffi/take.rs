@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 
 use super::connect::bounded_millis;
 use super::guard::exports;
-use super::pointers::{array_mut, handle, put};
+use super::pointers::{array_mut, handle, null, put};
 use super::types::*;
 use crate::{Completion, RequestId};
 
@@ -50,6 +50,29 @@ exports! {
             let handle = handle(client)?;
             let done = handle.client.wait(RequestId(request), bounded_millis(timeout_ms))?;
             put(place.as_mut_ptr(), hand_out(&done), "completion")?;
+        }
+        Ok(0)
+    }
+
+    /// The blocks of a load that failed.
+    try fn pega_unloaded_blocks(
+        client: *mut pega_client, request: u64, blocks: *mut u32, capacity: usize,
+        count: *mut usize,
+    ) -> c_int {
+        if count.is_null() {
+            return Err(null("count"));
+        }
+        // SAFETY: by the header: a handle of `pega_connect`, room for `capacity` ids and for the
+        // count.
+        unsafe {
+            let out = array_mut(blocks, capacity, "blocks")?;
+            let client = &handle(client)?.client;
+            let all = client.shared().unloaded_blocks(RequestId(request), |blocks| {
+                let known = blocks.len().min(out.len());
+                out[..known].copy_from_slice(&blocks[..known]);
+                blocks.len()
+            })?;
+            put(count, all, "count")?;
         }
         Ok(0)
     }

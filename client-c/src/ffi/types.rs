@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use crate::{Client, HostMemory};
 
 /// Version of this ABI: raised with each addition.
-pub const PEGA_ABI_VERSION: u32 = 1;
+pub const PEGA_ABI_VERSION: u32 = 2;
 /// Rank of a scheduler.
 pub const PEGA_SCHEDULER: i32 = -1;
 /// Saves, queries and loads.
@@ -25,6 +25,12 @@ pub const PEGA_DEFAULT: u32 = 0;
 pub const PEGA_ON: u32 = 1;
 /// A switch that is off.
 pub const PEGA_OFF: u32 = 2;
+/// `pega_options.log_level`: nothing is said.
+pub const PEGA_LOG_OFF: u32 = 1;
+/// Only what somebody may have to mend, and that it is over.
+pub const PEGA_LOG_WARN: u32 = 2;
+/// First connections, ends and failed attempts, too.
+pub const PEGA_LOG_INFO: u32 = 3;
 /// Memory that the library finds out about by its address.
 pub const PEGA_MEMORY_AUTO: u32 = 0;
 
@@ -42,6 +48,10 @@ pub struct pega_hash {
     /// What the engine computed.
     pub bytes: [u8; 32],
 }
+
+/// Where a client's lines go.
+pub type pega_log_fn =
+    Option<unsafe extern "C" fn(user: *mut c_void, level: u32, line: *const c_char)>;
 
 /// How to connect.
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +85,14 @@ pub struct pega_options {
     pub reconnect: u32,
     /// Do not spin.
     pub no_spin: u32,
+    /// Begin disconnected where no daemon answers.
+    pub start_without_daemon: u32,
+    /// A `PEGA_LOG_*`.
+    pub log_level: u32,
+    /// Where lines go.
+    pub log: pega_log_fn,
+    /// First argument of `log`.
+    pub log_user: *mut c_void,
 }
 
 /// What makes the blocks' bytes comparable.
@@ -223,6 +241,12 @@ pub struct pega_stats {
     pub reconnects: u64,
     /// Requests not yet consumed.
     pub outstanding: u64,
+    /// Time without a session in ms.
+    pub away_ms: u64,
+    /// Attempts to get a session that failed.
+    pub failed_attempts: u64,
+    /// Registrations that the present daemon refuses.
+    pub refused_registrations: u64,
 }
 
 /// Sizes of the largest lists.

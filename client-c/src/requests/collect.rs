@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 
 use pegaflow_shm::desc::{Completion as Answer, MissReason, Op};
 use pegaflow_shm::ring::RingFault;
+use pegaflow_shm::status::Status;
 
 use super::table::{Held, ResultSource};
 use crate::client::{Inner, Shared, Wakes};
@@ -65,7 +66,8 @@ impl Shared {
             live.session.set_position(live.consumer.position());
         }
         if let Some(fault) = fault {
-            self.lose_locked(inner, number, &fault.to_string(), wakes);
+            let (status, reason) = (Status::ProtocolError, fault.to_string());
+            self.lose_locked(inner, number, status, &reason, wakes);
         }
     }
 
@@ -123,9 +125,15 @@ impl Shared {
         }
     }
 
-    /// Copies the bitmaps of membership queries out and gives their room back.
+    /// Copies the bitmaps of membership queries out and gives their room back; keeps the blocks of
+    /// failed loads.
     pub(crate) fn resolve(&self, completions: &mut [Completion]) {
         for completion in completions {
+            // Of a load that went well, it is dropped here, outside of the lock.
+            let blocks = completion.blocks.take();
+            if let (Some(blocks), false) = (blocks, completion.is_ok()) {
+                self.unloaded().keep(completion.request.0, blocks);
+            }
             if let Some(source) = completion.source.take() {
                 self.resolve_one(completion, source);
             }

@@ -7,6 +7,7 @@
 //! | `results` | free room of the result arena |
 //! | `submit` | credit, payload, publication |
 //! | `collect` | judging completions and handing them out |
+//! | `unloaded` | blocks of failed loads |
 //! | `wait` | polling, waiting, the completion descriptor |
 //! | `probe` | reading the block index |
 
@@ -18,6 +19,7 @@ mod probe;
 mod results;
 mod submit;
 mod table;
+mod unloaded;
 mod wait;
 
 pub(crate) use arena::{ChunkPool, Links};
@@ -25,3 +27,4 @@ pub(crate) use collect::Collector;
 pub(crate) use results::ResultPool;
 pub(crate) use submit::Draft;
 pub(crate) use table::{ResultSource, Table, local_answer};
+pub(crate) use unloaded::Unloaded;

@@ -163,12 +163,14 @@ struct Reserved {
 impl Shared {
     pub(crate) fn submit(&self, draft: &Draft<'_>) -> Result<RequestId, Error> {
         self.check_process()?;
+        // Copied before the lock is taken.
+        let blocks = (draft.op == Op::Load).then(|| Box::from(draft.blocks));
         let mut inner = self.lock();
         let remote = match draft.registration {
             Some(id) => inner.registration(id)?.remote,
             None => Some(0),
         };
-        let (Some(remote), true) = (remote, inner.live.is_some()) else {
+        let (Some(remote), true) = (remote, inner.serves()) else {
             return self.offline(inner, draft);
         };
         if draft.is_list() && draft.total() == 0 {
@@ -181,7 +183,7 @@ impl Shared {
         if draft.op == Op::Cancel && inner.table.in_flight(draft.arg0).is_none() {
             return Err(Error::UnknownRequest(draft.arg0));
         }
-        let reserved = inner.reserve(draft, remote).inspect_err(|error| {
+        let reserved = inner.reserve(draft, remote, blocks).inspect_err(|error| {
             if matches!(error, Error::Again(_)) {
                 inner.stats.again += 1;
             }
@@ -190,7 +192,8 @@ impl Shared {
         let id = RequestId(reserved.id);
         if let Err(error) = publish(&reserved, draft) {
             // The request ends with the session, so its id stays good.
-            self.lose(reserved.session.number, &error.to_string());
+            let session = &reserved.session;
+            self.lose(session.number, error.status(), &error.to_string());
         }
         Ok(id)
     }
@@ -201,7 +204,7 @@ impl Shared {
         if draft.op == Op::Query {
             return self.answer_here(inner, draft, Status::Disconnected);
         }
-        if inner.live.is_none() {
+        if !inner.serves() {
             return Err(inner.disconnected());
         }
         let id = draft.registration.unwrap_or(RegistrationId(0));
@@ -234,6 +237,7 @@ impl Shared {
             slots: 0,
             source,
             cookie: draft.cookie,
+            blocks: (draft.op == Op::Load).then(|| Box::from(draft.blocks)),
         };
         let id = inner
             .table
@@ -249,6 +253,10 @@ impl Shared {
     }
 
     pub(crate) fn limits(&self) -> Limits {
+        if self.check_process().is_err() {
+            // The lock may be held for ever by a thread that this fork does not have.
+            return Limits::default();
+        }
         let inner = self.lock();
         let list = |op| match &inner.live {
             Some(live) => max_items(live, op).0,
@@ -262,13 +270,9 @@ impl Shared {
             }
         };
         let query_hashes = list(Op::Query);
-        let positions = inner
-            .live
-            .as_ref()
-            .map_or(0, |live| live.results.max_positions());
         Limits {
             query_hashes,
-            membership_hashes: query_hashes.min(positions),
+            membership_hashes: query_hashes.min(inner.result_positions),
             save_blocks: list(Op::Save),
             load_blocks: list(Op::Load),
             requests: inner
@@ -296,7 +300,20 @@ fn max_items(live: &Live, op: Op) -> (usize, &'static str) {
 }
 
 impl Inner {
-    fn reserve(&mut self, draft: &Draft<'_>, registration: u32) -> Result<Reserved, Error> {
+    /// True while requests can go to the daemon.
+    #[inline]
+    fn serves(&self) -> bool {
+        self.live
+            .as_ref()
+            .is_some_and(|live| live.session.ending().is_none())
+    }
+
+    fn reserve(
+        &mut self,
+        draft: &Draft<'_>,
+        registration: u32,
+        blocks: Option<Box<[u32]>>,
+    ) -> Result<Reserved, Error> {
         let Some(live) = &mut self.live else {
             return Err(self.disconnected());
         };
@@ -355,6 +372,7 @@ impl Inner {
             slots,
             source,
             cookie,
+            blocks,
         };
         let id = self
             .table

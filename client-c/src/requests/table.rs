@@ -54,6 +54,8 @@ pub(crate) struct Held {
     pub(crate) source: Option<ResultSource>,
     /// The caller's value.
     pub(crate) cookie: u64,
+    /// Load: the blocks that it was to fill.
+    pub(crate) blocks: Option<Box<[u32]>>,
 }
 
 #[derive(Debug)]
@@ -92,6 +94,7 @@ impl Table {
                 slots: 0,
                 source: None,
                 cookie: 0,
+                blocks: None,
             },
             answer: Answer::zeroed(),
         };
@@ -239,6 +242,7 @@ impl Table {
             bitmap: None,
             cookie: entry.held.cookie,
             source: entry.held.source.take(),
+            blocks: entry.held.blocks.take(),
         };
         entry.phase = Phase::Free;
         self.free.push(slot as u32);
@@ -290,6 +294,7 @@ mod tests {
             slots: 1,
             source: None,
             cookie: 5,
+            blocks: None,
         }
     }
 

@@ -17,6 +17,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pegaflow_shm::bell::BellError;
+use pegaflow_shm::status::Status;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::collect::Collector;
@@ -294,7 +295,8 @@ impl Shared {
     /// Takes the bell's rings; a bell that nobody can ring any more ends the session.
     fn drain(&self, session: &Session) {
         if let Err(BellError::PeerGone) = session.pipe.drain() {
-            self.lose(session.number, "the daemon closed the bell");
+            let reason = "the daemon closed the bell";
+            self.lose(session.number, Status::Disconnected, reason);
         }
     }
 

@@ -16,10 +16,93 @@ use rustix::net::{
 };
 
 use crate::Error;
+use crate::client::Event;
 use crate::shared::timespec;
 
-/// Pause between attempts while the daemon's queue of connections is full.
-const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
+/// First and longest pause between attempts while the daemon's queue of connections is full.
+const BACKLOG_PAUSES: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
+
+/// How long a call may wait, and what ends it before.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bound<'a> {
+    since: Instant,
+    deadline: Instant,
+    stop: Option<&'a Event>,
+}
+
+impl Bound<'_> {
+    /// Until a deadline.
+    pub(crate) fn until(deadline: Instant) -> Bound<'static> {
+        Bound {
+            since: Instant::now(),
+            deadline,
+            stop: None,
+        }
+    }
+
+    /// Not at all.
+    pub(crate) fn now() -> Bound<'static> {
+        Bound::until(Instant::now())
+    }
+
+    /// For a time, or until the event is signalled.
+    pub(crate) fn unless(stop: &Event, time: Duration) -> Bound<'_> {
+        let since = Instant::now();
+        Bound {
+            since,
+            deadline: since + time,
+            stop: Some(stop),
+        }
+    }
+
+    fn ran_out(&self, what: &'static str) -> Error {
+        Error::Timeout {
+            what,
+            bound: self.deadline.saturating_duration_since(self.since),
+        }
+    }
+
+    fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
+    /// Waits for the descriptor, if there is one, at most for `most`.
+    fn wait(&self, watched: Option<(BorrowedFd<'_>, PollFlags)>, most: Duration) -> Wait {
+        let limit = timespec(self.left().min(most));
+        let stop = self.stop.map(|stop| (stop.as_fd(), PollFlags::IN));
+        let mut fds: Vec<PollFd<'_>> = [stop, watched]
+            .iter()
+            .flatten()
+            .map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags))
+            .collect();
+        match poll(&mut fds, Some(&limit)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Wait::Failed(errno),
+        }
+        if self.stop.is_some() && !fds[0].revents().is_empty() {
+            return Wait::Stopped;
+        }
+        Wait::LookAgain
+    }
+}
+
+enum Wait {
+    LookAgain,
+    Stopped,
+    Failed(Errno),
+}
+
+impl Wait {
+    fn check(self) -> Result<(), Error> {
+        match self {
+            Wait::LookAgain => Ok(()),
+            Wait::Stopped => Err(Error::Disconnected {
+                reason: "this client disconnects".into(),
+            }),
+            Wait::Failed(errno) => Err(Error::system("poll", errno)),
+        }
+    }
+}
 
 /// A connected session socket.
 #[derive(Debug)]
@@ -38,7 +121,7 @@ pub(crate) enum ConnectError {
 
 impl Channel {
     /// Connects to the daemon's socket.
-    pub(crate) fn connect(path: &Path, deadline: Instant) -> Result<Channel, ConnectError> {
+    pub(crate) fn connect(path: &Path, bound: Bound<'_>) -> Result<Channel, ConnectError> {
         let failed = |errno: Errno| ConnectError::Failed(Error::system("connect", errno));
         let address = SocketAddrUnix::new(path).map_err(|_| {
             let value = path.display().to_string();
@@ -51,6 +134,7 @@ impl Channel {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let kind = SocketType::SEQPACKET;
         let socket = socket_with(AddressFamily::UNIX, kind, flags, None).map_err(failed)?;
+        let (mut pause, longest) = BACKLOG_PAUSES;
         loop {
             match connect(&socket, &address) {
                 Ok(()) => return Ok(Channel { socket }),
@@ -58,8 +142,16 @@ impl Channel {
                 Err(errno @ (Errno::NOENT | Errno::CONNREFUSED | Errno::NOTDIR)) => {
                     return Err(ConnectError::NobodyListens(errno));
                 }
-                Err(Errno::AGAIN) if Instant::now() < deadline => {
-                    std::thread::sleep(BACKLOG_PAUSE);
+                Err(Errno::AGAIN) if !bound.left().is_zero() => {
+                    bound
+                        .wait(None, pause)
+                        .check()
+                        .map_err(ConnectError::Failed)?;
+                    pause = (pause * 2).min(longest);
+                }
+                Err(Errno::AGAIN) => {
+                    let what = "the daemon's queue of connections";
+                    return Err(ConnectError::Failed(bound.ran_out(what)));
                 }
                 Err(errno) => return Err(failed(errno)),
             }
@@ -79,12 +171,12 @@ impl Channel {
         &self,
         message: &ClientMessage,
         fds: &[BorrowedFd<'_>],
-        deadline: Instant,
+        bound: Bound<'_>,
     ) -> Result<(), Error> {
         loop {
             match seqpacket::send(self.socket.as_fd(), message, fds) {
                 Err(error) if error.would_block() => {
-                    self.await_socket(PollFlags::OUT, "sending to the daemon", deadline)?;
+                    self.await_socket(PollFlags::OUT, "sending to the daemon", bound)?;
                 }
                 other => return other.map_err(from_packet),
             }
@@ -92,14 +184,11 @@ impl Channel {
     }
 
     /// Receives one message before the deadline.
-    pub(crate) fn receive(
-        &self,
-        deadline: Instant,
-    ) -> Result<(DaemonMessage, Vec<OwnedFd>), Error> {
+    pub(crate) fn receive(&self, bound: Bound<'_>) -> Result<(DaemonMessage, Vec<OwnedFd>), Error> {
         loop {
             match self.try_receive()? {
                 Some(received) => return Ok(received),
-                None => self.await_socket(PollFlags::IN, "the daemon's answer", deadline)?,
+                None => self.await_socket(PollFlags::IN, "the daemon's answer", bound)?,
             }
         }
     }
@@ -125,27 +214,24 @@ impl Channel {
     /// The daemon tells a client that left from one that died by whether the process still lives
     /// when it sees the end of the socket; a process that ends right after this has left.
     pub(crate) fn take_leave(&self, deadline: Instant) {
+        let bound = Bound::until(deadline);
         if shutdown(&self.socket, Shutdown::Write).is_err() {
             return;
         }
-        while Instant::now() < deadline && self.receive(deadline).is_ok() {}
+        while Instant::now() < deadline && self.receive(bound).is_ok() {}
     }
 
     fn await_socket(
         &self,
         flags: PollFlags,
         what: &'static str,
-        deadline: Instant,
+        bound: Bound<'_>,
     ) -> Result<(), Error> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(Error::Timeout { what, bound: left });
+        if bound.left().is_zero() {
+            return Err(bound.ran_out(what));
         }
-        let mut fds = [PollFd::new(&self.socket, flags)];
-        match poll(&mut fds, Some(&timespec(left))) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(errno) => Err(Error::system("poll", errno)),
-        }
+        let socket = Some((self.socket.as_fd(), flags));
+        bound.wait(socket, Duration::MAX).check()
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use pegaflow_shm::control::ClientMessage;
 use pegaflow_shm::status::Status;
 
-use super::Session;
+use super::{Bound, Session};
 use crate::Error;
 
 /// The daemon's answer.
@@ -42,11 +42,21 @@ pub(crate) enum Purpose {
     Removal,
 }
 
+/// Who waits for an answer.
+#[derive(Debug)]
+enum Asker {
+    /// A call of the engine; here is its reply, once there is one.
+    Caller(Option<Reply>),
+    /// A call of the engine whose bound ran out: a late success is undone.
+    GaveUp,
+    /// The keeper, for whom the message itself is enough.
+    Keeper,
+}
+
 #[derive(Debug)]
 struct Pending {
     purpose: Purpose,
-    /// `None`: nobody waits for the reply.
-    reply: Option<Option<Reply>>,
+    asker: Asker,
 }
 
 #[derive(Debug, Default)]
@@ -67,17 +77,11 @@ impl Control {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self, purpose: Purpose, waits: bool) -> u64 {
+    fn begin(&self, purpose: Purpose, asker: Asker) -> u64 {
         let mut book = self.book();
         book.last_seq += 1;
         let seq = book.last_seq;
-        book.pending.insert(
-            seq,
-            Pending {
-                purpose,
-                reply: waits.then_some(None),
-            },
-        );
+        book.pending.insert(seq, Pending { purpose, asker });
         seq
     }
 
@@ -91,8 +95,9 @@ impl Control {
         message: impl FnOnce(u64) -> ClientMessage,
     ) -> Result<Reply, Error> {
         let deadline = Instant::now() + bound;
-        let seq = self.begin(purpose, true);
-        if let Err(error) = session.channel.send(&message(seq), fds, deadline) {
+        let seq = self.begin(purpose, Asker::Caller(None));
+        let until = Bound::until(deadline);
+        if let Err(error) = session.channel.send(&message(seq), fds, until) {
             self.book().pending.remove(&seq);
             return Err(error);
         }
@@ -101,49 +106,47 @@ impl Control {
             let Some(pending) = book.pending.get_mut(&seq) else {
                 return Ok(Reply::Lost);
             };
-            if let Some(reply) = pending.reply.take().flatten() {
+            if let Asker::Caller(place) = &mut pending.asker
+                && let Some(reply) = place.take()
+            {
                 book.pending.remove(&seq);
                 return Ok(reply);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                // Nobody waits any more; the keeper undoes what a late success did.
+                pending.asker = Asker::GaveUp;
                 return Err(Error::Timeout {
                     what: "the daemon's answer",
                     bound,
                 });
             }
-            pending.reply = Some(None);
             let waited = self.answered.wait_timeout(book, left);
             book = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// Sends a request of the keeper's own.
+    /// Sends a request for whose answer nobody waits.
     pub(crate) fn send(
         &self,
         session: &Session,
         purpose: Purpose,
         fds: &[BorrowedFd<'_>],
-        bound: Duration,
+        bound: Bound<'_>,
         message: impl FnOnce(u64) -> ClientMessage,
     ) -> Result<(), Error> {
-        let seq = self.begin(purpose, false);
-        let sent = session
-            .channel
-            .send(&message(seq), fds, Instant::now() + bound);
+        let seq = self.begin(purpose, Asker::Keeper);
+        let sent = session.channel.send(&message(seq), fds, bound);
         if sent.is_err() {
             self.book().pending.remove(&seq);
         }
         sent
     }
 
-    /// What request `seq` is about, and whether somebody waits for its answer.
+    /// What request `seq` is about, and whether it is the keeper's own.
     pub(crate) fn purpose(&self, seq: u64) -> Option<(Purpose, bool)> {
         let book = self.book();
-        book.pending
-            .get(&seq)
-            .map(|pending| (pending.purpose, pending.reply.is_some()))
+        let pending = book.pending.get(&seq)?;
+        Some((pending.purpose, matches!(pending.asker, Asker::Keeper)))
     }
 
     /// True while something that the keeper sent is unanswered.
@@ -151,7 +154,7 @@ impl Control {
         self.book()
             .pending
             .values()
-            .any(|pending| pending.reply.is_none())
+            .any(|pending| matches!(pending.asker, Asker::Keeper))
     }
 
     /// Hands an answer out.
@@ -159,7 +162,8 @@ impl Control {
         let mut book = self.book();
         match book.pending.get_mut(&seq) {
             Some(Pending {
-                reply: Some(place), ..
+                asker: Asker::Caller(place),
+                ..
             }) => *place = Some(reply),
             _ => {
                 book.pending.remove(&seq);
@@ -172,12 +176,13 @@ impl Control {
     /// The session is over: so is every request.
     pub(crate) fn fail_all(&self) {
         let mut book = self.book();
-        book.pending.retain(|_, pending| match &mut pending.reply {
-            Some(place) => {
-                *place = Some(Reply::Lost);
+        book.pending.retain(|_, pending| match &mut pending.asker {
+            Asker::Caller(place) => {
+                // An answer that came before the end still counts.
+                place.get_or_insert(Reply::Lost);
                 true
             }
-            None => false,
+            Asker::GaveUp | Asker::Keeper => false,
         });
         drop(book);
         self.answered.notify_all();

@@ -10,11 +10,11 @@ mod channel;
 pub(crate) mod control;
 mod open;
 
-pub(crate) use channel::{Channel, ConnectError};
+pub(crate) use channel::{Bound, Channel, ConnectError};
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use pegaflow_shm::bell::{BellFd, BellListener, SharedWaker, Sleeper};
 use pegaflow_shm::control::Welcome;
@@ -24,6 +24,7 @@ use pegaflow_shm::mapping::{Mapping, SharedU32};
 use pegaflow_shm::payload::CHUNK_BYTES;
 use pegaflow_shm::ring::{Consumer, PushError, RawRing, RingMemory, SharedProducer};
 use pegaflow_shm::segment::SessionState;
+use pegaflow_shm::status::Status;
 
 use crate::Error;
 use crate::memory::IndexMapping;
@@ -44,6 +45,8 @@ pub(crate) struct Session {
     pub(crate) arena_chunks: u32,
     lost: AtomicBool,
     draining: AtomicBool,
+    /// What the daemon said when it began to end the session.
+    ending: OnceLock<(Status, String)>,
     c2d: Arc<Mapping>,
     d2c: Arc<Mapping>,
     arena_offset: usize,
@@ -64,6 +67,14 @@ impl std::fmt::Debug for Session {
             "Session({} of node {})",
             self.welcome.session, self.welcome.node
         )
+    }
+}
+
+impl std::fmt::Display for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let welcome = &self.welcome;
+        let (node, version, pid) = (&welcome.node, &welcome.daemon_version, self.daemon_pid);
+        write!(f, "node {node} (pegaflowd {version}, pid {pid})")
     }
 }
 
@@ -111,6 +122,28 @@ impl Session {
     /// Notes that the daemon takes nothing new.
     pub(crate) fn mark_draining(&self) {
         self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// The daemon takes no more requests: the end of the socket follows once no copy touches this
+    /// process's memory any more.
+    pub(crate) fn begin_end(&self, status: Status, reason: String) {
+        // A second reason adds nothing.
+        let _ = self.ending.set((status, reason));
+    }
+
+    /// Why the session ends, if the daemon has said so.
+    #[inline]
+    pub(crate) fn ending(&self) -> Option<&str> {
+        self.ending.get().map(|(_, reason)| &**reason)
+    }
+
+    /// Kind of reason for which the session ended, and the reason.
+    pub(crate) fn end_reason(&self, error: &Error) -> (Status, String) {
+        let said = self.ending.get().cloned();
+        said.unwrap_or_else(|| match error {
+            Error::Disconnected { reason } => (Status::Disconnected, reason.clone()),
+            other => (other.status(), other.to_string()),
+        })
     }
 
     /// Writes into an arena chunk that the caller holds.

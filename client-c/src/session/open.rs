@@ -4,9 +4,8 @@
 
 use std::fmt::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::time::Instant;
+use std::sync::{Arc, OnceLock};
 
 use pegaflow_shm::BootId;
 use pegaflow_shm::bell::{BellFd, BellListener, SharedWaker, Sleeper};
@@ -24,7 +23,7 @@ use pegaflow_shm::segment::{
 };
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
-use super::{Channel, Live, Session};
+use super::{Bound, Channel, Live, Session};
 use crate::Error;
 use crate::memory::IndexMapping;
 use crate::options::Resolved;
@@ -44,7 +43,7 @@ impl Session {
         resolved: &Resolved,
         number: u64,
         channel: Channel,
-        deadline: Instant,
+        bound: Bound<'_>,
     ) -> Result<Live, Error> {
         let (peer_pid, peer_uid) = channel.peer()?;
         check_owner(resolved, peer_uid)?;
@@ -59,9 +58,9 @@ impl Session {
             c2d_bytes: shape.total_bytes() as u64,
             completion_slots: resolved.options.completion_slots,
         };
-        let sent = channel.send(&ClientMessage::Hello(hello), &[memfd.as_fd()], deadline);
+        let sent = channel.send(&ClientMessage::Hello(hello), &[memfd.as_fd()], bound);
         // A daemon that refuses this user closes at once; its reason can be read all the same.
-        let (welcome, gifts) = await_welcome(&channel, deadline)?;
+        let (welcome, gifts) = await_welcome(&channel, bound)?;
         sent?;
         let daemon_pid = if peer_pid == 0 {
             welcome.daemon_pid
@@ -82,8 +81,8 @@ impl Session {
     }
 }
 
-fn await_welcome(channel: &Channel, deadline: Instant) -> Result<(Welcome, Gifts), Error> {
-    match channel.receive(deadline)? {
+fn await_welcome(channel: &Channel, bound: Bound<'_>) -> Result<(Welcome, Gifts), Error> {
+    match channel.receive(bound)? {
         (DaemonMessage::Welcome(welcome), fds) => {
             if !(PROTOCOL_MIN..=PROTOCOL_MAX).contains(&welcome.protocol) {
                 let spoken = welcome.protocol;
@@ -165,6 +164,7 @@ fn assemble(resolved: &Resolved, parts: Parts) -> Result<Live, Error> {
         arena_chunks: shape.arena_chunks,
         lost: AtomicBool::new(false),
         draining: AtomicBool::new(false),
+        ending: OnceLock::new(),
         arena_offset: shape.arena_offset(),
         result_offset: d2c_shape.arena_offset(),
         producer: SharedProducer::new(submissions),
