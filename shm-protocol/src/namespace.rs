@@ -216,6 +216,27 @@ mod tests {
     }
 
     #[test]
+    fn every_part_of_every_ranks_layout_changes_the_digest() {
+        let base = spec().digest(2, &groups());
+        let changes: [fn(&mut Vec<PackedGroup>); 6] = [
+            |groups| groups[0].segment_bytes[1] = 65,
+            |groups| groups[0].segment_bytes.swap(0, 1),
+            |groups| groups[1].segment_bytes.push(128),
+            |groups| groups[1].group = 1,
+            |groups| groups[1].rank = 2,
+            |groups| drop(groups.pop()),
+        ];
+        for (number, change) in changes.iter().enumerate() {
+            let mut changed = groups();
+            changed[0].segment_bytes[0] = 32;
+            let before = spec().digest(2, &changed);
+            change(&mut changed);
+            assert_ne!(spec().digest(2, &changed), before, "change {number}");
+            assert_ne!(spec().digest(2, &changed), base, "change {number}");
+        }
+    }
+
+    #[test]
     fn text_cannot_move_between_fields() {
         let left = NamespaceSpec {
             model: "ab".into(),

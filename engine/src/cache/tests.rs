@@ -356,6 +356,21 @@ fn an_unfinished_block_past_its_time_makes_room() {
 }
 
 #[test]
+fn an_unfinished_block_past_its_time_stays_while_a_copy_runs_into_it() {
+    let mut fixture = fixture(1, 64, PolicyKind::Lru);
+    fixture.cache.options.incomplete_ttl = Duration::ZERO;
+    let mut model = Model::default();
+    model.save(&mut fixture.cache, 1, 0, &[1]);
+    model.end(&mut fixture.cache, 0, true);
+    model.save(&mut fixture.cache, 1, 1, &[1]);
+    assert_eq!(model.copying.len(), 1, "its second shard is on the way");
+    assert!(!fixture.cache.drop_expired_unfinished());
+    model.end(&mut fixture.cache, 0, true);
+    assert_eq!(fixture.cache.figures().sealed, 1);
+    model.check(&fixture.cache);
+}
+
+#[test]
 fn a_page_of_another_size_gets_the_extent_that_nobody_holds() {
     for policy in PolicyKind::ALL {
         let mut fixture = fixture(2, 256, policy);

@@ -121,3 +121,29 @@ pub fn is_sealed_match(entry: &EntryWords, key: &KeyWords) -> bool {
     fence(Ordering::Acquire);
     is_match && entry[STATE].load(Ordering::Relaxed) == before
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_match_needs_every_word_of_the_key() {
+        let entry: EntryWords = Default::default();
+        let key = KeyWords {
+            scope: 1,
+            hash: [2, 3, 4, 5],
+        };
+        publish(&entry, &key);
+        seal(&entry);
+        assert!(is_key_match(&entry, &key) && is_sealed_match(&entry, &key));
+        for word in 0..5 {
+            let mut other = key;
+            match word {
+                0 => other.scope ^= 1 << 40,
+                _ => other.hash[word - 1] ^= 1 << 63,
+            }
+            assert!(!is_key_match(&entry, &other), "word {word}");
+            assert!(!is_sealed_match(&entry, &other), "word {word}");
+        }
+    }
+}
