@@ -126,6 +126,24 @@ fn leases_of_an_instance_end_with_its_last_process() {
 }
 
 #[test]
+fn leases_of_a_session_end_with_it_while_its_instance_lives_on() {
+    let dir = folder();
+    let mut rig = Rig::start(dir.path(), 1);
+    let memory = Memory::new();
+    let (mut client, worker) = rig.worker("a", "", &memory);
+    client.save(worker, 0, &hashes(0..2), &[0, 1]);
+    let mut other = rig.connect();
+    let scheduler = rig.register(&other, spec("a", "", 1, None), &[], &memory);
+    let scheduler = scheduler.unwrap();
+    assert_ne!(other.query(scheduler, 0, &hashes(0..2)).lease, 0);
+    rig.expect_gauge(Gauge::Leases, 1);
+    rig.close(&other);
+    rig.expect_gauge(Gauge::Leases, 0);
+    rig.expect_gauge(Gauge::BlocksPinned, 0);
+    assert_ne!(client.query(worker, 0, &hashes(0..2)).lease, 0);
+}
+
+#[test]
 fn pins_have_a_maximum_and_the_rest_is_a_miss() {
     let dir = folder();
     let mut rig = Rig::with(dir.path(), 1, |options| options.max_blocks = 16);
