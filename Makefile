@@ -15,6 +15,7 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 LOOM_FLAGS := RUSTFLAGS="--cfg loom" CARGO_PROFILE_RELEASE_LTO=off \
     CARGO_TARGET_DIR=$(TARGET_DIR)/loom
 SOAK_TRIALS ?= 10000
+CYCLES ?= 1000
 FUZZ_SECONDS ?= 1800
 FUZZ_TARGET ?=
 # What `make deny` looks at; without network, leave `advisories` out.
@@ -25,8 +26,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  Variables: CARGO_TARGET_DIR (build output), PREFIX and DESTDIR (install),'
-	@echo '  SOAK_TRIALS (soak), FUZZ_SECONDS and FUZZ_TARGET (fuzz), SIM_SEEDS and SIM_SEED (sim),'
-	@echo '  ARGS (bench-*, chaos, mutants).'
+	@echo '  SOAK_TRIALS and CYCLES (soak), FUZZ_SECONDS and FUZZ_TARGET (fuzz),'
+	@echo '  SIM_SEEDS and SIM_SEED (sim), ARGS (bench-*, chaos, mutants).'
 
 .PHONY: build
 build: ## build daemon, tools and library (release)
@@ -93,6 +94,7 @@ demo: ## build, start a daemon, replay a workload through engine processes, show
 soak: ## kill -9 of clients and daemons at random, SOAK_TRIALS times (hours)
 	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-tests -- --nocapture kill
 	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-shm -- --nocapture kill
+	PEGAFLOW_CYCLES=$(CYCLES) $(CARGO) test --release -p pegaflow-tests -- --nocapture cycles
 
 .PHONY: chaos
 chaos: build ## kill -9 of daemon and engines under load, CHAOS_KILLS=200 times (minutes)

@@ -30,6 +30,7 @@ UNSAFE_ALLOWED = (
     "shm-protocol/src/node/view.rs",
     "shm-protocol/src/ring/raw.rs",
     "shm-protocol/tests/",
+    "tests/src/dying.rs",
     "tests/src/memory.rs",
     "tests/src/withheld.rs",
     "tools/src/bench/c_scheduler.rs",

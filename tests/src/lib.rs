@@ -12,6 +12,7 @@
 //! | [`worker`] | one rank (or scheduler) of an engine, with its KV memory |
 //! | [`process`] | a worker in a process of its own, driven by commands |
 //! | [`chaos`] | daemon and engines killed at random under load |
+//! | [`dying`] | processes that die, each in its own way |
 //! | [`raw`] | a client without the library, free to lie |
 //! | [`procfs`] | memory and CPU time of a process |
 //! | [`skip`](mod@skip) | saying that a test could not run here |
@@ -20,6 +21,7 @@ pub mod binaries;
 pub mod chaos;
 pub mod content;
 pub mod daemon;
+pub mod dying;
 pub mod layout;
 pub mod memory;
 pub mod process;

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -72,6 +73,44 @@ pub fn settled_descriptors(pid: u32) -> usize {
 /// Threads of a process.
 pub fn threads(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
+}
+
+/// Mappings of shared memory in a process: segments, regions, files of a node. Threads that have
+/// been leave anonymous ones, which the allocator uses again.
+pub fn shared_mappings(pid: u32) -> usize {
+    let shared = |line: &&str| line.contains("memfd:") || line.contains("/dev/shm/");
+    fs::read_to_string(format!("/proc/{pid}/maps"))
+        .map_or(0, |text| text.lines().filter(shared).count())
+}
+
+/// Names of all files below a folder, sorted.
+pub fn files_below(folder: &Path) -> Vec<String> {
+    let mut names = Vec::new();
+    walk(folder, &mut |path, _| {
+        names.push(path.display().to_string())
+    });
+    names.sort();
+    names
+}
+
+/// Memory that the files below a folder of tmpfs take, in KiB.
+pub fn allocated_kib(folder: &Path) -> u64 {
+    let mut kib = 0;
+    walk(folder, &mut |_, found| kib += found.blocks() / 2);
+    kib
+}
+
+fn walk(folder: &Path, visit: &mut impl FnMut(&Path, &fs::Metadata)) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        // What goes away meanwhile is not there.
+        let Ok(found) = entry.metadata() else {
+            continue;
+        };
+        visit(&entry.path(), &found);
+        if found.is_dir() {
+            walk(&entry.path(), visit);
+        }
+    }
 }
 
 /// Whether a process exists and is no zombie.

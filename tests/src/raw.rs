@@ -168,6 +168,12 @@ impl RawClient {
         }
     }
 
+    /// Closes the socket, and goes on with the segments.
+    pub fn drop_socket(mut self, go_on: impl FnOnce(&RawClient)) {
+        self.socket.fd = rustix::pipe::pipe().expect("a pipe").0;
+        go_on(&self);
+    }
+
     /// Puts a submission into the next slot.
     pub fn push(&mut self, submission: Submission) {
         let at = SLOTS_OFFSET + (self.next as usize % self.shape.slots as usize) * SLOT_BYTES;

@@ -7,6 +7,7 @@ mod bytes;
 mod c_api;
 mod chaos;
 mod crash_points;
+mod cycles;
 mod footprint;
 mod groups;
 mod hostile;
