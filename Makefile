@@ -142,6 +142,11 @@ bench-restart: build ## time from exec to the first hit over full pools (up to 8
 bench-peers: ## rings beside iceoryx2, crossbeam and rtrb in one run
 	$(CARGO) bench -p pegaflow-benches --features peers --bench rings $(ARGS)
 
+.PHONY: bench-hostile
+bench-hostile: build ## what a well-behaved client feels of each hostile neighbour
+	PEGAFLOW_BIN_DIR=$(abspath $(RELEASE)) \
+	    $(CARGO) bench -p pegaflow-benches --bench hostile -- $(ARGS)
+
 .PHONY: install
 install: build lib ## install binaries, library, header, pkg-config file and unit under PREFIX
 	install -d $(DESTDIR)$(PREFIX)/bin

@@ -13,10 +13,12 @@
 //! | [`process`] | a worker in a process of its own, driven by commands |
 //! | [`chaos`] | daemon and engines killed at random under load |
 //! | [`dying`] | processes that die, each in its own way |
+//! | [`attack`] | what no client should do, as often as it can |
 //! | [`raw`] | a client without the library, free to lie |
 //! | [`procfs`] | memory and CPU time of a process |
 //! | [`skip`](mod@skip) | saying that a test could not run here |
 
+pub mod attack;
 pub mod binaries;
 pub mod chaos;
 pub mod content;

@@ -77,6 +77,17 @@ impl RawSocket {
         }
     }
 
+    /// True once the daemon has closed its end; reads nothing.
+    pub fn is_closed(&self) -> bool {
+        let mut fds = [PollFd::new(&self.fd, PollFlags::RDHUP)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let closed = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().intersects(closed)
+    }
+
     /// Reads until the end of the socket and returns the last message before it.
     pub fn last_words(&self) -> Option<DaemonMessage> {
         let mut last = None;
@@ -137,6 +148,11 @@ impl RawClient {
     /// # Panics
     /// The daemon refuses it.
     pub fn open(path: &Path) -> RawClient {
+        RawClient::try_open(path).expect("a session")
+    }
+
+    /// [`Self::open`]; `None` where the daemon has no room for it.
+    pub fn try_open(path: &Path) -> Option<RawClient> {
         let shape = SegmentShape {
             slots: 64,
             arena_chunks: 4,
@@ -148,14 +164,14 @@ impl RawClient {
             &[fd.as_fd()],
         );
         let Some((DaemonMessage::Welcome(welcome), fds)) = socket.receive() else {
-            panic!("no welcome");
+            return None;
         };
         let [d2c, bell, _own_bell, _index]: [OwnedFd; 4] =
             fds.try_into().expect("four descriptors");
         let d2c = open_peer_segment(d2c.as_fd(), "daemon's segment", welcome.d2c_bytes)
             .expect("the daemon's segment is sealed");
         let completion_slots = 64;
-        RawClient {
+        Some(RawClient {
             socket,
             welcome,
             c2d,
@@ -165,7 +181,7 @@ impl RawClient {
             next: 0,
             seen: 0,
             completion_slots,
-        }
+        })
     }
 
     /// Closes the socket, and goes on with the segments.
@@ -184,6 +200,11 @@ impl RawClient {
         }
         self.next += 1;
         self.write_word(at, self.next);
+    }
+
+    /// Submissions so far.
+    pub fn pushed(&self) -> u64 {
+        self.next
     }
 
     /// Writes a word of the own segment, as a release.
