@@ -39,7 +39,7 @@ pub struct Scene {
     verbose: bool,
     seed: u64,
     figures: SceneFigures,
-    first_usage: Option<Usage>,
+    first_usage: Usage,
 }
 
 impl Scene {
@@ -67,7 +67,7 @@ impl Scene {
             .flat_map(|shape| engine_starts(settings, &daemon, shape, kills))
             .collect();
         let fleet = Fleet::new(&settings.program, starts);
-        let first_usage = Some(Usage::of(&daemon)?);
+        let first_usage = Usage::of(&daemon)?;
         Ok(Scene {
             plan: Plan::new(settings.seed, mode, fleet.len()),
             fleet,
@@ -253,22 +253,20 @@ impl Scene {
         } = self;
         figures.tally = fleet.finish()?;
         check_empty(&daemon)?;
-        let used = Usage::of(&daemon)?;
+        let used = Usage::settled(&daemon, first_usage.threads)?;
         ensure!(
             daemon.stop().success(),
             "the daemon fails at its end:\n{}",
             daemon.log()
         );
         daemon.launch();
-        let fresh = Usage::of(&daemon)?;
+        let fresh = Usage::settled(&daemon, first_usage.threads)?;
         used.check(&fresh)?;
-        if let Some(first) = first_usage {
-            // The index of the one user came with its first session.
-            ensure!(
-                used.descriptors <= first.descriptors + 1 && used.threads == first.threads,
-                "at the start {first:?}, at the end {used:?}"
-            );
-        }
+        // The index of the one user came with its first session.
+        ensure!(
+            used.descriptors <= first_usage.descriptors + 1 && used.threads <= first_usage.threads,
+            "at the start {first_usage:?}, at the end {used:?}"
+        );
         check_log(&daemon)?;
         daemon.stop();
         let left = daemon.leftovers();

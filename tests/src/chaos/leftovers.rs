@@ -5,7 +5,7 @@
 use anyhow::{bail, ensure};
 use pegaflow_shm::node::{Counter, Gauge};
 
-use crate::{Daemon, procfs};
+use crate::{Daemon, eventually, procfs};
 
 /// Anonymous memory that a daemon may keep beyond a fresh one's over the same cache, in KiB: what
 /// its allocator does not give back.
@@ -42,6 +42,18 @@ impl Usage {
             descriptors,
             threads,
         })
+    }
+
+    /// [`Self::of`] once there are no more threads than `threads`: those of a session that ended
+    /// go after it.
+    ///
+    /// # Errors
+    /// The process cannot be looked at.
+    pub fn settled(daemon: &Daemon, threads: u64) -> anyhow::Result<Usage> {
+        let pid = daemon.pid();
+        // What does not settle shows in the comparison.
+        eventually(|| procfs::status_number(pid, "Threads").is_none_or(|now| now <= threads));
+        Usage::of(daemon)
     }
 
     /// Compares with a fresh daemon over the same cache.
