@@ -96,7 +96,9 @@ pub fn open_cache(
     let mut cache = Cache::new(pool, catalog, cache_options);
     let (mut adopted_blocks, mut discarded_pages) = (0, 0);
     if files.previous_blocks {
+        let started = Instant::now();
         let report = cache.catalog.adopt()?;
+        let read = started.elapsed();
         discarded_pages = report.discarded.total();
         let (blocks, given_up) = cache.adopt_pages(report.pages, &options.rules)?;
         adopted_blocks = blocks;
@@ -104,6 +106,8 @@ pub fn open_cache(
         tracing::info!(
             blocks,
             discarded_pages,
+            ?read,
+            took = ?started.elapsed(),
             "took over the pool of a previous daemon"
         );
     }

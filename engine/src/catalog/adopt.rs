@@ -87,12 +87,14 @@ impl Catalog {
                 report.discarded.bad_extents += 1;
             }
         }
-        report.pages.retain(|adopted| {
-            let key = shard_key(&adopted.page);
-            shards
-                .get(&key)
-                .is_some_and(|(addr, _)| *addr == adopted.addr)
-        });
+        if report.discarded.duplicate > 0 {
+            report.pages.retain(|adopted| {
+                let key = shard_key(&adopted.page);
+                shards
+                    .get(&key)
+                    .is_some_and(|(addr, _)| *addr == adopted.addr)
+            });
+        }
         Ok(report)
     }
 
