@@ -57,7 +57,7 @@ static inline pega_namespace example_namespace(void)
  *
  *   memory  | layer 0: block 0, block 1, ... | layer 1: block 0, block 1, ... |
  */
-static inline uint32_t register_memory(pega_client *client, uint8_t *memory)
+static inline uint32_t register_early(pega_client *client, uint8_t *memory)
 {
     pega_namespace ns = example_namespace();
     pega_segment segments[LAYERS];
@@ -87,6 +87,13 @@ static inline uint32_t register_memory(pega_client *client, uint8_t *memory)
 
     uint32_t registration = 0;
     check(pega_register(client, &spec, &registration), "pega_register");
+    return registration;
+}
+
+/* The same, and waits until there can be hits. */
+static inline uint32_t register_memory(pega_client *client, uint8_t *memory)
+{
+    uint32_t registration = register_early(client, memory);
     check(pega_wait_ready(client, registration, 10000), "pega_wait_ready");
     return registration;
 }

@@ -1,8 +1,9 @@
 //! C and C++ programs against the installed library and a real daemon: plainly, under the address
 //! and undefined-behaviour sanitizers, and under valgrind.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
 use pegaflow_tests::binaries::{self, repository};
@@ -220,4 +221,42 @@ fn a_program_starts_a_daemon_itself_when_it_is_asked_to() {
         pegaflow_tests::eventually(|| !pegaflow_tests::procfs::is_alive(pid.as_raw() as u32));
     assert!(ended, "it ends when it is told to");
     assert!(daemon.leftovers().is_empty(), "{:?}", daemon.leftovers());
+}
+
+#[test]
+fn a_c_engine_starts_before_its_daemon_and_outlives_it() {
+    let mut daemon = Daemon::prepare(pegaflow_tests::daemon::Config::default());
+    let folder = tempfile::tempdir().expect("a folder");
+    let source = repository().join("client-c/examples/outlive.c");
+    let flags = ["-std=c11", "-fsanitize=address,undefined"];
+    let program = compile("cc", &source, &flags, folder.path());
+    let mut engine = Command::new(program)
+        .env("PEGAFLOW_SOCKET", daemon.socket())
+        .env("PEGAFLOW_NODE", daemon.node())
+        .env("ASAN_OPTIONS", "detect_leaks=1")
+        .env("UBSAN_OPTIONS", "halt_on_error=1:print_stacktrace=1")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the program runs");
+    let mut lines = BufReader::new(engine.stdout.take().expect("piped")).lines();
+    let mut until = |words: &str| {
+        let found = lines.by_ref().find(|line| {
+            let line = line.as_ref().expect("the engine goes on");
+            line.starts_with(words)
+        });
+        assert!(found.is_some(), "{words}: the engine has ended");
+    };
+    until("loaded 0, away 0 times");
+    daemon.launch();
+    until("loaded 8, away 0 times");
+    for round in 1..=3 {
+        daemon.kill();
+        until(&format!("loaded 0, away {round} times"));
+        daemon.launch();
+        until(&format!("loaded 8, away {round} times"));
+    }
+    drop(engine.stdin.take());
+    let status = engine.wait().expect("wait");
+    assert!(status.success(), "{status}");
 }
