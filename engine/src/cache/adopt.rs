@@ -230,7 +230,7 @@ fn warn_given_up(reason: &dyn std::fmt::Display) {
 }
 
 /// Index files carry the boot id of the daemon that wrote them; none outlives it.
-fn remove_indexes(dir: &Path) -> io::Result<()> {
+pub(super) fn remove_indexes(dir: &Path) -> io::Result<()> {
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
         if entry.file_name().to_string_lossy().starts_with("index-") {

@@ -98,7 +98,7 @@ fn cache_over(catalog: Catalog, dir: &Path) -> Cache {
         incomplete_ttl: Duration::from_secs(3600),
     };
     let pool = Pool::new(EXTENTS * EXTENT, EXTENT).expect("a pool");
-    let _ = fs::remove_file(dir.join("index-0"));
+    crate::cache::adopt::remove_indexes(dir).expect("ours");
     Cache::new(pool, catalog, options)
 }
 
