@@ -25,7 +25,7 @@ use crate::cache::lookup::key_hash;
 use crate::cache::{Cache, CacheOptions};
 use crate::catalog::{AdoptedPage, Catalog, CatalogError, Differences, Geometry, OpenedCatalog};
 use crate::config::PoolStart;
-use crate::copy::PoolMemory;
+use crate::copy::{ChecksumMode, PoolMemory};
 use crate::fault::{self, CrashPoint};
 use crate::isolation::DomainRules;
 use crate::lane::LaneOptions;
@@ -92,6 +92,7 @@ pub fn open_cache(
         policy: options.policy,
         admission: options.admission,
         incomplete_ttl: options.incomplete_ttl,
+        checksums: options.checksum != ChecksumMode::Off,
     };
     let mut cache = Cache::new(pool, catalog, cache_options);
     let (mut adopted_blocks, mut discarded_pages) = (0, 0);

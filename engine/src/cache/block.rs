@@ -55,6 +55,9 @@ pub struct Block {
     pub shards: u16,
     /// All shards are in, and readers see it.
     pub sealed: bool,
+    /// It was sealed and turned out to hold wrong bytes: nobody finds it any more, and its pages go
+    /// with the last lease that holds it.
+    pub withdrawn: bool,
     /// Raised at each use of the record, so that a remembered id is not taken for its successor.
     pub generation: u32,
     /// When it was first saved, in seconds of the cache's clock; only read while unfinished.

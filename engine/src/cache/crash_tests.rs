@@ -96,6 +96,7 @@ fn cache_over(catalog: Catalog, dir: &Path) -> Cache {
         policy: PolicyKind::Lru,
         admission: AdmissionKind::Off,
         incomplete_ttl: Duration::from_secs(3600),
+        checksums: true,
     };
     let pool = Pool::new(EXTENTS * EXTENT, EXTENT).expect("a pool");
     crate::cache::adopt::remove_indexes(dir).expect("ours");
@@ -192,7 +193,7 @@ impl Before {
                 return;
             }
             self.write(first_unit, units, Some((name, *rank)));
-            self.cache.shard_copied(&scope, entry);
+            self.cache.shard_copied(&scope, entry, 5);
         }
     }
 

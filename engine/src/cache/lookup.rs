@@ -110,27 +110,37 @@ impl Cache {
 
     /// Lets go of blocks that a pin call gave.
     pub fn unpin(&mut self, domain: DomainId, entries: &[u32]) {
-        let home = &mut self.domains[domain];
-        home.pins -= entries.len() as u64;
+        self.domains[domain].pins -= entries.len() as u64;
         for entry in entries {
+            let home = &mut self.domains[domain];
             let block = &mut home.blocks[*entry as usize];
             assert!(
                 block.pins > 0,
                 "entry {entry} is let go more often than it was held"
             );
             block.pins -= 1;
-            if block.pins == 0 {
+            if block.pins > 0 {
+                continue;
+            }
+            if block.withdrawn {
+                self.bury(domain, EntryId(*entry));
+            } else {
                 home.pinned -= 1;
             }
         }
     }
 
-    /// The page of a pinned block's shard.
+    /// Whether a pinned block was withdrawn.
+    pub fn is_withdrawn(&self, domain: DomainId, entry: u32) -> bool {
+        self.domains[domain].block(EntryId(entry)).withdrawn
+    }
+
+    /// The page of a pinned block's shard; `None` also when the block was withdrawn.
     #[inline]
     pub fn pinned_page(&self, domain: DomainId, entry: u32, shard: u16) -> Option<PageAddr> {
         let home = &self.domains[domain];
         let block = home.block(EntryId(entry));
-        if block.pins == 0 || shard >= block.shards {
+        if block.pins == 0 || shard >= block.shards || block.withdrawn {
             return None;
         }
         match block.shard(shard, &home.runs) {

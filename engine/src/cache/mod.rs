@@ -8,6 +8,7 @@
 //! | [`domain`] | one isolation domain's blocks: index, records, eviction order |
 //! | [`lookup`] | pinning what a query hits, unpinning what a lease held |
 //! | [`store`] | taking shards in: offer, copied, failed |
+//! | [`withdraw`] | checksums, and taking a block back whose bytes are wrong |
 //! | [`room`] | finding a page: allocate, evict, evacuate an extent |
 //! | [`lease`] | leases: grant, consume, renew, release, expire |
 //! | [`adopt`] | taking over the pages of a previous daemon |
@@ -24,13 +25,14 @@ pub mod lease;
 pub mod lookup;
 pub mod room;
 pub mod store;
+pub mod withdraw;
 
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,7 +46,7 @@ use crate::cache::index_file::IndexFileError;
 use crate::catalog::Catalog;
 use crate::isolation::{DomainKey, IsolationDomain};
 use crate::policy::{self, Admission, AdmissionKind, PolicyKind};
-use crate::pool::{ExtentId, Pool};
+use crate::pool::{ExtentId, PageAddr, Pool};
 
 /// Most isolation domains of one daemon.
 pub const MAX_DOMAINS: usize = DOMAIN_ROWS;
@@ -67,6 +69,8 @@ pub struct CacheOptions {
     pub admission: AdmissionKind,
     /// How long a block may wait for its remaining shards.
     pub incomplete_ttl: Duration,
+    /// Whether pages have checksums.
+    pub checksums: bool,
 }
 
 /// Why blocks left, since the last time it was asked.
@@ -110,6 +114,9 @@ pub struct Cache {
     /// Blocks that ever left an index: tells whether an earlier look-up may be stale.
     removals: u64,
     found: Vec<Option<EntryId>>,
+    /// Checksums of shards whose blocks wait for others, by page, until they are recorded with
+    /// them; `None` when no page gets one.
+    checksums: Option<HashMap<PageAddr, u64>>,
 }
 
 /// Sealed blocks of a namespace.
@@ -145,6 +152,7 @@ impl Cache {
             domains: Vec::new(),
             pool,
             catalog,
+            checksums: options.checksums.then(HashMap::new),
             admission: policy::build_admission(options.admission, options.max_blocks),
             unfinished: VecDeque::new(),
             options,

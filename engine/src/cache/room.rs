@@ -216,7 +216,7 @@ impl Cache {
     }
 
     /// The block whose completely copied shard lies in a page, found through the catalog.
-    fn owner_of(&self, page: PageAddr) -> Option<(DomainId, EntryId)> {
+    pub(super) fn owner_of(&self, page: PageAddr) -> Option<(DomainId, EntryId)> {
         let record = self.catalog.record(page)?;
         let key = BlockKey::new(record.namespace, record.group, &record.hash);
         let stored = self.catalog.namespace_in(record.namespace)?;
@@ -254,13 +254,14 @@ impl Cache {
         block.end(&mut home.runs);
     }
 
-    fn drop_page(&mut self, domain: DomainId, page: PageAddr) -> u64 {
+    pub(super) fn drop_page(&mut self, domain: DomainId, page: PageAddr) -> u64 {
         // The record goes before the page can be used again, so that a crash in between loses a
         // page and never adopts another block's bytes.
         if let Err(error) = self.catalog.clear(page) {
             tracing::error!(%error, "a catalog record cannot be cleared");
         }
         fault::point(CrashPoint::RecordCleared);
+        self.forget_checksum(page);
         let bytes = self.pool.page_bytes_of(page).map_or(0, u64::from);
         self.domains[domain].bytes = self.domains[domain].bytes.saturating_sub(bytes);
         self.free_page(page);
@@ -275,7 +276,7 @@ impl Cache {
         while let Some(oldest) = self.unfinished.front().copied() {
             let block = *self.domains[oldest.domain].block(oldest.entry);
             let current = block.generation == oldest.generation && block.shards > 0;
-            if current && !block.sealed {
+            if current && !block.sealed && !block.withdrawn {
                 if now_s.saturating_sub(block.born_s) < ttl_s || !block.is_idle() {
                     break;
                 }

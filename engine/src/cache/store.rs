@@ -15,6 +15,7 @@ use crate::cache::lookup::key_hash;
 use crate::cache::room::NoRoom;
 use crate::cache::{Cache, Unfinished};
 use crate::catalog::{Catalog, PageRecord};
+use crate::copy::NO_CHECKSUM;
 use crate::fault::{self, CrashPoint};
 use crate::pool::{PageAddr, Pool, round_page};
 
@@ -174,7 +175,10 @@ impl Cache {
             let domains = &self.domains;
             self.unfinished.retain(|found| {
                 let block = domains[found.domain].block(found.entry);
-                block.generation == found.generation && block.shards > 0 && !block.sealed
+                block.generation == found.generation
+                    && block.shards > 0
+                    && !block.sealed
+                    && !block.withdrawn
             });
         }
     }
@@ -190,8 +194,9 @@ impl Cache {
         Offer::Copy { entry, page }
     }
 
-    /// The copy of a shard has completed. True when it sealed its block.
-    pub fn shard_copied(&mut self, scope: &ShardScope, entry: EntryId) -> bool {
+    /// The copy of a shard has completed, with this checksum or [`NO_CHECKSUM`]. True when it sealed
+    /// its block.
+    pub fn shard_copied(&mut self, scope: &ShardScope, entry: EntryId, checksum: u64) -> bool {
         fault::point(CrashPoint::ShardCopied);
         let home = &mut self.domains[scope.domain];
         let runs = &mut home.runs;
@@ -207,6 +212,9 @@ impl Cache {
         block.set_shard(scope.shard, Shard::In(page), runs);
         let whole = block.is_whole();
         block.sealed = whole;
+        if checksum != NO_CHECKSUM {
+            self.keep_checksum(page, checksum);
+        }
         if whole {
             self.seal(scope, entry);
         }
@@ -227,7 +235,10 @@ impl Cache {
                 continue;
             };
             let mark = (shard, block.shards, block.generation);
-            match record_page(&self.catalog, &self.pool, page, scope, mark, &hash) {
+            let kept = self.checksums.as_mut().and_then(|kept| kept.remove(&page));
+            let checksum = kept.unwrap_or(NO_CHECKSUM);
+            let name = (scope, &hash, checksum);
+            match record_page(&self.catalog, &self.pool, page, name, mark) {
                 Ok(page_bytes) => {
                     bytes += i64::from(page_bytes);
                     fault::point(CrashPoint::ShardRecorded);
@@ -274,15 +285,14 @@ fn record_page(
     catalog: &Catalog,
     pool: &Pool,
     page: PageAddr,
-    scope: &ShardScope,
+    (scope, hash, checksum): (&ShardScope, &BlockHash, u64),
     (shard, shards, generation): (u16, u16, u32),
-    hash: &BlockHash,
 ) -> Result<u32, Box<dyn std::error::Error>> {
     let page_bytes = pool.page_bytes_of(page)?;
     let (namespace, group, hash) = (scope.namespace, scope.group, *hash);
     let record = PageRecord {
         hash,
-        checksum: 0,
+        checksum,
         namespace,
         group,
         rank: u8::try_from(shard)?,

@@ -56,6 +56,7 @@ fn fixture(extents: u64, max_blocks: u32, policy: PolicyKind) -> Fixture {
         policy,
         admission: AdmissionKind::Off,
         incomplete_ttl: Duration::from_secs(3600),
+        checksums: true,
     };
     let pool = Pool::new(pool_bytes, EXTENT).expect("a pool");
     let mut cache = Cache::new(pool, catalog, options);
@@ -190,7 +191,7 @@ impl Model {
         if ok {
             let key = (done.scope.namespace, done.block, done.scope.shard);
             self.content.insert(done.page, key);
-            cache.shard_copied(&done.scope, done.entry);
+            cache.shard_copied(&done.scope, done.entry, 0);
         } else {
             cache.shard_failed(&done.scope, done.entry);
         }
@@ -382,7 +383,7 @@ fn a_page_of_another_size_gets_the_extent_that_nobody_holds() {
             other => panic!("{other:?}"),
         });
         for entry in copies {
-            assert!(cache.shard_copied(&scope(0, 0), entry));
+            assert!(cache.shard_copied(&scope(0, 0), entry, 0));
         }
         // One block of the first extent is held; its fifteen neighbours are the oldest of all.
         let mut pinned = Vec::new();

@@ -15,6 +15,7 @@ use super::value::{
     AdmissionChoice, BadValue, Choice, Count, FileMode, Hugepages, Kind, Listen, LogFormat,
     LogLevel, Path, PoolStart, Size, Span, Switch, Text,
 };
+use crate::copy::ChecksumMode;
 use crate::policy::{AdmissionKind, PolicyKind};
 
 /// How an option stands on the command line.
@@ -121,6 +122,9 @@ options! {
     copy_threads: u32, Count, Single, 0, "number of cores, at most 4",
         "copy-threads", "PEGAFLOW_COPY_THREADS", "COUNT",
         "Threads that copy blocks, and that bring the pool's memory into being";
+    checksum: ChecksumMode, Choice<ChecksumMode>, Single, ChecksumMode::Off, "",
+        "checksum", "PEGAFLOW_CHECKSUM", "MODE",
+        "Checksums of pages, taken after a save and compared before each load: off, sampled (every 16th saved page) or always";
     lease_ttl: Duration, Span, Single, Duration::from_secs(30), "",
         "lease-ttl", "PEGAFLOW_LEASE_TTL", "TIME",
         "How long a lease lives when the query names no time, such as 30s";

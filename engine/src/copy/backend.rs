@@ -15,6 +15,9 @@ use super::task::CopyTask;
 /// * `*pages_done` counts a prefix of `task.pages` whose bytes are completely copied *and visible*
 ///   to every thread that learns of the count; it starts at 0 and never counts too much. On `Ok` it
 ///   equals the length of the list, and the value is that many times the page size.
+/// * A load copies no page whose bytes have another checksum than `PageCopy::checksum` says, and
+///   none behind it, and fails with [`CopyError::Checksum`]. A save puts the checksums that it was
+///   asked for into the pages it counts as done.
 /// * Every pool offset and block id is checked against the pool and the layout before it is used; a
 ///   bad one is an error and touches nothing.
 /// * `task.cancelled` is looked at at least once per page or per MiB, whichever is more, and then
@@ -27,7 +30,7 @@ pub trait CopyBackend {
     fn name(&self) -> &'static str;
 
     /// Copies `task`'s pages in order and returns the bytes copied.
-    fn copy(&mut self, task: &CopyTask, pages_done: &mut u32) -> Result<u64, CopyError>;
+    fn copy(&mut self, task: &mut CopyTask, pages_done: &mut u32) -> Result<u64, CopyError>;
 }
 
 impl CopyBackend for Box<dyn CopyBackend> {
@@ -35,7 +38,7 @@ impl CopyBackend for Box<dyn CopyBackend> {
         (**self).name()
     }
 
-    fn copy(&mut self, task: &CopyTask, pages_done: &mut u32) -> Result<u64, CopyError> {
+    fn copy(&mut self, task: &mut CopyTask, pages_done: &mut u32) -> Result<u64, CopyError> {
         (**self).copy(task, pages_done)
     }
 }

@@ -107,6 +107,15 @@ pub enum CopyError {
         errno: i32,
     },
     #[error(
+        "the page at pool offset {offset} has checksum {found:#018x}, recorded was \
+         {recorded:#018x}: its memory has changed; is the machine's memory sound?"
+    )]
+    Checksum {
+        offset: u64,
+        recorded: u64,
+        found: u64,
+    },
+    #[error(
         "no thread could be started for the session's process memory: {}; raise the daemon's limit \
          of threads (TasksMax, ulimit -u) or use shared regions",
         io::Error::from_raw_os_error(*errno)

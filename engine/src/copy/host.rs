@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use super::backend::CopyBackend;
 use super::bound::RegionPart;
 use super::bytes::ByteCopier;
+use super::checksum;
 use super::error::CopyError;
 use super::memory::PoolMemory;
 use super::process_pass::{Batch, ProcessPass};
@@ -37,10 +38,36 @@ impl CopyBackend for HostBackend {
         "host"
     }
 
-    fn copy(&mut self, task: &CopyTask, pages_done: &mut u32) -> Result<u64, CopyError> {
+    fn copy(&mut self, task: &mut CopyTask, pages_done: &mut u32) -> Result<u64, CopyError> {
         *pages_done = 0;
-        let layout = task.target.layout();
         check_pages(&self.pool, task)?;
+        let page_bytes = task.target.layout().page_bytes();
+        let (mut sound, mut corrupt) = (task.pages.len(), None);
+        if task.direction == Direction::Load {
+            // All of them first: a task is short enough to be copied from the cache afterwards.
+            // SAFETY: `check_pages` found the pages inside the pool. A load's pages belong to
+            // sealed blocks that a lease holds: nobody writes to them.
+            (sound, corrupt) = unsafe { checksum::verify(&self.pool, page_bytes, &task.pages) };
+        }
+        let copied = self.copy_pages(task, &task.pages[..sound], pages_done);
+        if task.direction == Direction::Save {
+            let done = &mut task.pages[..*pages_done as usize];
+            // SAFETY: as above; a save's page is written by this thread alone, which is done.
+            unsafe { checksum::take(&self.pool, page_bytes, done) };
+        }
+        copied?;
+        corrupt.map_or(Ok(u64::from(*pages_done) * page_bytes), Err)
+    }
+}
+
+impl HostBackend {
+    /// Copies `pages`, the first ones of the task.
+    fn copy_pages(
+        &mut self,
+        task: &CopyTask,
+        pages: &[PageCopy],
+        pages_done: &mut u32,
+    ) -> Result<(), CopyError> {
         let parts = task.target.region_parts();
         let process = task.target.process_parts();
         if !parts.is_empty() {
@@ -51,18 +78,19 @@ impl CopyBackend for HostBackend {
             } else {
                 &mut region_done
             };
-            copy_regions(&self.pool, self.copier, task, parts, counted)?;
+            copy_regions(&self.pool, self.copier, (task, pages), parts, counted)?;
         }
         if let Some((memory, parts)) = process {
             let pass = ProcessPass {
                 pool: &self.pool,
                 task,
+                pages,
                 memory,
                 parts,
             };
             pass.run(&mut self.batch, pages_done)?;
         }
-        Ok(u64::from(*pages_done) * layout.page_bytes())
+        Ok(())
     }
 }
 
@@ -75,6 +103,7 @@ fn check_pages(pool: &PoolMemory, task: &CopyTask) -> Result<(), CopyError> {
         &PageCopy {
             pool_offset: offset,
             block,
+            ..
         },
     ) in task.pages.iter().enumerate()
     {
@@ -96,18 +125,18 @@ fn check_pages(pool: &PoolMemory, task: &CopyTask) -> Result<(), CopyError> {
 fn copy_regions(
     pool: &PoolMemory,
     copier: ByteCopier,
-    task: &CopyTask,
+    (task, pages): (&CopyTask, &[PageCopy]),
     parts: &[RegionPart],
     pages_done: &mut u32,
 ) -> Result<(), CopyError> {
     let (pool, layout) = (pool.base().as_ptr(), task.target.layout());
     let mut first = 0;
-    while let Some(page) = task.pages.get(first) {
+    while let Some(page) = pages.get(first) {
         if task.cancelled.load(Ordering::Relaxed) {
             return Err(CopyError::Cancelled);
         }
         let run = if layout.is_dense() {
-            run_length(&task.pages[first..], layout.page_bytes())
+            run_length(&pages[first..], layout.page_bytes())
         } else {
             1
         };

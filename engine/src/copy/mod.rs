@@ -10,12 +10,14 @@
 //! own for it, and nobody else waits.
 //!
 //! `unsafe` lives in `region` (mapping), `memory` (the pool's pointer), `bytes` (copy loops),
-//! `process` (system calls), `bound`, `host` and `process_pass` (pointer arithmetic); the rest
+//! `process` (system calls), `bound`, `checksum`, `host` and `process_pass` (pointer
+//! arithmetic); the rest
 //! forbids it.
 
 mod backend;
 mod bound;
 mod bytes;
+mod checksum;
 mod crew;
 mod error;
 mod host;
@@ -33,6 +35,7 @@ mod tests;
 pub use backend::CopyBackend;
 pub use bound::BoundLayout;
 pub use bytes::ByteCopier;
+pub use checksum::{ChecksumMode, NO_CHECKSUM, SAMPLE, Sampler, TAKE_CHECKSUM};
 pub use error::{BindError, CopyError, MemoryError};
 pub use host::HostBackend;
 pub use memory::{ClientMemory, PoolMemory};

@@ -6,7 +6,7 @@ use super::bound::ProcessPart;
 use super::error::CopyError;
 use super::memory::PoolMemory;
 use super::process::ProcessMemory;
-use super::task::CopyTask;
+use super::task::{CopyTask, PageCopy};
 
 /// Most ranges on each side of one system call (the kernel's IOV_MAX).
 const MAX_RANGES: usize = 1024;
@@ -80,6 +80,8 @@ struct Cursor {
 pub(super) struct ProcessPass<'a> {
     pub(super) pool: &'a PoolMemory,
     pub(super) task: &'a CopyTask,
+    /// The first ones of the task's pages.
+    pub(super) pages: &'a [PageCopy],
     pub(super) memory: &'a ProcessMemory,
     pub(super) parts: &'a [ProcessPart],
 }
@@ -87,7 +89,7 @@ pub(super) struct ProcessPass<'a> {
 impl ProcessPass<'_> {
     pub(super) fn run(&self, batch: &mut Batch, pages_done: &mut u32) -> Result<(), CopyError> {
         let mut cursor = Cursor::default();
-        while cursor.page < self.task.pages.len() {
+        while cursor.page < self.pages.len() {
             if self.task.cancelled.load(Ordering::Relaxed) {
                 return Err(CopyError::Cancelled);
             }
@@ -112,7 +114,7 @@ impl ProcessPass<'_> {
     /// Fills `batch` with the pieces from `cursor` on, as many as one call may have.
     fn fill(&self, batch: &mut Batch, mut cursor: Cursor) {
         batch.clear();
-        while let Some(page) = self.task.pages.get(cursor.page) {
+        while let Some(page) = self.pages.get(cursor.page) {
             let room = batch.room();
             if room == 0 {
                 break;
@@ -149,7 +151,7 @@ impl ProcessPass<'_> {
 
     fn bad_address(&self, cursor: Cursor) -> CopyError {
         let part = &self.parts[cursor.part];
-        let block = self.task.pages[cursor.page].block;
+        let block = self.pages[cursor.page].block;
         CopyError::BadAddress {
             pid: self.memory.pid(),
             direction: self.task.direction,

@@ -23,6 +23,9 @@ pub struct PageCopy {
     pub pool_offset: u64,
     /// The engine's block id.
     pub block: u32,
+    /// Load: what the page's bytes must have, or [`NO_CHECKSUM`](super::NO_CHECKSUM). Save:
+    /// anything else than that asks for it and is replaced by it once the page is copied.
+    pub checksum: u64,
 }
 
 /// A list of pages to copy in one direction, between the pool and one registered group.

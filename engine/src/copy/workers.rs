@@ -350,7 +350,7 @@ impl Shared {
 pub(super) fn run_task<B: CopyBackend>(
     backend: &mut Option<B>,
     new_backend: &(impl Fn() -> B + ?Sized),
-    task: CopyTask,
+    mut task: CopyTask,
 ) -> CopyDone {
     let started = Instant::now();
     let mut pages_done = 0;
@@ -360,7 +360,7 @@ pub(super) fn run_task<B: CopyBackend>(
         }
         backend
             .get_or_insert_with(new_backend)
-            .copy(&task, &mut pages_done)
+            .copy(&mut task, &mut pages_done)
     }));
     let result = ran.unwrap_or_else(|payload| {
         // Its scratch state may be half changed: the next task gets a new one.

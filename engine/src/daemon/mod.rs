@@ -185,6 +185,7 @@ fn lane_options(prepared: &Prepared) -> LaneOptions {
         policy: config.policy,
         admission: config.admission,
         copy_threads: config.copy_threads as usize,
+        checksum: config.checksum,
         lease_ttl: config.lease_ttl,
         lease_ttl_max: config.lease_ttl_max,
         incomplete_ttl: config.incomplete_ttl,

@@ -53,6 +53,7 @@ pub(crate) fn lane_options(dir: &Path) -> LaneOptions {
         policy: PolicyKind::Lru,
         admission: AdmissionKind::Off,
         copy_threads: 1,
+        checksum: crate::copy::ChecksumMode::Off,
         lease_ttl: Duration::from_secs(30),
         lease_ttl_max: Duration::from_secs(60),
         incomplete_ttl: Duration::from_secs(60),

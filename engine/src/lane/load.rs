@@ -13,7 +13,7 @@ use pegaflow_shm::node::{Counter, Histogram};
 use pegaflow_shm::payload;
 use pegaflow_shm::status::Status;
 
-use crate::copy::{BoundLayout, Direction, PageCopy};
+use crate::copy::{BoundLayout, ChecksumMode, Direction, NO_CHECKSUM, PageCopy};
 use crate::fault::{self, CrashPoint};
 use crate::lane::machine::Machine;
 use crate::lane::request::{CopyProgress, ListProgress, LoadRequest, Request};
@@ -26,6 +26,8 @@ struct Plan {
     target: Arc<BoundLayout>,
     lease: u64,
     rank: u32,
+    /// Blocks that turned out to hold wrong bytes after the lease was given.
+    withdrawn: u32,
 }
 
 impl<M: Machine> Lane<M> {
@@ -146,21 +148,33 @@ impl<M: Machine> Lane<M> {
         self.seen_blocks
             .check(&load.blocks, target.layout().num_blocks())?;
         self.pages.clear();
+        let verifies = self.options.checksum != ChecksumMode::Off;
+        let mut withdrawn = 0;
         let entries = &lease.entries[first as usize..end as usize];
         for (entry, block) in entries.iter().zip(&load.blocks) {
             let Some(page) = self.cache.pinned_page(lease.domain, *entry, place.shard) else {
+                if self.cache.is_withdrawn(lease.domain, *entry) {
+                    withdrawn += 1;
+                    continue;
+                }
                 tracing::error!(entry, lease = lease_id, "a leased block has no page");
                 return Err((Status::Internal, u64::from(*entry)));
             };
             self.pages.push(PageCopy {
                 pool_offset: page.offset(),
                 block: *block,
+                checksum: if verifies {
+                    self.cache.checksum(page)
+                } else {
+                    NO_CHECKSUM
+                },
             });
         }
         Ok(Plan {
             target: target.clone(),
             lease: lease_id,
             rank,
+            withdrawn,
         })
     }
 
@@ -181,6 +195,9 @@ impl<M: Machine> Lane<M> {
             &cancelled,
         );
         load.copies.running = tasks;
+        load.copies.failed_pages = plan.withdrawn;
+        self.tally
+            .add(Counter::LoadFailed, u64::from(plan.withdrawn));
         // Checked in `plan_load`, and nothing has run in between.
         if let Err(status) = self.leases.consume(plan.lease, plan.rank, tasks) {
             tracing::error!(%status, lease = plan.lease, "a checked lease was not consumed");

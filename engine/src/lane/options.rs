@@ -9,6 +9,7 @@ use pegaflow_shm::BootId;
 use pegaflow_shm::node::NodeWriter;
 
 use crate::config::PoolStart;
+use crate::copy::ChecksumMode;
 use crate::isolation::DomainRules;
 use crate::policy::{AdmissionKind, PolicyKind};
 
@@ -39,6 +40,8 @@ pub struct LaneOptions {
     pub admission: AdmissionKind,
     /// Copy threads.
     pub copy_threads: usize,
+    /// Which pages get a checksum.
+    pub checksum: ChecksumMode,
     /// Time to live of a lease when the query names none.
     pub lease_ttl: Duration,
     /// Longest time to live of a lease.

@@ -17,7 +17,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::cache::Cache;
 use crate::cache::lease::{Ended, LeaseTable};
 use crate::clock::Clock;
-use crate::copy::{CopyTask, CopyThreads, PageCopy};
+use crate::copy::{CopyTask, CopyThreads, PageCopy, Sampler};
 use crate::lane::api::{LaneCommand, LaneEvent, Reply, SessionId};
 use crate::lane::load::SeenBlocks;
 use crate::lane::machine::Machine;
@@ -93,6 +93,8 @@ pub(super) struct Lane<M: Machine> {
     pub seen_blocks: SeenBlocks,
     pub entry_lists: Vec<Vec<u32>>,
     pub page_lists: Vec<Vec<PageCopy>>,
+    /// Says which saved pages get a checksum.
+    pub sampler: Sampler,
     /// Pages of the request at hand, before they are cut into tasks.
     pub pages: Vec<PageCopy>,
     pub ended: Vec<Ended>,

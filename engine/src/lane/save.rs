@@ -154,12 +154,14 @@ impl<M: Machine> Lane<M> {
         let mut pages = std::mem::take(&mut self.pages);
         let mut entries = self.entry_lists.pop().unwrap_or_default();
         let blocks = &self.blocks;
+        let mut sampler = self.sampler;
         let (mut held, mut in_flight, mut no_space, mut not_admitted) = (0u32, 0u32, 0u32, 0u32);
         self.cache.offer(scope, hashes, |at, offer| match offer {
             Offer::Copy { entry, page } => {
                 pages.push(PageCopy {
                     pool_offset: page.offset(),
                     block: blocks[at],
+                    checksum: sampler.next(),
                 });
                 entries.push(entry.0);
             }
@@ -168,6 +170,7 @@ impl<M: Machine> Lane<M> {
             Offer::NoSpace => no_space += 1,
             Offer::NotAdmitted => not_admitted += 1,
         });
+        self.sampler = sampler;
         save.skipped += held + in_flight;
         save.no_space += no_space;
         save.not_admitted += not_admitted;
@@ -202,7 +205,7 @@ impl<M: Machine> Lane<M> {
         session: &mut LaneSession,
         request_id: u64,
         scope: &ShardScope,
-        entries: &[u32],
+        (entries, pages): (&[u32], &[PageCopy]),
         outcome: (usize, bool),
     ) -> Result<(), SessionFault> {
         let (pages_done, was_cancelled) = outcome;
@@ -210,7 +213,11 @@ impl<M: Machine> Lane<M> {
         for (position, entry) in entries.iter().enumerate() {
             let entry = pegaflow_shm::index::EntryId(*entry);
             if position < pages_done {
-                sealed += u64::from(self.cache.shard_copied(scope, entry));
+                sealed += u64::from(self.cache.shard_copied(
+                    scope,
+                    entry,
+                    pages[position].checksum,
+                ));
             } else {
                 self.cache.shard_failed(scope, entry);
             }

@@ -17,7 +17,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use crate::cache::adopt::{OpenError, OpenedCache, open_cache};
 use crate::cache::lease::LeaseTable;
 use crate::clock::{Clock, SystemClock};
-use crate::copy::{CopyOptions, CopyWorkers};
+use crate::copy::{CopyOptions, CopyWorkers, Sampler};
 use crate::isolation::DomainKey;
 use crate::lane::api::{LaneEvent, LaneHandle};
 use crate::lane::load::SeenBlocks;
@@ -198,6 +198,7 @@ pub(super) fn build<M: Machine>(
         seen_blocks: SeenBlocks::default(),
         entry_lists: Vec::new(),
         page_lists: Vec::new(),
+        sampler: Sampler::new(options.checksum),
         pages: Vec::new(),
         ended: Vec::new(),
         node,

@@ -8,11 +8,13 @@ use std::sync::atomic::AtomicBool;
 use pegaflow_shm::node::Counter;
 
 use crate::cache::store::ShardScope;
+use crate::control::hex;
 use crate::copy::{BoundLayout, CopyDone, CopyError, CopyTask, CopyThreads, Direction, PageCopy};
 use crate::lane::api::SessionId;
 use crate::lane::machine::Machine;
 use crate::lane::run::Lane;
 use crate::lane::session::LaneSession;
+use crate::pool::PageAddr;
 
 /// Bytes of one task: long enough that handing it over costs nothing, short enough that all copy
 /// threads get their share of a request and that a cancellation is quick.
@@ -183,13 +185,14 @@ impl<M: Machine> Lane<M> {
         };
         let owner = task.owner;
         let was_cancelled = matches!(done.result, Err(CopyError::Cancelled));
-        if let (Err(error), false) = (&done.result, was_cancelled) {
+        if let Err(error @ CopyError::Checksum { offset, .. }) = &done.result {
+            self.withdraw(PageAddr::from_offset(*offset), error);
+        } else if let (Err(error), false) = (&done.result, was_cancelled) {
             tracing::warn!(session = owner.session, request = owner.request_id, %error, "copy failed");
         }
         self.count_copy_time(done.direction, done.busy_ns);
         let pages = done.pages.len();
         let pages_done = done.pages_done as usize;
-        self.recycle_pages(done.pages);
         self.with_session(owner.session, |lane, session| {
             session.copies -= 1;
             if let Some(registration) = session.registration_mut(owner.registration) {
@@ -200,7 +203,7 @@ impl<M: Machine> Lane<M> {
                     session,
                     owner.request_id,
                     &scope,
-                    &task.entries,
+                    (&task.entries, &done.pages),
                     (pages_done, was_cancelled),
                 ),
                 TaskKind::Load(lease) => lane.load_copied(
@@ -214,6 +217,23 @@ impl<M: Machine> Lane<M> {
             lane.recycle(task.entries);
             outcome
         });
+        self.recycle_pages(done.pages);
+    }
+
+    /// A page's bytes are not what was saved: its block is never served again.
+    fn withdraw(&mut self, page: PageAddr, error: &CopyError) {
+        self.tally.add(Counter::ChecksumMismatches, 1);
+        match self.cache.withdraw(page) {
+            Some(block) => tracing::warn!(
+                namespace = block.namespace,
+                group = block.group,
+                hash = %hex(&block.hash),
+                offset = page.offset(),
+                %error,
+                "a block is withdrawn: a page of it has changed since it was saved"
+            ),
+            None => tracing::debug!(offset = page.offset(), %error, "withdrawn before"),
+        }
     }
 
     /// Keeps a page list's memory for the next task.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::copy::{
     BoundLayout, CopyBackend, CopyDone, CopyError, CopyTask, CopyThreads, Direction, HostBackend,
-    PageCopy, PoolMemory, StuckCopies,
+    NO_CHECKSUM, PageCopy, PoolMemory, StuckCopies,
 };
 use crate::lane::{LaneWake, Machine};
 use crate::pool::MIN_PAGE_BYTES;
@@ -74,7 +74,7 @@ impl Shared {
             return;
         };
         let end = (running.pages_done + pages).min(running.task.pages.len());
-        let task = CopyTask {
+        let mut task = CopyTask {
             session: running.task.session,
             direction: running.task.direction,
             target: running.task.target.clone(),
@@ -83,11 +83,13 @@ impl Shared {
             cancelled: Arc::new(AtomicBool::new(false)),
         };
         let mut done = 0;
-        let copied = HostBackend::new(self.pool.clone()).copy(&task, &mut done);
+        let copied = HostBackend::new(self.pool.clone()).copy(&mut task, &mut done);
         assert!(
             copied.is_ok() && done as usize == task.pages.len(),
             "copying between two mappings failed: {copied:?}"
         );
+        // With the checksums that a save was asked for.
+        running.task.pages[running.pages_done..end].copy_from_slice(&task.pages);
         running.pages_done = end;
         self.events.push(CopyEvent::Copied(TaskView::of(&task)));
     }
@@ -219,19 +221,20 @@ impl SimCopies {
     }
 
     fn copy_aside(&self, direction: Direction, memory: &KvMemory, pool_offset: u64) {
-        let task = CopyTask {
+        let mut task = CopyTask {
             session: 0,
             direction,
             target: memory.groups[0].bound.clone(),
             pages: vec![PageCopy {
                 pool_offset,
                 block: 0,
+                checksum: NO_CHECKSUM,
             }],
             tag: 0,
             cancelled: Arc::new(AtomicBool::new(false)),
         };
         let mut backend = HostBackend::new(self.lock().pool.clone());
-        let copied = backend.copy(&task, &mut 0);
+        let copied = backend.copy(&mut task, &mut 0);
         assert!(copied.is_ok(), "{copied:?}");
     }
 }

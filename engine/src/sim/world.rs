@@ -167,6 +167,7 @@ impl World {
             policy: plan.policy,
             admission: plan.admission,
             copy_threads: 1,
+            checksum: crate::copy::ChecksumMode::Off,
             lease_ttl: plan.lease_ttl,
             lease_ttl_max: plan.lease_ttl * 2,
             incomplete_ttl: plan.incomplete_ttl,

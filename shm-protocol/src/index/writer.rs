@@ -239,14 +239,29 @@ impl<M: WritableIndexMemory> IndexWriter<M> {
         Ok(())
     }
 
-    /// Takes the key out and frees its entry. Returns the key.
+    /// Takes the key out, so that nobody finds it and it can be inserted anew, and keeps the entry,
+    /// for [`IndexWriter::remove`] to free. Returns the key.
+    pub fn withdraw(&mut self, id: EntryId) -> Result<BlockKey, EntryError> {
+        self.unseal(id)?;
+        let words = entry::key_words(self.used_entry(id)?);
+        let table = self.table();
+        if let Some(place) = table.place_of(self.hasher.home(&words), id.0) {
+            table.clear(&place);
+        }
+        Ok(BlockKey::from_words(&words))
+    }
+
+    /// Takes the key out, unless it was withdrawn, and frees its entry. Returns the key.
     pub fn remove(&mut self, id: EntryId) -> Result<BlockKey, EntryError> {
         let entry = self.used_entry(id)?;
         let words = entry::key_words(entry);
         let was_sealed = entry::is_sealed(entry);
         let table = self.table();
         let place = table.place_of(self.hasher.home(&words), id.0);
-        debug_assert!(place.is_some(), "{id} is in use but in no bucket line");
+        debug_assert!(
+            place.is_some() || !was_sealed,
+            "{id} is sealed but in no bucket line"
+        );
         if let Some(place) = place {
             table.clear(&place);
         }

@@ -56,6 +56,7 @@ metrics! {
     LoadedBytes = "pegaflow_copied_bytes", ["direction" = "load"], "Bytes copied between engines and the pool.";
     CopySaveNanos = "pegaflow_copy_busy_nanoseconds", ["direction" = "save"], "Time copy threads spent copying.";
     CopyLoadNanos = "pegaflow_copy_busy_nanoseconds", ["direction" = "load"], "Time copy threads spent copying.";
+    ChecksumMismatches = "pegaflow_checksum_mismatches", [], "Pages whose bytes no longer had their checksum when a load wanted them.";
     BlocksSealed = "pegaflow_blocks_sealed", [], "Blocks whose last shard came in.";
     EvictedCapacity = "pegaflow_evicted_blocks", ["reason" = "capacity"], "Blocks evicted.";
     EvictedExtent = "pegaflow_evicted_blocks", ["reason" = "extent_moved"], "Blocks evicted.";

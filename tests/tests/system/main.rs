@@ -6,6 +6,7 @@
 mod bytes;
 mod c_api;
 mod chaos;
+mod checksums;
 mod crash_points;
 mod cycles;
 mod footprint;

@@ -35,7 +35,7 @@ impl CopyBackend for Gated {
         "gated"
     }
 
-    fn copy(&mut self, task: &CopyTask, pages_done: &mut u32) -> Result<u64, CopyError> {
+    fn copy(&mut self, task: &mut CopyTask, pages_done: &mut u32) -> Result<u64, CopyError> {
         if task.session >= HELD_UP {
             let shut = self.0.open.lock().unwrap();
             drop(self.0.changed.wait_while(shut, |open| !*open).unwrap());

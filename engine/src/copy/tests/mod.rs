@@ -1,3 +1,4 @@
+mod checksum;
 mod crew;
 mod process;
 mod region;

@@ -94,7 +94,11 @@ pub fn bind(
 }
 
 pub fn task(direction: Direction, target: &Arc<BoundLayout>, pages: &[(u64, u32)]) -> CopyTask {
-    let page = |&(pool_offset, block)| PageCopy { pool_offset, block };
+    let page = |&(pool_offset, block)| PageCopy {
+        pool_offset,
+        block,
+        checksum: NO_CHECKSUM,
+    };
     CopyTask {
         session: 1,
         direction,
@@ -108,7 +112,13 @@ pub fn task(direction: Direction, target: &Arc<BoundLayout>, pages: &[(u64, u32)
 /// Runs a task on this thread.
 pub fn run(pool: &PoolMemory, task: &CopyTask) -> (Result<u64, CopyError>, u32) {
     let mut pages_done = 77;
-    let result = HostBackend::new(pool.clone()).copy(task, &mut pages_done);
+    let mut task = CopyTask {
+        pages: task.pages.clone(),
+        target: task.target.clone(),
+        cancelled: task.cancelled.clone(),
+        ..*task
+    };
+    let result = HostBackend::new(pool.clone()).copy(&mut task, &mut pages_done);
     (result, pages_done)
 }
 

@@ -68,7 +68,7 @@ impl CopyBackend for Gated {
         "gated"
     }
 
-    fn copy(&mut self, task: &CopyTask, pages_done: &mut u32) -> Result<u64, CopyError> {
+    fn copy(&mut self, task: &mut CopyTask, pages_done: &mut u32) -> Result<u64, CopyError> {
         self.gate.begun.fetch_add(1, Ordering::SeqCst);
         let shut = self.gate.open.lock().unwrap();
         drop(self.gate.changed.wait_while(shut, |open| !*open).unwrap());
@@ -111,7 +111,8 @@ fn tasks_come_back_once_with_their_list_and_no_handle_left() {
                 done.pages[1],
                 PageCopy {
                     pool_offset: 64,
-                    block: 2
+                    block: 2,
+                    checksum: NO_CHECKSUM,
                 }
             );
             tags.push(done.tag);

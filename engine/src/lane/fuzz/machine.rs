@@ -93,12 +93,12 @@ impl FuzzCopies {
             Err(CopyError::Cancelled)
         } else if let Some(pages) = pages.filter(|pages| *pages < task.pages.len()) {
             let rest = task.pages.split_off(pages);
-            let copied = backend.copy(&task, &mut pages_done);
+            let copied = backend.copy(&mut task, &mut pages_done);
             assert!(copied.is_ok(), "{copied:?}");
             task.pages.extend(rest);
             Err(CopyError::OwnerGone { pid: 1 })
         } else {
-            let copied = backend.copy(&task, &mut pages_done);
+            let copied = backend.copy(&mut task, &mut pages_done);
             assert!(copied.is_ok(), "{copied:?}");
             copied
         };

@@ -18,7 +18,7 @@ use pegaflow_shm::segment::{CONSUMED_OFFSET, SLOTS_OFFSET, SegmentShape};
 use pegaflow_shm::status::Status;
 use tokio::runtime::Runtime;
 
-use crate::copy::{BoundLayout, ClientMemory, RegionMapping};
+use crate::copy::{BoundLayout, ChecksumMode, ClientMemory, RegionMapping};
 use crate::isolation::{DomainRules, IsolationDomain};
 use crate::lane::api::{CloseReason, NewRegistration, NewSession, Refusal, RegisteredGroup};
 use crate::lane::{LaneOptions, StartedLane, start};
@@ -90,6 +90,7 @@ fn options(dir: &std::path::Path, node: NodeWriter, boot: u8) -> LaneOptions {
         policy: PolicyKind::Lru,
         admission: AdmissionKind::Off,
         copy_threads: 1,
+        checksum: ChecksumMode::Off,
         lease_ttl: Duration::from_secs(30),
         lease_ttl_max: Duration::from_secs(60),
         incomplete_ttl: Duration::from_secs(60),
