@@ -194,8 +194,8 @@ impl Cache {
         Offer::Copy { entry, page }
     }
 
-    /// The copy of a shard has completed, with this checksum or [`NO_CHECKSUM`]. True when it sealed
-    /// its block.
+    /// The copy of a shard has completed, with this checksum or [`NO_CHECKSUM`]. True when it
+    /// sealed its block.
     pub fn shard_copied(&mut self, scope: &ShardScope, entry: EntryId, checksum: u64) -> bool {
         fault::point(CrashPoint::ShardCopied);
         let home = &mut self.domains[scope.domain];
