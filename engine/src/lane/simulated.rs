@@ -124,6 +124,12 @@ impl<M: Machine> SimLane<M> {
         self.asleep
     }
 
+    /// True when a submission waits in a ring.
+    pub(crate) fn has_submission(&self) -> bool {
+        let mut sessions = self.lane.sessions.iter().flatten();
+        sessions.any(|session| session.has_submission())
+    }
+
     /// Publishes gauges and tables.
     pub(crate) fn publish(&mut self) {
         self.lane.publish(self.lane.clock.now());

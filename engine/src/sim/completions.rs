@@ -106,6 +106,13 @@ impl World {
                 result_offset,
             } if ok => self.queried(process, completion, *group, hashes, *result_offset),
             Asked::Load { .. } => self.loaded(process, &request, status),
+            Asked::Release(lease) | Asked::Renew(lease) => {
+                let old =
+                    self.truth.old_leases.contains(lease) && !self.truth.leases.contains_key(lease);
+                ensure(!(ok && old), "inv_4_leases_end_with_their_daemon", || {
+                    format!("{request:?} of an earlier daemon: {completion:?}")
+                })
+            }
             _ => Ok(()),
         }
     }
@@ -248,8 +255,8 @@ fn completion_label(asked: &Asked) -> &'static str {
         Asked::Query { .. } => "query ok",
         Asked::Save { .. } => "save ok",
         Asked::Load { .. } => "load ok",
-        Asked::Release => "release ok",
-        Asked::Renew => "renew ok",
+        Asked::Release(_) => "release ok",
+        Asked::Renew(_) => "renew ok",
         Asked::Cancel => "cancel ok",
     }
 }

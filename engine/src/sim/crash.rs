@@ -134,6 +134,7 @@ impl World {
         self.truth.old_leases = self.truth.leases.keys().copied().collect();
         self.truth.leases.clear();
         self.truth.rows.clear();
+        self.unseen_since = None;
         for process in 0..self.processes.len() {
             self.processes[process].session = None;
             self.forget_requests(process);

@@ -260,7 +260,7 @@ impl World {
             arg0: answer.lease,
             ..Submission::zeroed()
         };
-        self.ask(process, Asked::Release, (Vec::new(), release))
+        self.ask(process, Asked::Release(answer.lease), (Vec::new(), release))
     }
 
     /// Submits and waits for the answer.

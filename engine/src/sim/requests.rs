@@ -284,12 +284,14 @@ impl World {
             memory.mark(at, *block, process as u64);
         }
         if wrong {
-            match self.rng.below(5) {
+            match self.rng.below(9) {
                 0 if self.truth.old_leases.is_empty() => lease = lease.wrapping_add(1 << 32),
                 0 => lease = self.rng.pick(&self.truth.old_leases),
                 1 => registration += 7,
                 2 => first += held,
                 3 if blocks.len() > 1 => blocks[0] = blocks[1],
+                // A lease of another instance or group, most likely.
+                5.. => {}
                 _ => blocks.iter_mut().skip(1).for_each(|block| *block += 1000),
             }
         }
@@ -315,7 +317,9 @@ impl World {
 
     fn about_lease(&mut self, process: usize, op: Op, wrong: bool) -> (Asked, Parts) {
         let known: Vec<u64> = self.truth.leases.keys().copied().collect();
-        let lease = if known.is_empty() || wrong {
+        let lease = if wrong && !self.truth.old_leases.is_empty() {
+            self.rng.pick(&self.truth.old_leases)
+        } else if known.is_empty() || wrong {
             self.rng.next()
         } else {
             self.rng.pick(&known)
@@ -331,8 +335,8 @@ impl World {
             ..submission(op, registration, 0)
         };
         let asked = match op {
-            Op::Release => Asked::Release,
-            _ => Asked::Renew,
+            Op::Release => Asked::Release(lease),
+            _ => Asked::Renew(lease),
         };
         (asked, vec![(Vec::new(), about)])
     }

@@ -1,6 +1,7 @@
 //! Runs: a few in each test run, many by `make sim`, one with a trace by its seed.
 //!
-//! `SIM_SEED=N` replays one run and prints its steps; `SIM_SEEDS=N` runs that many fresh seeds.
+//! `SIM_SEED=N` replays one run and prints its steps; `SIM_SEEDS=N` runs that many fresh seeds,
+//! from `SIM_FIRST` on if that is given.
 
 #![forbid(unsafe_code)]
 
@@ -99,7 +100,10 @@ fn no_seed_breaks_an_invariant() {
     let mut all = Counts::new();
     let started = Instant::now();
     let (first, count, limit) = match number("SIM_SEEDS") {
-        Some(count) => (fresh_seed(), count, Duration::MAX),
+        Some(count) => {
+            let first = number("SIM_FIRST").unwrap_or_else(fresh_seed);
+            (first, count, Duration::MAX)
+        }
         None => {
             for seed in FIXED.chain(FOUND.iter().map(|(seed, _)| *seed)) {
                 add(&mut all, run(seed, false));

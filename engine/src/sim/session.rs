@@ -57,8 +57,8 @@ pub enum Asked {
         first: usize,
         blocks: Vec<u32>,
     },
-    Release,
-    Renew,
+    Release(u64),
+    Renew(u64),
     Cancel,
 }
 
@@ -306,8 +306,8 @@ impl Asked {
             Asked::Query { .. } => Op::Query,
             Asked::Save { .. } => Op::Save,
             Asked::Load { .. } => Op::Load,
-            Asked::Release => Op::Release,
-            Asked::Renew => Op::Renew,
+            Asked::Release(_) => Op::Release,
+            Asked::Renew(_) => Op::Renew,
             Asked::Cancel => Op::Cancel,
         }
     }

@@ -71,7 +71,26 @@ impl World {
         self.absorb()?;
         self.hear_events()?;
         self.inv_6_a_sleeper_is_woken()?;
+        self.inv_6_a_submission_is_seen(turned)?;
         Ok(turned)
+    }
+
+    /// A sleeping lane finds what waits in a ring, rung for or not.
+    fn inv_6_a_submission_is_seen(&mut self, turned: Turned) -> Checked {
+        /// As long as the lane sleeps at most, and a little.
+        const BOUND: Duration = Duration::from_millis(1010);
+        let Some(daemon) = &self.daemon else {
+            return Ok(());
+        };
+        if turned != Turned::Asleep || !daemon.lane.has_submission() {
+            self.unseen_since = None;
+            return Ok(());
+        }
+        let now = self.clock.elapsed();
+        let since = *self.unseen_since.get_or_insert(now);
+        ensure(now - since <= BOUND, "inv_6_a_submission_is_seen", || {
+            format!("the lane sleeps over a submission since {since:?}")
+        })
     }
 
     /// A client that waits on its bell hears it when there is something.

@@ -23,7 +23,7 @@ use crate::sim::copies::{CopyEvent, SimCopies, SimMachine, TaskView};
 use crate::sim::crash::{BlockName, Survivors};
 use crate::sim::kv::{Content, KvMemory, hash_of};
 use crate::sim::plan::{NamespacePlan, Plan};
-use crate::sim::rng::Rng;
+use crate::sim::rng::{Rng, mix};
 use crate::sim::session::Session;
 use crate::sim::time::SimClock;
 use crate::sim::truth::{Checked, Truth, ensure};
@@ -69,6 +69,8 @@ pub struct World {
     pub last_completion: Option<Completion>,
     /// Where the prompt begins that engines work on most.
     pub focus: u64,
+    /// Since when the lane has been sleeping over a submission.
+    pub unseen_since: Option<Duration>,
     pub trace: VecDeque<String>,
     pub verbose: bool,
     pub step: usize,
@@ -114,6 +116,7 @@ impl World {
             sealed_before: BTreeSet::new(),
             last_completion: None,
             focus: 0,
+            unseen_since: None,
             trace: VecDeque::new(),
             verbose,
             step: 0,
@@ -157,7 +160,7 @@ impl World {
         LaneOptions {
             rules: DomainRules::any_user(),
             dir: self.dir.path().to_owned(),
-            boot_id: [self.boots; 16],
+            boot_id: bytemuck::cast([1, 2].map(|half| mix(u64::from(self.boots) << 8 | half))),
             node_name: "simulated".into(),
             node,
             pool_bytes: plan.extents * plan.extent_bytes,
