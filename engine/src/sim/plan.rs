@@ -156,7 +156,7 @@ impl Plan {
             processes,
             weights: weights(rng),
             copy_failures: rng.pick(&[0, 2, 10, 40]),
-            lost_bells: rng.pick(&[0, 0, 5, 50]),
+            lost_bells: rng.pick(&[0, 0, 5, 50, 100]),
             wrong_arguments: rng.pick(&[0, 3, 15]),
             steps: rng.between(200, 1600),
         }

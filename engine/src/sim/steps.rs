@@ -30,7 +30,11 @@ impl World {
             StepKind::Turn => {
                 let times = self.rng.between(1, 3);
                 for _ in 0..times {
-                    turned = self.turn()? != Turned::Asleep;
+                    let came_to = self.turn()?;
+                    turned = came_to != Turned::Asleep;
+                    if came_to == Turned::Idle && self.rng.percent(40) {
+                        self.lane_sleeps()?;
+                    }
                 }
             }
             StepKind::Request => self.step_request(),
@@ -201,6 +205,10 @@ impl World {
             }
             return Ok(());
         }
+        self.lane_sleeps()
+    }
+
+    fn lane_sleeps(&mut self) -> Checked {
         let Some(daemon) = self.daemon.as_mut() else {
             return Ok(());
         };
