@@ -289,7 +289,7 @@ impl World {
                 .into_owned();
             let own = format!("node-{}", self.boots);
             let known = matches!(name.as_str(), "pool" | "catalog") || name == own;
-            let index = name.strip_prefix("index-");
+            let index = name.strip_prefix("index-uid-");
             let index = index.is_some_and(|uid| uid.parse::<u32>().is_ok());
             ensure(known || index, "inv_7_every_file_is_known", || name)?;
         }
