@@ -18,6 +18,14 @@ SOAK_TRIALS ?= 10000
 CYCLES ?= 1000
 FUZZ_SECONDS ?= 1800
 FUZZ_TARGET ?=
+ASAN_PACKAGES ?= -p pegaflow-client
+ASAN_TESTS ?=
+TSAN_PACKAGES ?= -p pegaflow-client
+TSAN_TESTS ?=
+# Sanitizers are unstable options of the compiler; the compiler is the stable one.
+HOST := $(shell rustc -vV | sed -n 's/^host: //p')
+SANITIZED := RUSTC_BOOTSTRAP=1 CARGO_INCREMENTAL=0
+SANITIZED_TEST := $(CARGO) test --target $(HOST) --lib -p pegaflow-shm -p pegaflow-engine
 # What `make deny` looks at; without network, leave `advisories` out.
 DENY_CHECKS ?= advisories bans licenses sources
 
@@ -57,10 +65,31 @@ miri: ## run what Miri can (needs a nightly toolchain with the miri component)
 	@if ! $(CARGO) +nightly miri --version >/dev/null 2>&1; then \
 	    echo 'make miri: NOT RUN. Miri needs a nightly toolchain:' >&2; \
 	    echo '    rustup toolchain install nightly --component miri,rust-src' >&2; \
-	    echo 'docs/decisions/0009-no-miri-in-ci.md says what covers for it meanwhile.' >&2; \
+	    echo 'docs/decisions/0018-what-covers-for-miri.md says what covers for it meanwhile.' >&2; \
 	    exit 1; \
 	fi
 	MIRIFLAGS=-Zmiri-disable-isolation $(CARGO) +nightly miri test -p pegaflow-shm --lib
+
+.PHONY: asan
+asan: ## unit tests under AddressSanitizer, leaks included
+	$(SANITIZED) RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=$(TARGET_DIR)/asan \
+	    $(SANITIZED_TEST) $(ASAN_PACKAGES) -- $(ASAN_TESTS)
+
+.PHONY: asan-quick
+asan-quick: ## AddressSanitizer on what maps, copies and adopts
+	$(MAKE) --no-print-directory asan ASAN_PACKAGES= \
+	    ASAN_TESTS='catalog:: copy:: fuzz:: index:: mapping:: pool:: ring::'
+
+.PHONY: tsan
+tsan: ## unit tests under ThreadSanitizer
+	$(SANITIZED) RUSTFLAGS='-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer' \
+	    CARGO_TARGET_DIR=$(TARGET_DIR)/tsan TSAN_OPTIONS=suppressions=$(CURDIR)/.ci/tsan.supp \
+	    $(SANITIZED_TEST) $(TSAN_PACKAGES) -- --test-threads=1 $(TSAN_TESTS)
+
+.PHONY: tsan-quick
+tsan-quick: ## ThreadSanitizer on rings, bells, index, rows and copy threads
+	$(MAKE) --no-print-directory tsan TSAN_PACKAGES= \
+	    TSAN_TESTS='bell:: copy::tests::workers index::tests node::view ring::'
 
 .PHONY: fmt
 fmt: ## format the sources

@@ -19,12 +19,14 @@
 //! | [`seqpacket`] | sending and receiving them with file descriptors |
 //! | [`namespace`] | what makes two blocks with one hash the same bytes |
 //! | [`node`] | the node file: counters, histograms, tables |
+//! | [`row`] | rows that are read while their one writer writes them |
 //! | [`paths`] | where sockets and shared files lie |
 //! | [`sync`] | the atomics facade that lets loom check the above |
 
 pub mod bell;
 pub mod index;
 pub mod ring;
+pub mod row;
 pub mod sync;
 
 #[cfg(not(loom))]

@@ -11,6 +11,7 @@ use super::{
     bucket_end, bucket_of,
 };
 use crate::mapping::Mapping;
+use crate::row;
 use crate::sync::{AtomicU64, Ordering, fence};
 
 const COUNTERS_AT: usize = 4096 / 8;
@@ -27,7 +28,6 @@ const DOMAINS_AT: usize = NAMESPACES_AT + NAMESPACE_ROWS * NAMESPACE_WORDS;
 const DOMAIN_WORDS: usize = 1 + size_of::<DomainRow>() / 8;
 const TOTAL_WORDS: usize = DOMAINS_AT + DOMAIN_ROWS * DOMAIN_WORDS;
 const HEADER_WORDS: usize = size_of::<NodeHeader>() / 8;
-const ROW_READ_TRIES: usize = 1000;
 
 /// A node file that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -115,33 +115,26 @@ impl Words {
         }
     }
 
+    /// The version word and the words of a row of type `T`.
+    fn row<T: Pod>(&self, at: usize) -> &[AtomicU64] {
+        let count = 1 + size_of::<T>() / 8;
+        assert!(at + count <= TOTAL_WORDS);
+        // SAFETY: the range was checked just now against TOTAL_WORDS, and `new` checked that
+        // against the mapping; it stays mapped while `self` lives, and both sides access it by
+        // atomics only.
+        unsafe { std::slice::from_raw_parts(self.base.add(at).as_ptr(), count) }
+    }
+
     /// One writer at a time; the daemon's lane owns each table.
     fn write_row<T: Pod>(&self, at: usize, row: &T) {
-        let version = self.load(at);
-        self.word(at).store(version | 1, Ordering::Relaxed);
-        // SYNC: node-row. The odd version is visible before any new word of the row.
-        fence(Ordering::Release);
-        self.write_pod(at + 1, row);
-        // SYNC: node-row. The row's words are visible before the even version.
-        self.word(at)
-            .store((version | 1).wrapping_add(1), Ordering::Release);
+        let values = bytemuck::cast_slice(std::slice::from_ref(row));
+        row::write(self.row::<T>(at), values);
     }
 
     fn read_row<T: Pod>(&self, at: usize) -> Option<T> {
-        for _ in 0..ROW_READ_TRIES {
-            let before = self.load(at);
-            // SYNC: node-row. A fence rather than an acquire load, because only relaxed loads are
-            // guaranteed on a read-only mapping.
-            fence(Ordering::Acquire);
-            let row = self.read_pod(at + 1);
-            // SYNC: node-row. Whoever saw a new word of the row sees its odd version below.
-            fence(Ordering::Acquire);
-            if before & 1 == 0 && self.load(at) == before {
-                return Some(row);
-            }
-            std::hint::spin_loop();
-        }
-        None
+        let mut value = T::zeroed();
+        let values = bytemuck::cast_slice_mut(std::slice::from_mut(&mut value));
+        row::read(self.row::<T>(at), values).then_some(value)
     }
 }
 
