@@ -240,6 +240,9 @@ fn sealed(cache: &Cache, memory: &[Content]) -> BTreeSet<Name> {
         let namespace = cache.catalog().namespace_in(key.namespace).expect("there");
         let name = (namespace.digest[0], key.hash()[1]);
         assert_eq!(key.hash(), hash(name), "a hash of its namespace");
+        // In these namespaces every rank holds a shard.
+        let shards = u32::from(block.shards);
+        assert_eq!(shards, namespace.world_size, "{name:?} has all its shards");
         for shard in 0..block.shards {
             let Shard::In(page) = block.shard(shard, &home.runs) else {
                 panic!("{name:?} is sealed without shard {shard}");
