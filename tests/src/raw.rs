@@ -112,6 +112,8 @@ pub struct RawClient {
     pub shape: SegmentShape,
     /// Rings the daemon.
     pub bell: OwnedFd,
+    /// The index of the session's isolation domain.
+    pub index: OwnedFd,
     next: u64,
     seen: u64,
     completion_slots: u64,
@@ -166,8 +168,7 @@ impl RawClient {
         let Some((DaemonMessage::Welcome(welcome), fds)) = socket.receive() else {
             return None;
         };
-        let [d2c, bell, _own_bell, _index]: [OwnedFd; 4] =
-            fds.try_into().expect("four descriptors");
+        let [d2c, bell, _own_bell, index]: [OwnedFd; 4] = fds.try_into().expect("four descriptors");
         let d2c = open_peer_segment(d2c.as_fd(), "daemon's segment", welcome.d2c_bytes)
             .expect("the daemon's segment is sealed");
         let completion_slots = 64;
@@ -178,6 +179,7 @@ impl RawClient {
             d2c,
             shape,
             bell,
+            index,
             next: 0,
             seen: 0,
             completion_slots,

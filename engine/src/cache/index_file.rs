@@ -10,6 +10,7 @@ use pegaflow_shm::index::{
     CreateError, HEADER_BYTES, IndexLayout, IndexWriter, LayoutError, RawMemory,
 };
 use pegaflow_shm::mapping::{Access, Mapping, MappingError, NamedFile};
+use rustix::fs::{Mode, fchmod};
 
 /// An index file that cannot be made or handed out.
 #[derive(Debug, thiserror::Error)]
@@ -23,8 +24,8 @@ pub enum IndexFileError {
     /// The file does not hold an empty index.
     #[error("index file: {0}")]
     Create(#[from] CreateError),
-    /// The file system has no room for more entries.
-    #[error("index file cannot grow: {0}")]
+    /// The file system has no room for more entries, or the file's mode cannot be set.
+    #[error("index file: {0}")]
     Reserve(#[from] std::io::Error),
 }
 
@@ -62,6 +63,8 @@ impl IndexFile {
         boot_id: BootId,
         seed: u64,
     ) -> Result<IndexFile, IndexFileError> {
+        // Who has a descriptor of it cannot open it again for writing, not even as this user.
+        fchmod(file.as_fd(), Mode::RUSR).map_err(std::io::Error::from)?;
         file.reserve(0, layout.fixed_bytes().max(HEADER_BYTES as u64))?;
         let mapping = Arc::new(file.map(Access::ReadWrite)?);
         let memory = RawMemory::from_mapping(mapping)?;

@@ -16,10 +16,12 @@ use std::collections::{BinaryHeap, HashMap};
 use std::time::Instant;
 
 use pegaflow_shm::BootId;
+use pegaflow_shm::node::SESSION_ROWS;
 use pegaflow_shm::status::Status;
 
 use crate::cache::MAX_DOMAINS;
 use crate::cache::domain::DomainId;
+use crate::isolation::share::{allowance, may_take};
 
 /// Deadlines of ended leases that may stay in the queue beyond one for each live lease.
 const DEADLINE_SLACK: usize = 1024;
@@ -59,6 +61,8 @@ pub struct Lease {
     pub namespace: u32,
     /// Session that holds it.
     pub session: u64,
+    /// Place of that session in the lane's list.
+    pub place: usize,
     /// Identity of the query.
     pub request: RequestKey,
     /// Hashes asked for.
@@ -109,6 +113,16 @@ pub struct LeaseTable {
     live: usize,
     /// Live leases of each domain.
     by_domain: [u32; MAX_DOMAINS],
+    /// What the session at each place of the lane's list holds. A lease that outlives its session
+    /// by the copies that use it counts for whoever has the place by then.
+    by_place: Box<[Holding; SESSION_ROWS]>,
+}
+
+/// What a session holds by its leases.
+#[derive(Clone, Copy, Default)]
+struct Holding {
+    leases: u32,
+    pins: u64,
 }
 
 impl LeaseTable {
@@ -124,6 +138,7 @@ impl LeaseTable {
             max_leases,
             live: 0,
             by_domain: [0; MAX_DOMAINS],
+            by_place: Box::new([Holding::default(); SESSION_ROWS]),
         }
     }
 
@@ -137,9 +152,14 @@ impl LeaseTable {
         self.live == 0
     }
 
-    /// True when another lease would exceed the maximum.
-    pub fn is_full(&self) -> bool {
-        self.live >= self.max_leases
+    /// Whether a session, by its place, may be given a lease on `pins` more blocks: neither it nor
+    /// its domain may come to hold all leases or, with `pins_left` of the domain, all pins.
+    pub fn has_room(&self, place: usize, domain: DomainId, pins: u64, pins_left: u64) -> bool {
+        let free = self.max_leases.saturating_sub(self.live) as u64;
+        // A session's share is one of what its domain has left, so that it leaves some there, too.
+        let of_domain = allowance(u64::from(self.by_domain[domain]), free);
+        let holding = self.by_place[place];
+        may_take(u64::from(holding.leases), of_domain) && pins <= allowance(holding.pins, pins_left)
     }
 
     /// Live leases of a domain.
@@ -167,6 +187,9 @@ impl LeaseTable {
         self.by_request.insert(lease.request, id);
         self.deadlines.push(Reverse((lease.deadline, id)));
         self.by_domain[lease.domain] += 1;
+        let holding = &mut self.by_place[lease.place];
+        holding.leases += 1;
+        holding.pins += lease.entries.len() as u64;
         place.lease = Some(lease);
         self.live += 1;
         if self.deadlines.len() > 2 * self.live + DEADLINE_SLACK {
@@ -289,6 +312,9 @@ impl LeaseTable {
         }
         self.live -= 1;
         self.by_domain[lease.domain] -= 1;
+        let holding = &mut self.by_place[lease.place];
+        holding.leases -= 1;
+        holding.pins -= lease.entries.len() as u64;
         Some(Ended { id, end, lease })
     }
 
@@ -386,6 +412,7 @@ impl Lease {
             domain,
             namespace,
             session,
+            place: 0,
             request,
             total: asked.0,
             digest: asked.1,

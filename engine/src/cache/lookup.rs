@@ -89,14 +89,13 @@ impl Cache {
         let Some(entry) = entry else {
             return Err(MissReason::Absent);
         };
-        let most = u64::from(PINS_PER_BLOCK) * u64::from(self.options.max_blocks);
+        let most = self.most_pins();
         let home = &mut self.domains[domain];
         let block = &mut home.blocks[entry.0 as usize];
         if !block.sealed {
             return Err(unsealed_reason(block));
         }
-        // A block's own counter cannot overflow before this.
-        if home.pins >= most.min(u64::from(u32::MAX)) {
+        if home.pins >= most {
             return Err(MissReason::NoLease);
         }
         if block.pins == 0 {
@@ -106,6 +105,17 @@ impl Cache {
         block.pins += 1;
         home.policy.touch(entry.0);
         Ok(entry.0)
+    }
+
+    /// Pins that a domain may have: a block's own counter cannot overflow before.
+    fn most_pins(&self) -> u64 {
+        let most = u64::from(PINS_PER_BLOCK) * u64::from(self.options.max_blocks);
+        most.min(u64::from(u32::MAX))
+    }
+
+    /// Pins that a domain has left.
+    pub fn pins_left(&self, domain: DomainId) -> u64 {
+        self.most_pins() - self.domains[domain].pins
     }
 
     /// Lets go of blocks that a pin call gave.

@@ -16,6 +16,7 @@ use super::value::{
     LogLevel, Path, PoolStart, Size, Span, Switch, Text,
 };
 use crate::copy::ChecksumMode;
+use crate::isolation::DomainRules;
 use crate::policy::{AdmissionKind, PolicyKind};
 
 /// How an option stands on the command line.
@@ -201,11 +202,6 @@ impl Config {
 
     /// True when a user besides the daemon's own and root may connect.
     pub fn serves_others(&self) -> bool {
-        let own = rustix::process::geteuid().as_raw();
-        let listed = self.domains.iter().flat_map(|domain| &domain.uids);
-        let other = |uid: &u32| *uid != own && *uid != 0;
-        self.allow_uid.iter().chain(listed).any(other)
-            || !self.allow_gid.is_empty()
-            || self.domains.iter().any(|domain| !domain.gids.is_empty())
+        DomainRules::of(self).serves_others()
     }
 }

@@ -17,6 +17,8 @@
 //! | `regions` | the session's KV memory |
 //! | `register` | checks of a registration |
 //! | `links` | `sessions/<id>.c2d` and `.d2c` |
+//! | `users` | how many connections each user has |
+//! | `pace` | how many messages a session is served |
 //! | `hub` | events and notices to the sessions' tasks |
 
 #![forbid(unsafe_code)]
@@ -27,11 +29,13 @@ mod links;
 pub mod listener;
 pub mod lock;
 pub mod node_dir;
+mod pace;
 pub(crate) mod packet;
 pub mod peer;
 pub(crate) mod regions;
 pub(crate) mod register;
 mod session;
+mod users;
 mod watch;
 
 #[cfg(test)]
@@ -59,6 +63,7 @@ use serde::de::IgnoredAny;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::isolation::DomainRules;
+use crate::isolation::share::may_take;
 use crate::lane::api::{LaneEvent, LaneHandle, Refusal, SessionId};
 use listener::Listener;
 use packet::PacketSocket;
@@ -100,6 +105,8 @@ struct Shared {
     hub: hub::Hub,
     session_ids: AtomicU64,
     places: Arc<Semaphore>,
+    /// Connections of each user.
+    users: users::Users,
     refusals: Arc<Semaphore>,
 }
 
@@ -129,6 +136,7 @@ impl Control {
                 hub,
                 session_ids,
                 places,
+                users: users::Users::default(),
                 refusals,
             }),
         }
@@ -174,7 +182,7 @@ impl Control {
     fn admit(&self, connection: OwnedFd) {
         let shared = &self.shared;
         let admitted = Peer::identify(connection.as_fd(), &shared.options.rules)
-            .and_then(|peer| Ok((peer, self.place()?)));
+            .and_then(|peer| self.place(peer.uid).map(|place| (peer, place)));
         match admitted {
             Ok((peer, place)) => {
                 tokio::spawn(connect(shared.clone(), connection, peer, place));
@@ -183,21 +191,37 @@ impl Control {
         }
     }
 
-    fn place(&self) -> Result<OwnedSemaphorePermit, Refusal> {
-        self.shared.places.clone().try_acquire_owned().map_err(|_| {
-            let most = self.shared.options.max_sessions;
+    /// A place among all connections, which no user alone may take up when others are served.
+    fn place(&self, uid: u32) -> Result<Place, Refusal> {
+        let shared = &self.shared;
+        let most = shared.options.max_sessions;
+        let free = shared.places.available_permits() as u64;
+        let own = shared.users.count(uid);
+        if free > 0 && shared.options.rules.serves_others() && !may_take(own, free) {
+            let text = format!(
+                "user {uid} has {own} of {most} sessions and leaves the other {free} to others: end \
+                 some, or raise --max-sessions"
+            );
+            return Err(Refusal::new(Status::Limit, text));
+        }
+        let permit = shared.places.clone().try_acquire_owned().map_err(|_| {
             let text = format!("{most} sessions are connected: end some, or raise --max-sessions");
             Refusal::new(Status::Limit, text)
+        })?;
+        Ok(Place {
+            _permit: permit,
+            _user: shared.users.enter(uid),
         })
     }
 }
 
-async fn connect(
-    shared: Arc<Shared>,
-    connection: OwnedFd,
-    peer: Peer,
-    place: OwnedSemaphorePermit,
-) {
+/// One of the places for connections, until it is dropped.
+struct Place {
+    _permit: OwnedSemaphorePermit,
+    _user: users::Entry,
+}
+
+async fn connect(shared: Arc<Shared>, connection: OwnedFd, peer: Peer, place: Place) {
     let socket = match PacketSocket::new(connection) {
         Ok(socket) => socket,
         Err(error) => {

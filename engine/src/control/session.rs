@@ -16,10 +16,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::Shared;
 use super::hub::Notice;
 use super::links::SegmentLinks;
+use super::pace::Pace;
 use super::packet::{Overflow, PacketSocket};
 use super::peer::{self, Peer};
 use super::regions::Memory;
@@ -40,6 +42,17 @@ impl From<Overflow> for End {
     fn from(overflow: Overflow) -> End {
         End::Faulted(overflow.to_string())
     }
+}
+
+/// The next message, once the session's pace allows it.
+async fn paced(
+    pace: &Pace,
+    socket: &PacketSocket,
+) -> Result<(ClientMessage, Vec<OwnedFd>), PacketError> {
+    if pace.next() > Instant::now() {
+        tokio::time::sleep_until(pace.next()).await;
+    }
+    socket.receive::<ClientMessage>().await
 }
 
 /// A session that the lane serves.
@@ -98,10 +111,14 @@ impl Session {
     }
 
     async fn serve(&mut self, process: AsyncFd<OwnedFd>) -> End {
+        let mut pace = Pace::new(Instant::now());
         loop {
             let step = tokio::select! {
-                received = self.socket.receive::<ClientMessage>() => match received {
-                    Ok((message, fds)) => self.handle(message, fds).await,
+                received = paced(&pace, &self.socket) => match received {
+                    Ok((message, fds)) => {
+                        pace.took(Instant::now());
+                        self.handle(message, fds).await
+                    }
                     Err(PacketError::Closed) => Err(self.left_or_died()),
                     Err(error) => Err(End::Faulted(error.to_string())),
                 },

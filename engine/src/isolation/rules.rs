@@ -140,6 +140,16 @@ impl DomainRules {
         (admitted && !moved).then(|| Arc::new(IsolationDomain::of_user(uid)))
     }
 
+    /// True when a user besides the daemon's own and root may connect.
+    pub fn serves_others(&self) -> bool {
+        let own = geteuid().as_raw();
+        let other = |uid: &u32| *uid != own && *uid != 0;
+        let listed = self.named.iter().flat_map(|named| &named.uids);
+        self.allowed_uids.iter().chain(listed).any(other)
+            || !self.allowed_gids.is_empty()
+            || self.named.iter().any(|named| !named.gids.is_empty())
+    }
+
     /// The configured domains.
     pub fn named(&self) -> impl Iterator<Item = &Arc<IsolationDomain>> {
         self.named.iter().map(|named| &named.domain)

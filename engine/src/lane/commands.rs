@@ -12,9 +12,10 @@ use pegaflow_shm::status::Status;
 use crate::cache::DomainError;
 use crate::cache::domain::DomainId;
 use crate::cache::lease::LeaseEnd;
-use crate::catalog::CatalogError;
+use crate::catalog::{CatalogError, MAX_NAMESPACES};
 use crate::clock::Clock;
 use crate::copy::CopyThreads;
+use crate::isolation::share::may_take;
 use crate::lane::api::{
     CloseReason, LaneCommand, LaneEvent, NewRegistration, NewSession, Refusal, Reply, SessionId,
     SessionOpened,
@@ -88,7 +89,7 @@ impl<M: Machine> Lane<M> {
             .client_index()
             .map_err(|error| system(&error))?;
         let id = new.id;
-        let session = LaneSession::new(new, domain, self.clock.unix_ms())
+        let mut session = LaneSession::new(new, domain, self.clock.unix_ms())
             .map_err(|error| Refusal::new(Status::SystemError, format!("session {id}: {error}")))?;
         self.watch(&session)
             .map_err(|error| Refusal::new(Status::SystemError, format!("session {id}: {error}")))?;
@@ -101,6 +102,7 @@ impl<M: Machine> Lane<M> {
                 self.sessions.len() - 1
             });
         self.node.write_session(position, &session.row());
+        session.place = position;
         self.sessions[position] = Some(Box::new(session));
         self.by_id.insert(id, position);
         self.tally.add(Counter::SessionsOpened, 1);
@@ -208,15 +210,22 @@ impl<M: Machine> Lane<M> {
         digest: [u8; 32],
     ) -> Result<u32, CatalogError> {
         let key = self.cache.domain_ref(domain).identity.key().0;
-        let added = self
-            .cache
-            .catalog_mut()
-            .add_namespace(key, world_size, digest);
-        if !matches!(added, Err(CatalogError::NamespacesFull)) {
-            return added;
+        let stored = || self.cache.catalog().namespaces();
+        let known = stored().any(|row| row.domain_key == key && row.digest == digest);
+        let own = stored().filter(|row| row.domain_key == key).count() as u64;
+        let free = u64::from(MAX_NAMESPACES) - stored().count() as u64;
+        if known || may_take(own, free) {
+            let catalog = self.cache.catalog_mut();
+            return catalog.add_namespace(key, world_size, digest);
         }
+        // Of a table that is full anybody's goes, of one that only this domain uses up its own.
+        let mine: Vec<u32> = stored()
+            .filter(|row| row.domain_key == key)
+            .map(|row| row.slot)
+            .collect();
         let in_use: Vec<u32> = self.registry.iter().filter_map(|i| i.ready).collect();
-        let unused = self.cache.unused_namespace(|slot| in_use.contains(&slot));
+        let stays = |slot| in_use.contains(&slot) || (free > 0 && !mine.contains(&slot));
+        let unused = self.cache.unused_namespace(stays);
         let unused = unused.ok_or(CatalogError::NamespacesFull)?;
         let catalog = self.cache.catalog_mut();
         catalog.remove_namespace(unused)?;

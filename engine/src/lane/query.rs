@@ -195,7 +195,7 @@ impl<M: Machine> Lane<M> {
         let mut completion = Completion::new(Op::Query, head.request_id, Status::Ok);
         completion.daemon_ns = daemon_ns;
         if let (Some(scope), None) = (query.scope, query.list.failed) {
-            let answer = self.answer(session.id, &scope, &mut query, now);
+            let answer = self.answer((session.id, session.place), &scope, &mut query, now);
             completion.count = answer.count;
             completion.lease = answer.lease;
             completion.reason = answer.reason as u16;
@@ -219,7 +219,7 @@ impl<M: Machine> Lane<M> {
 
     fn answer(
         &mut self,
-        session: u64,
+        session: (u64, usize),
         scope: &QueryScope,
         query: &mut QueryRequest,
         now: Instant,
@@ -249,8 +249,13 @@ impl<M: Machine> Lane<M> {
                 reason,
             };
         }
-        if self.leases.is_full() {
-            let hits = query.entries.len() as u32;
+        let hits = query.entries.len() as u32;
+        // The query's own pins are not part of what its session holds yet.
+        let pins_left = self.cache.pins_left(scope.domain) + u64::from(hits);
+        let room = self
+            .leases
+            .has_room(session.1, scope.domain, u64::from(hits), pins_left);
+        if !room {
             query.misses[MissReason::NoLease as usize] += hits;
             self.let_go(query);
             self.count_query(scope, query);
@@ -269,17 +274,19 @@ impl<M: Machine> Lane<M> {
             // A recycled list: a short lease must not keep a long one's memory.
             entries.shrink_to_fit();
         }
-        let lease = self.leases.grant(Lease::new(
+        let mut lease = Lease::new(
             scope.domain,
             scope.namespace,
-            session,
+            session.0,
             request,
             (head.total, query.digest),
             entries,
             query.bits.clone(),
             ttl,
             u32::from(scope.shards),
-        ));
+        );
+        lease.place = session.1;
+        let lease = self.leases.grant(lease);
         self.tally.add(Counter::LeasesGranted, 1);
         self.show_lease(lease);
         fault::point(CrashPoint::LeaseGranted);

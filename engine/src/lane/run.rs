@@ -31,6 +31,9 @@ use crate::registry::Registry;
 
 /// Submissions taken from one session before the next one's turn.
 const BATCH: usize = 32;
+/// Blocks named by submissions after which the next session has its turn, so that one with long
+/// lists does not hold the others up for longer than one with short ones.
+const BATCH_BLOCKS: u32 = 2048;
 /// Marks the lane's own wake-up among the bells; sessions have ids from 1.
 pub(super) const LANE_WAKE: u64 = 0;
 /// How long the lane polls while the copy threads need every CPU.
@@ -199,12 +202,17 @@ impl<M: Machine> Lane<M> {
     fn poll_session(&mut self, session: &mut LaneSession) -> Result<(), SessionFault> {
         let now = self.clock.now();
         self.tell_time(now);
+        let mut blocks = 0u32;
         for _ in 0..BATCH {
             let Some(submission) = session.next_submission()? else {
                 break;
             };
             self.tally.add(Counter::Descriptors, 1);
+            blocks = blocks.saturating_add(submission.count);
             self.submit(session, &submission, now)?;
+            if blocks >= BATCH_BLOCKS {
+                break;
+            }
         }
         Ok(())
     }

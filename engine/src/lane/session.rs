@@ -81,6 +81,8 @@ impl Registration {
 pub(super) struct LaneSession {
     pub id: SessionId,
     pub domain: DomainId,
+    /// Its place in the lane's list.
+    pub place: usize,
     pub registrations: Vec<Registration>,
     last_registration: u32,
     pub requests: HashMap<u64, Request>,
@@ -158,6 +160,7 @@ impl LaneSession {
         let session = LaneSession {
             id: new.id,
             domain,
+            place: 0,
             registrations: Vec::new(),
             last_registration: 0,
             requests: HashMap::new(),

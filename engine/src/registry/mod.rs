@@ -17,6 +17,7 @@ use pegaflow_shm::status::Status;
 pub use instance::{GroupPlace, Instance, Member, MemberGroup};
 
 use crate::cache::domain::DomainId;
+use crate::isolation::share::may_take;
 use crate::lane::api::Refusal;
 
 /// Number of an instance; never used twice by one daemon.
@@ -96,6 +97,18 @@ impl Registry {
                 format!(
                     "instance `{}` would be one more than the {} this daemon keeps: raise \
                      --max-instances or end an instance",
+                    spec.instance, self.max_instances
+                ),
+            ));
+        }
+        let own = self.instances.values().filter(|i| i.domain == domain);
+        let (own, free) = (own.count(), self.max_instances - self.instances.len());
+        if !may_take(own as u64, free as u64) {
+            return Err(Refusal::new(
+                Status::Limit,
+                format!(
+                    "instance `{}`: its isolation domain has {own} of the {} this daemon keeps and \
+                     leaves the other {free} to others: raise --max-instances or end an instance",
                     spec.instance, self.max_instances
                 ),
             ));

@@ -9,6 +9,7 @@ mod chaos;
 mod checksums;
 mod crash_points;
 mod cycles;
+mod domains;
 mod footprint;
 mod groups;
 mod hostile;

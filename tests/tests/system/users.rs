@@ -10,32 +10,42 @@ use pegaflow_tests::{WorkerProcess, skip};
 
 use crate::WORKER;
 
-const OTHER_USER: &str = "54321";
+pub const OTHER_USER: &str = "54321";
 
 /// A worker process of another user; `None` where this test may not become one.
-fn as_other_user(test: &str, daemon: &Daemon) -> Option<WorkerProcess> {
+pub fn as_other_user(test: &str, daemon: &Daemon) -> Option<WorkerProcess> {
+    as_user(test, daemon, OTHER_USER, None)
+}
+
+/// A worker process of a user, with one supplementary group or none.
+pub fn as_user(
+    test: &str,
+    daemon: &Daemon,
+    uid: &str,
+    group: Option<&str>,
+) -> Option<WorkerProcess> {
     if !rustix::process::geteuid().is_root() {
         skip(test, "only root can start a process as another user");
         return None;
     }
     // The build's folder need not be open to other users; the daemon's folder is.
     let program = daemon.folder().join("worker-process");
-    std::fs::copy(WORKER, &program).expect("copied");
+    if !program.exists() {
+        std::fs::copy(WORKER, &program).expect("copied");
+    }
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("chmod");
     let mut command = Command::new("setpriv");
     command
-        .args([
-            "--reuid",
-            OTHER_USER,
-            "--regid",
-            OTHER_USER,
-            "--clear-groups",
-        ])
+        .args(["--reuid", uid, "--regid", uid])
+        .arg(match group {
+            Some(group) => format!("--groups={group}"),
+            None => "--clear-groups".to_owned(),
+        })
         .arg(program);
     Some(WorkerProcess::spawn(command))
 }
 
-fn open(daemon: &Daemon) -> Task {
+pub fn open(daemon: &Daemon) -> Task {
     let spec = WorkerSpec::default().instance("other-user");
     Task::Open {
         socket: daemon.socket(),
