@@ -38,6 +38,8 @@ pub struct DaemonSpec {
     pub admission: Option<String>,
     /// Copy threads; `None` takes the daemon's default.
     pub copy_threads: Option<u32>,
+    /// `--checksum`; `None` takes the daemon's default.
+    pub checksum: Option<String>,
 }
 
 impl DaemonSpec {
@@ -50,6 +52,7 @@ impl DaemonSpec {
             policy: None,
             admission: None,
             copy_threads: None,
+            checksum: None,
         }
     }
 
@@ -75,6 +78,7 @@ impl DaemonSpec {
             ),
             ("--policy", self.policy.clone()),
             ("--admission", self.admission.clone()),
+            ("--checksum", self.checksum.clone()),
             (
                 "--copy-threads",
                 self.copy_threads.map(|threads| threads.to_string()),

@@ -17,7 +17,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget};
 
 use crate::daemon::{DaemonInUse, DaemonSpec};
@@ -65,6 +65,27 @@ pub struct QueryArgs {
     pub rounds: Option<NonZero<usize>>,
 }
 
+/// A daemon's `--checksum`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Checksum {
+    /// No page.
+    Off,
+    /// Every 16th saved page.
+    Sampled,
+    /// Every page.
+    Always,
+}
+
+impl Checksum {
+    fn name(self) -> &'static str {
+        match self {
+            Checksum::Off => "off",
+            Checksum::Sampled => "sampled",
+            Checksum::Always => "always",
+        }
+    }
+}
+
 /// Flags of `bench save`.
 #[derive(Clone, Debug, Args)]
 pub struct SaveArgs {
@@ -80,6 +101,9 @@ pub struct SaveArgs {
     /// Copy threads of the daemon [default: the daemon's]
     #[arg(long, value_name = "N")]
     pub copy_threads: Option<NonZero<u32>>,
+    /// Checksum modes of the daemon, one after the other: off,sampled,always [default: off]
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "MODE")]
+    pub checksum: Vec<Checksum>,
     /// Rounds [default: as many as fit into the pool, at most 20]
     #[arg(long)]
     pub rounds: Option<NonZero<usize>>,

@@ -11,9 +11,10 @@ use pegaflow_shm::node::{Counter, Gauge};
 use rustix::fs::statvfs;
 use serde::Serialize;
 use serde_json::{Value, json};
+use twox_hash::XxHash3_64;
 
 use super::memcpy::Memcpy;
-use super::{SaveArgs, identity};
+use super::{Checksum, SaveArgs, identity};
 use crate::daemon::{DaemonInUse, DaemonSpec};
 use crate::error::ToolError;
 use crate::node::NodePlace;
@@ -55,6 +56,10 @@ struct Row {
     memcpy_gbps: f64,
     /// Copy threads of the daemon.
     copy_threads: u64,
+    /// The daemon's `--checksum`.
+    checksum: &'static str,
+    /// The checksum alone, one thread.
+    xxh3_gbps: f64,
     /// CPU of the daemon's copy threads per saved page, by its own counter.
     cpu_us_per_page: f64,
     /// CPU of the whole daemon per page, saved and loaded, by the scheduler's account.
@@ -77,9 +82,16 @@ pub fn command(
         |k| vec![k],
     );
     let mut rows = Vec::new();
-    for (blocks, page_bytes) in &cases {
+    let modes = if args.checksum.is_empty() {
+        vec![Checksum::Off]
+    } else {
+        args.checksum.clone()
+    };
+    for case in &cases {
         for memory in &kinds {
-            rows.push(measure(args, socket, place, *blocks, *page_bytes, *memory)?);
+            for mode in &modes {
+                rows.push(measure(args, socket, place, *case, *memory, *mode)?);
+            }
         }
     }
     if as_json {
@@ -90,6 +102,7 @@ pub fn command(
         "blocks",
         "page",
         "KV memory",
+        "checksum",
         "rounds",
         "sealed p50",
         "save",
@@ -98,13 +111,15 @@ pub fn command(
         "load / memcpy",
         "memcpy",
         "CPU per page",
+        "xxh3",
     ];
-    let mut table = table(&header, &[0, 1, 3, 4, 5, 6, 7, 8, 9, 10]);
+    let mut table = table(&header, &[0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
     for row in &rows {
         table.add_row([
             count(u64::from(row.blocks)),
             size(row.page_bytes),
             format!("{:?}", row.memory).to_lowercase(),
+            row.checksum.to_owned(),
             row.rounds.to_string(),
             nanos(row.sealed_us.p50 * 1e3),
             format!("{:.2} GB/s", row.gbps),
@@ -113,11 +128,13 @@ pub fn command(
             format!("{:.2}", row.load_gbps / row.memcpy_gbps),
             format!("{:.2} GB/s", row.memcpy_gbps),
             nanos(row.cpu_us_per_page * 1e3),
+            format!("{:.1} GB/s", row.xxh3_gbps),
         ]);
     }
     let threads = rows.first().map_or(0, |row| row.copy_threads);
     println!(
-        "new blocks in each round, {threads} copy threads; memcpy: memfd to tmpfs, as many threads"
+        "new blocks in each round, {threads} copy threads; memcpy: memfd to tmpfs, as many \
+         threads; xxh3: page by page over as much memory, one thread"
     );
     println!("{table}");
     Ok(())
@@ -175,14 +192,15 @@ fn measure(
     args: &SaveArgs,
     socket: Option<&Path>,
     place: &NodePlace,
-    blocks: u32,
-    page_bytes: u64,
+    (blocks, page_bytes): (u32, u64),
     memory: MemoryKind,
+    checksum: Checksum,
 ) -> Result<Row, ToolError> {
     let bytes = u64::from(blocks) * page_bytes;
     let (rounds, pool_bytes) = plan_pool(place, bytes, args.rounds.map(std::num::NonZero::get));
     let mut spec = DaemonSpec::with_pool(pool_bytes);
     spec.copy_threads = args.copy_threads.map(std::num::NonZero::get);
+    spec.checksum = Some(checksum.name().to_owned());
     spec.max_blocks = Some((pool_bytes / page_bytes.max(512)).max(65_536));
     let mut daemon = DaemonInUse::new(socket, place, &spec)?;
     let kv = KvShape {
@@ -191,7 +209,24 @@ fn measure(
         page_bytes: page_bytes as usize,
         segments: 1,
     };
-    measure_with(&daemon, place, kv, rounds as usize).map_err(|error| daemon.explain(error))
+    measure_with(&daemon, place, (kv, checksum), rounds as usize)
+        .map_err(|error| daemon.explain(error))
+}
+
+/// Speed of the checksum alone, on one thread, over memory that is not in the cache when there is
+/// much of it.
+fn xxh3_gbps(bytes: u64, page_bytes: u64) -> f64 {
+    let memory = vec![0x5A_u8; bytes as usize];
+    let rounds: Vec<f64> = (0..5)
+        .map(|_| {
+            let start = Instant::now();
+            for page in memory.chunks(page_bytes as usize) {
+                std::hint::black_box(XxHash3_64::oneshot(std::hint::black_box(page)));
+            }
+            start.elapsed().as_nanos() as f64
+        })
+        .collect();
+    bytes as f64 / median(&rounds)
 }
 
 /// CPU time of all threads of a process in nanoseconds, by the scheduler's account.
@@ -208,7 +243,7 @@ fn cpu_ns(pid: u32) -> Option<u64> {
 fn measure_with(
     daemon: &DaemonInUse,
     place: &NodePlace,
-    kv_shape: KvShape,
+    (kv_shape, checksum): (KvShape, Checksum),
     rounds: usize,
 ) -> Result<Row, ToolError> {
     let (blocks, page_bytes) = (kv_shape.num_blocks, kv_shape.page_bytes as u64);
@@ -257,6 +292,8 @@ fn measure_with(
         load_gbps: bytes as f64 / median(&loads),
         memcpy_gbps: median(&copies),
         copy_threads,
+        checksum: checksum.name(),
+        xxh3_gbps: xxh3_gbps(bytes as u64, page_bytes),
         cpu_us_per_page: copy_ns as f64 / saved_pages.max(1) as f64 / 1e3,
         daemon_cpu_us_per_page: cpu.map(|ns| ns as f64 / moved_pages.max(1) as f64 / 1e3),
     })
