@@ -60,8 +60,7 @@ fn main() -> ExitCode {
 fn attack(label: &str, socket: &Path, seconds: &str) -> anyhow::Result<()> {
     let attack = Attack::from_label(label).context("no such attack")?;
     rustix::process::nice(NICE)?;
-    let until = Instant::now() + Duration::from_secs_f64(seconds.parse()?);
-    attack.run(socket, until)?;
+    attack.run(socket, Duration::from_secs_f64(seconds.parse()?))?;
     Ok(())
 }
 

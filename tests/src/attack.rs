@@ -9,9 +9,12 @@ use pegaflow::{Client, Options, RequestId};
 use pegaflow_shm::control::ClientMessage;
 use pegaflow_shm::desc::{Op, Submission, flags};
 
-use crate::content::{Stream, hash, hashes};
+use crate::content::{Stream, hashes};
 use crate::raw::{RawClient, RawSocket};
 use crate::worker::{Worker, WorkerSpec, first_blocks};
+
+/// Blocks of the longest query: about half a million tokens.
+const LONGEST_QUERY: u64 = 32_768;
 
 /// What is done to the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,15 +87,17 @@ impl Attack {
             .find(|attack| attack.label() == label)
     }
 
-    /// Attacks until then; returns how often. A daemon that closes the session is connected to
-    /// again.
+    /// Attacks for so long, once it is ready to; returns how often. A daemon that closes the
+    /// session is connected to again.
     ///
     /// # Errors
     /// The library refuses what the attack needs at its start.
-    pub fn run(self, socket: &Path, until: Instant) -> Result<u64, pegaflow::Error> {
+    pub fn run(self, socket: &Path, time: Duration) -> Result<u64, pegaflow::Error> {
+        let until = Instant::now() + time;
         let mut random = Stream::new(&[0x6174_7461, self as u64]);
         let library = |round: &mut dyn FnMut(&Worker) -> Result<(), pegaflow::Error>| {
             let worker = attacker(self, socket)?;
+            let until = Instant::now() + time;
             repeat(until, || round(&worker).unwrap_or_else(|_| pause()))
         };
         match self {
@@ -129,7 +134,8 @@ impl Attack {
                 let mut names = Vec::new();
                 library(&mut |worker| {
                     if names.is_empty() {
-                        names = hashes(1, worker.client.limits().query_hashes);
+                        let longest = worker.client.limits().query_hashes;
+                        names = hashes(1, longest.min(LONGEST_QUERY as usize));
                     }
                     key += 1;
                     // One key for all: the daemon replaces the lease each time.
@@ -185,10 +191,13 @@ fn attacker(attack: Attack, socket: &Path) -> Result<Worker, pegaflow::Error> {
     };
     let worker = Worker::ready(options, spec);
     if matches!(attack, Attack::Queries | Attack::Leases) {
-        let all = worker.client.limits().query_hashes as u64;
-        for first in (1..=all).step_by(1024) {
-            let names: Vec<_> = (first..=all.min(first + 1023)).map(hash).collect();
-            worker.save(&names);
+        // Whatever the bytes are: nobody loads them.
+        let at_once = worker.spec.blocks as usize;
+        let blocks = first_blocks(at_once);
+        for first in (1..=LONGEST_QUERY).step_by(at_once) {
+            let names = hashes(first, at_once);
+            let saved = worker.client.save(worker.registration, 0, &names, &blocks);
+            worker.finish(saved);
         }
     }
     Ok(worker)

@@ -19,6 +19,7 @@
 //! | `links` | `sessions/<id>.c2d` and `.d2c` |
 //! | `users` | how many connections each user has |
 //! | `pace` | how many messages a session is served |
+//! | `log_limit` | how many lines refused connections get |
 //! | `hub` | events and notices to the sessions' tasks |
 
 #![forbid(unsafe_code)]
@@ -28,6 +29,7 @@ mod hub;
 mod links;
 pub mod listener;
 pub mod lock;
+mod log_limit;
 pub mod node_dir;
 mod pace;
 pub(crate) mod packet;
@@ -50,9 +52,9 @@ pub use regions::{MAX_REGION_BYTES, MAX_REGIONS};
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use pegaflow_shm::BootId;
 use pegaflow_shm::control::DaemonMessage;
@@ -66,6 +68,7 @@ use crate::isolation::DomainRules;
 use crate::isolation::share::may_take;
 use crate::lane::api::{LaneEvent, LaneHandle, Refusal, SessionId};
 use listener::Listener;
+use log_limit::LogLimit;
 use packet::PacketSocket;
 use peer::Peer;
 
@@ -108,6 +111,7 @@ struct Shared {
     /// Connections of each user.
     users: users::Users,
     refusals: Arc<Semaphore>,
+    refusal_lines: Mutex<LogLimit>,
 }
 
 impl Shared {
@@ -138,6 +142,7 @@ impl Control {
                 places,
                 users: users::Users::default(),
                 refusals,
+                refusal_lines: Mutex::default(),
             }),
         }
     }
@@ -146,7 +151,12 @@ impl Control {
     pub async fn accept(&self, listener: &Listener) {
         loop {
             match listener.accept().await {
-                Ok(connection) => self.admit(connection),
+                Ok(connection) => {
+                    self.admit(connection);
+                    // A client that connects without pause gets no more than its turn: otherwise
+                    // its connections would take all places before the first of them has ended.
+                    tokio::task::yield_now().await;
+                }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -271,5 +281,16 @@ fn refuse(shared: &Shared, connection: OwnedFd, refusal: Refusal) {
 
 fn note_refusal(shared: &Shared, refusal: &Refusal) {
     shared.node.add(Counter::SessionsRefused, 1);
+    let lines = &shared.refusal_lines;
+    let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(left_out) = lines.admit(Instant::now()) else {
+        return;
+    };
+    if left_out > 0 {
+        tracing::warn!(
+            left_out,
+            "connections were refused without a line of their own"
+        );
+    }
     tracing::warn!(status = %refusal.status, reason = %refusal.message, "connection refused");
 }

@@ -110,6 +110,8 @@ impl Fleet {
         self.past.add(&std::mem::take(&mut engine.tally));
         let mut command = Command::new(&self.program);
         command.arg(ENGINE_ARGUMENT);
+        // Its sessions come and go all the time, which is no news.
+        command.env("PEGAFLOW_CLIENT_LOG", "off");
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn()?;
         let mut input = child.stdin.take().context("no input")?;

@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+mod attacks;
 mod bytes;
 mod c_api;
 mod chaos;
