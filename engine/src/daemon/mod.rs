@@ -45,6 +45,8 @@ use crate::metrics::{Health, HttpError, HttpServer, Phase};
 use progress::Progress;
 use signals::Signals;
 
+/// How long a thread that opened the memory of a process waits for another one to open.
+const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// How long sessions may take to close once the lane has drained.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -103,6 +105,8 @@ pub fn run(loaded: &Loaded) -> Result<(), DaemonError> {
     }
     limits::raise_descriptors(loaded.config.max_sessions);
     let runtime = tokio::runtime::Builder::new_current_thread()
+        // Threads that opened a process's memory do not outlive its session by long.
+        .thread_keep_alive(BLOCKING_KEEP_ALIVE)
         .enable_all()
         .build()
         .map_err(|source| DaemonError::System {

@@ -10,7 +10,7 @@ use pegaflow_tests::daemon::{Config, Daemon};
 use pegaflow_tests::dying::{DIE_ARGUMENT, Death, Fate};
 use pegaflow_tests::memory::MemoryKind;
 use pegaflow_tests::worker::{Worker, WorkerSpec};
-use pegaflow_tests::{SOON, procfs, trials};
+use pegaflow_tests::{SOON, eventually, procfs, trials};
 
 use crate::WORKER;
 
@@ -162,7 +162,11 @@ fn processes_that_connect_work_and_die_leave_memory_descriptors_and_shm_as_befor
             await_death(death, &mut victim, &daemon);
         }
         alone_again(&daemon);
-        let (before, after) = (before.expect("warmed up"), Holdings::of(&daemon));
+        let before: Holdings = before.expect("warmed up");
+        // Those of sessions that ended go after them.
+        let threads = || procfs::status_number(daemon.pid(), "Threads");
+        eventually(|| threads().is_none_or(|now| now <= before.threads));
+        let after = Holdings::of(&daemon);
         println!("{cycles} cycles: before {before:?}, after {after:?}");
         assert!(
             after.memory_kib <= before.memory_kib + MEMORY_SLACK_KIB
