@@ -45,7 +45,7 @@ impl Sampler {
 
     /// What to put into the next page's [`PageCopy::checksum`].
     #[inline]
-    pub fn next(&mut self) -> u64 {
+    pub fn for_next_page(&mut self) -> u64 {
         match self.mode {
             ChecksumMode::Off => NO_CHECKSUM,
             ChecksumMode::Always => TAKE_CHECKSUM,

@@ -161,7 +161,7 @@ impl<M: Machine> Lane<M> {
                 pages.push(PageCopy {
                     pool_offset: page.offset(),
                     block: blocks[at],
-                    checksum: sampler.next(),
+                    checksum: sampler.for_next_page(),
                 });
                 entries.push(entry.0);
             }

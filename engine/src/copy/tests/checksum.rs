@@ -135,7 +135,9 @@ fn every_flipped_bit_of_a_page_is_found() {
 fn one_of_sixteen_pages_is_sampled_all_or_none_in_the_other_modes() {
     let taken = |mode| {
         let mut sampler = Sampler::new(mode);
-        (0..160).filter(|_| sampler.next() == TAKE_CHECKSUM).count()
+        (0..160)
+            .filter(|_| sampler.for_next_page() == TAKE_CHECKSUM)
+            .count()
     };
     assert_eq!(taken(ChecksumMode::Off), 0);
     assert_eq!(taken(ChecksumMode::Sampled), 10);
