@@ -60,7 +60,9 @@ impl LogLevel {
 /// dropping the client waits for it: it must return soon, and it must not drop the client or call
 /// what waits for the daemon (register, unregister, `alloc_host`, `wait`).
 #[derive(Clone)]
-pub struct Log(Arc<dyn Fn(LogLevel, &str) + Send + Sync>);
+pub struct Log(Arc<LogFn>);
+
+type LogFn = dyn Fn(LogLevel, &str) + Send + Sync;
 
 impl Log {
     /// Lines go to this function. Should it panic, the line is lost and nothing else.

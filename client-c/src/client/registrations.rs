@@ -273,7 +273,8 @@ impl Shared {
             return;
         }
         if let Some(registered) = inner.slot(id).and_then(Option::as_mut) {
-            if !registered.told && !(patient && may_pass(status)) {
+            let passes = patient && may_pass(status);
+            if !registered.told && !passes {
                 registered.told = true;
                 let label = registered.label(id);
                 self.journal.note(LogLevel::Warn, || {

@@ -49,15 +49,14 @@ pub(super) async fn open_session(
     let (id, protocol) = (shared.next_session(), opening.protocol);
     let notices = shared.hub.join(id);
     match welcome(shared, &socket, &peer, id, opening).await {
-        Ok((d2c, links)) => Ok(Session::new(
+        Ok(half) => Ok(Session::new(
             shared.clone(),
             id,
             peer,
             socket,
             notices,
             protocol,
-            d2c,
-            links,
+            half,
         )),
         Err(refusal) => {
             shared.hub.leave(id);

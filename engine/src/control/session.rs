@@ -79,8 +79,7 @@ impl Session {
         socket: PacketSocket,
         notices: mpsc::Receiver<Notice>,
         protocol: u32,
-        d2c: Arc<Mapping>,
-        links: SegmentLinks,
+        (d2c, links): (Arc<Mapping>, SegmentLinks),
     ) -> Session {
         let (memory, registrations) = (Memory::default(), HashMap::new());
         Session {
