@@ -77,7 +77,6 @@ pub fn open_cache(
     threads: NonZeroUsize,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<OpenedCache, OpenError> {
-    remove_indexes(&options.dir).map_err(OpenError::Remove)?;
     let pool = Pool::new(options.pool_bytes, options.extent_bytes)?;
     let populate = PopulateOptions {
         threads,
@@ -147,15 +146,20 @@ fn open_files(
         pool,
         node: text_field(&options.node_name),
     };
-    let previous = match options.pool {
-        PoolStart::Adopt => PoolFile::open(&pool_path, options.pool_bytes)?,
-        PoolStart::Fresh => {
-            if pool_path.exists() {
-                tracing::warn!("--pool fresh: the pool of the previous daemon is thrown away");
-            }
+    // Opened whatever becomes of it: a pool that is another daemon's is refused here, before
+    // anything of that daemon's is touched.
+    let previous = match (
+        PoolFile::open(&pool_path, options.pool_bytes)?,
+        options.pool,
+    ) {
+        (OpenedPool::Missing, _) => OpenedPool::Missing,
+        (previous, PoolStart::Adopt) => previous,
+        (_, PoolStart::Fresh) => {
+            tracing::warn!("--pool fresh: the pool of the previous daemon is thrown away");
             OpenedPool::Missing
         }
     };
+    remove_indexes(&options.dir).map_err(OpenError::Remove)?;
     match previous {
         OpenedPool::Ready(file) => {
             let geometry = geometry(file.identity());

@@ -35,6 +35,7 @@ impl<M: Machine> Lane<M> {
         LoadRequest {
             list: ListProgress::new(submission, now),
             blocks: self.entry_lists.pop().unwrap_or_default(),
+            counted: 0,
             copies: CopyProgress::new(),
         }
     }
@@ -60,7 +61,8 @@ impl<M: Machine> Lane<M> {
 
     /// Takes a chunk's block ids in, as far as the session may keep them: a run of thousands takes
     /// eight bytes of payload, so the credit alone would not bound what a client can have the lane
-    /// keep.
+    /// keep. They count until the load is finished, because its copies keep more for each of them
+    /// and may wait for the client's process for as long as that likes.
     fn take_blocks(
         &mut self,
         session: &mut LaneSession,
@@ -71,12 +73,13 @@ impl<M: Machine> Lane<M> {
         let most = self.options.max_blocks as usize;
         if load.list.failed.is_none() && session.listed_blocks + submission.count as usize > most {
             load.list.fail(Status::TooMany, most as u64);
-            session.listed_blocks -= load.blocks.len();
+            session.listed_blocks -= std::mem::take(&mut load.counted);
             load.blocks = Vec::new();
         }
         if load.list.failed.is_none() {
             let runs = submission.flags & flags::BLOCK_RUNS != 0;
             payload::decode_blocks(chunk, runs, submission.count, &mut load.blocks)?;
+            load.counted += submission.count as usize;
             session.listed_blocks += submission.count as usize;
         }
         Ok(())
@@ -87,7 +90,6 @@ impl<M: Machine> Lane<M> {
         session: &mut LaneSession,
         mut load: Box<LoadRequest>,
     ) -> Result<(), SessionFault> {
-        session.listed_blocks -= load.blocks.len();
         if load.copies.is_cancelled() {
             load.list.fail(Status::Cancelled, 0);
         }
@@ -249,6 +251,7 @@ impl<M: Machine> Lane<M> {
         session: &mut LaneSession,
         load: LoadRequest,
     ) -> Result<(), SessionFault> {
+        session.listed_blocks -= load.counted;
         let daemon_ns = self.since(load.list.started).as_nanos() as u64;
         let cancelled = load.copies.is_cancelled();
         if let Some((status, _)) = load.list.failed {

@@ -12,6 +12,7 @@ use twox_hash::XxHash3_64;
 
 use crate::cache::lease::{Lease, LeaseEnd, RequestKey};
 use crate::clock::Clock;
+use crate::copy::ChecksumMode;
 use crate::fault::{self, CrashPoint};
 use crate::lane::machine::Machine;
 use crate::lane::request::{ListProgress, QueryRequest, QueryScope, Request};
@@ -313,7 +314,8 @@ impl<M: Machine> Lane<M> {
         let untouched = lease.consumed_by() == 0;
         let same = lease.namespace == scope.namespace
             && lease.total == query.list.head.total
-            && lease.digest == query.digest;
+            && lease.digest == query.digest
+            && self.is_sound(lease);
         if same && untouched {
             let count = lease.entries.len() as u32;
             let reason = match (count == lease.total, query.miss) {
@@ -339,6 +341,13 @@ impl<M: Machine> Lane<M> {
             self.finish_leases(ended);
         }
         None
+    }
+
+    /// False when a block of the lease was withdrawn since: that one is no hit any more.
+    fn is_sound(&self, lease: &Lease) -> bool {
+        let mut entries = lease.entries.iter();
+        self.options.checksum == ChecksumMode::Off
+            || entries.all(|entry| !self.cache.is_withdrawn(lease.domain, *entry))
     }
 
     fn count_query(&mut self, scope: &QueryScope, query: &QueryRequest) {

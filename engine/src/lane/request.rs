@@ -121,6 +121,8 @@ pub(super) struct QueryScope {
 pub(super) struct LoadRequest {
     pub list: ListProgress,
     pub blocks: Vec<u32>,
+    /// Block ids that it keeps, here or in its copies, until it is finished.
+    pub counted: usize,
     pub copies: CopyProgress,
 }
 

@@ -36,10 +36,16 @@ fn small_target() -> Arc<BoundLayout> {
     )
 }
 
+/// Bytes of the pool that the tasks of up to twenty tags in flight need.
+const POOL_BYTES: u64 = 4096;
+
+/// Saves into two pages of its own: the lane never has two saves into one page under way, and the
+/// backend relies on it.
 fn tagged(target: &Arc<BoundLayout>, tag: u64) -> CopyTask {
+    let at = tag % 20 * 128;
     CopyTask {
         tag,
-        ..task(Direction::Save, target, &[(0, 1), (64, 2)])
+        ..task(Direction::Save, target, &[(at, 1), (at + 64, 2)])
     }
 }
 
@@ -92,7 +98,7 @@ fn gated(threads: usize, max_tasks: usize) -> (CopyWorkers, Arc<Gate>) {
 #[test]
 fn tasks_come_back_once_with_their_list_and_no_handle_left() {
     let target = small_target();
-    let pool_map = region(4096);
+    let pool_map = region(POOL_BYTES);
     let notified = Arc::new(AtomicUsize::new(0));
     let count = notified.clone();
     let notify = move || {
@@ -110,7 +116,7 @@ fn tasks_come_back_once_with_their_list_and_no_handle_left() {
             assert_eq!(
                 done.pages[1],
                 PageCopy {
-                    pool_offset: 64,
+                    pool_offset: done.tag % 20 * 128 + 64,
                     block: 2,
                     checksum: NO_CHECKSUM,
                 }
@@ -245,7 +251,7 @@ fn cancelling_ends_queued_tasks_without_running_them() {
 fn a_sleeping_lane_is_never_forgotten() {
     // The lane's protocol with a condvar for its eventfd: flag, fence, look again, sleep.
     let target = small_target();
-    let pool_map = region(4096);
+    let pool_map = region(POOL_BYTES);
     let bell = Arc::new((AtomicBool::new(false), Mutex::new(false), Condvar::new()));
     let ring = bell.clone();
     let notify = move || {

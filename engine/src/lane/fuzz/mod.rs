@@ -12,6 +12,8 @@ mod client;
 mod machine;
 #[cfg(test)]
 mod seeds;
+#[cfg(test)]
+mod tests;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;

@@ -1,5 +1,6 @@
 //! Every lease ends, and its pins with it.
 
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;
@@ -8,6 +9,7 @@ use pegaflow_shm::node::{Counter, Gauge};
 use pegaflow_shm::status::Status;
 
 use super::rig::*;
+use crate::copy::ChecksumMode;
 
 #[test]
 fn a_query_abandoned_in_the_middle_of_its_list_leaves_no_pin() {
@@ -199,4 +201,43 @@ fn a_lease_given_before_the_instance_came_back_with_other_pages_loads_nothing() 
     };
     client.submit(nop);
     assert_eq!(client.completion().status(), Status::Ok);
+}
+
+#[test]
+fn a_repeated_query_does_not_answer_a_block_that_was_withdrawn_meanwhile() {
+    let dir = folder();
+    let mut rig = Rig::with(dir.path(), 1, |options| {
+        options.checksum = ChecksumMode::Always;
+    });
+    let memory = Memory::new();
+    let (mut client, worker) = rig.worker("a", "", &memory);
+    let names = hashes(0..4);
+    (0..4).for_each(|block| memory.fill(block, 0xA0 + block as u8));
+    client.save(worker, 0, &names, &[0, 1, 2, 3]);
+    let first = client.query_key(worker, 0, 1, &names);
+    let second = client.query_key(worker, 0, 2, &names);
+    assert_eq!((first.count, second.count), (4, 4));
+    // The page of the third block changes.
+    let path = dir.path().join("pool");
+    let pool = std::fs::File::options().read(true).write(true).open(path);
+    let pool = pool.unwrap();
+    let mut bytes = vec![0; PAGE as usize];
+    let at = (0..16 * EXTENT).step_by(PAGE as usize).find(|at| {
+        pool.read_exact_at(&mut bytes, *at).unwrap();
+        bytes.iter().all(|byte| *byte == 0xA2)
+    });
+    pool.write_all_at(&[0x5A], at.expect("the page") + 7)
+        .unwrap();
+
+    let failed = client.load(worker, 0, first.lease, &[4, 5, 6, 7]);
+    assert_eq!((failed.status(), failed.count), (Status::CopyFailed, 2));
+    let again = client.query_key(worker, 0, 2, &names);
+    assert_eq!(again.count, 2, "a miss from there on");
+    assert_ne!(again.lease, second.lease);
+    let loaded = client.load(worker, 0, again.lease, &[8, 9]);
+    assert_eq!((loaded.status(), loaded.count), (Status::Ok, 2));
+    let old = client.load(worker, 0, second.lease, &[10, 11, 12, 13]);
+    assert_eq!(old.status(), Status::UnknownLease);
+    rig.expect_gauge(Gauge::BlocksPinned, 0);
+    rig.expect_gauge(Gauge::BlocksHeld, 3);
 }

@@ -4,6 +4,7 @@ use pegaflow_shm::node::{Counter, Gauge};
 use pegaflow_shm::status::Status;
 
 use super::rig::*;
+use crate::config::PoolStart;
 
 /// Two ranks, of which both hold group 0 and rank 1 alone holds group 1.
 fn ranks(rig: &mut Rig, memory: &[Memory; 2]) -> [(Client, u32); 2] {
@@ -77,5 +78,26 @@ fn users_do_not_see_each_others_blocks_after_a_restart_either() {
         assert_eq!(client.load(id, 0, lease, &[9]).count, 1);
         assert!(memory.holds(9, byte), "user {uid}");
     }
+    rig.stop();
+}
+
+#[test]
+fn a_lane_over_another_ones_pool_is_refused_and_takes_nothing_away() {
+    let dir = folder();
+    let memory = Memory::new();
+    let mut rig = Rig::start(dir.path(), 1);
+    let (mut client, worker) = rig.worker("a", "", &memory);
+    client.save(worker, 0, &hashes(0..4), &[0, 1, 2, 3]);
+    for (boot, pool) in [(2, PoolStart::Adopt), (3, PoolStart::Fresh)] {
+        let second = Rig::try_with(dir.path(), boot, |options| options.pool = pool);
+        let refused = second.err().expect("refused").to_string();
+        assert!(refused.contains("in use by another"), "{pool:?}: {refused}");
+    }
+    // A new session is given the index file, and the next lane finds the pool.
+    let (mut late, other) = rig.worker("b", "", &memory);
+    assert_eq!(late.query(other, 0, &hashes(0..4)).count, 4);
+    rig.stop();
+    let rig = Rig::start(dir.path(), 4);
+    rig.expect_sum(&[Counter::AdoptedBlocks], 4);
     rig.stop();
 }

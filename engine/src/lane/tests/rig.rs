@@ -21,7 +21,7 @@ use tokio::runtime::Runtime;
 use crate::copy::{BoundLayout, ChecksumMode, ClientMemory, RegionMapping};
 use crate::isolation::{DomainRules, IsolationDomain};
 use crate::lane::api::{CloseReason, NewRegistration, NewSession, Refusal, RegisteredGroup};
-use crate::lane::{LaneOptions, StartedLane, start};
+use crate::lane::{LaneOptions, LaneStartError, StartedLane, start};
 use crate::layout::{GroupLayout, MemoryRef, SegmentLayout, ValidLayout};
 use crate::policy::{AdmissionKind, PolicyKind};
 
@@ -117,6 +117,14 @@ impl Rig {
     }
 
     pub fn with(dir: &std::path::Path, boot: u8, adjust: impl FnOnce(&mut LaneOptions)) -> Rig {
+        Rig::try_with(dir, boot, adjust).unwrap()
+    }
+
+    pub fn try_with(
+        dir: &std::path::Path,
+        boot: u8,
+        adjust: impl FnOnce(&mut LaneOptions),
+    ) -> Result<Rig, LaneStartError> {
         let path = dir.join(format!("node-{boot}"));
         let file = NamedFile::create(&path, "node file", NodeWriter::FILE_BYTES as u64).unwrap();
         let mapping = Arc::new(file.map(Access::ReadWrite).unwrap());
@@ -124,15 +132,15 @@ impl Rig {
         let reader = node.reader();
         let mut options = options(dir, node, boot);
         adjust(&mut options);
-        Rig {
-            lane: start(options, &|_| {}).unwrap(),
+        Ok(Rig {
+            lane: start(options, &|_| {})?,
             node: reader,
             runtime: tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
                 .unwrap(),
             sessions: 0,
-        }
+        })
     }
 
     pub fn connect(&mut self) -> Client {
