@@ -17,7 +17,7 @@ use pegaflow_shm::status::Status;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::Error;
-use crate::client::{Shared, add_region, may_pass};
+use crate::client::{Shared, add_region, may_pass, register_message};
 use crate::memory::HostRegion;
 use crate::session::control::{Purpose, Reply};
 use crate::session::{Bound, Channel, ConnectError, Live, Session};
@@ -241,11 +241,11 @@ impl Keeper {
             Err(error) => return self.shared.note_failure(&error),
         };
         let session = live.session.clone();
-        let restored = self
-            .shared
-            .install(live)
-            .and_then(|regions| self.restore(&session, &regions));
-        match restored {
+        let regions = match self.shared.install(live) {
+            Ok(regions) => regions,
+            Err(error) => return self.shared.note_failure(&error),
+        };
+        match self.restore(&session, &regions) {
             Ok(()) => self.announce(&session),
             Err(error) => self.end(&session, &error),
         }
@@ -273,6 +273,7 @@ impl Keeper {
                 add_region(seq, &region)
             })?;
         }
+        self.shared.regions_told(session);
         self.register_missing(session)
     }
 
@@ -280,10 +281,7 @@ impl Keeper {
         for (id, spec, uses_process_memory) in self.shared.missing_registrations() {
             self.shared.prepare(session, uses_process_memory);
             self.send(session, Purpose::Register(id), &[], |seq| {
-                ClientMessage::Register {
-                    seq,
-                    registration: Box::new((*spec).clone()),
-                }
+                register_message(seq, &spec)
             })?;
         }
         Ok(())
@@ -329,6 +327,7 @@ impl Keeper {
     fn sleep(&self, pause: Duration) {
         let until = Instant::now() + pause;
         loop {
+            self.shared.journal.say();
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || self.shared.is_closing() {
                 return;

@@ -13,6 +13,10 @@ use pegaflow_shm::segment::{MAX_ARENA_CHUNKS, MAX_RING_SLOTS, MIN_RING_SLOTS, Se
 
 use crate::Error;
 use crate::log::{Log, LogLevel};
+use crate::session::address;
+
+/// Longest time that an option gives, so that deadlines can be computed: some decades.
+const LONGEST_TIME: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// Options of [`Client::connect`](crate::Client::connect); the default suits an engine process.
 #[derive(Clone, Debug)]
@@ -100,7 +104,14 @@ pub(crate) struct Resolved {
 }
 
 impl Options {
-    pub(crate) fn resolve(self) -> Result<Resolved, Error> {
+    pub(crate) fn resolve(mut self) -> Result<Resolved, Error> {
+        for time in [
+            &mut self.connect_timeout,
+            &mut self.control_timeout,
+            &mut self.backoff_max,
+        ] {
+            *time = LONGEST_TIME.min(*time);
+        }
         let node = self.node.clone().unwrap_or_else(paths::node_from_env);
         paths::check_node_name(&node)
             .map_err(|fault| Error::argument("node", node.clone(), fault.to_string()))?;
@@ -114,6 +125,7 @@ impl Options {
         let socket = std::path::absolute(&named).map_err(|error| {
             Error::argument("socket", named.display().to_string(), error.to_string())
         })?;
+        address(&socket)?;
         let client_name = resolve_name(&self.client_name)?;
         let shape = self.shape()?;
         check_slots("completion_slots", self.completion_slots)?;
@@ -229,6 +241,11 @@ mod tests {
             },
             Options {
                 backoff_min: Duration::ZERO,
+                ..Options::default()
+            },
+            Options {
+                socket: Some(format!("/{}", "x".repeat(200)).into()),
+                start_without_daemon: Some(true),
                 ..Options::default()
             },
             Options {

@@ -237,7 +237,7 @@ fn the_blocks_of_loads_that_a_daemon_took_with_it_are_named() {
     let bad = client.load(id, 0, lease + 1, 0, &[11, 12]).unwrap();
     assert_eq!(client.wait(bad, LONG).unwrap().status, Status::UnknownLease);
     assert_eq!(client.unloaded_blocks(bad).unwrap(), [11, 12]);
-    fake.world.hold.store(true, Ordering::Relaxed);
+    fake.hold();
     let all: Vec<Vec<u32>> = (0..20).map(|n| vec![63 - n, n, 40]).collect();
     let loads: Vec<_> = all
         .iter()
@@ -334,4 +334,60 @@ fn many_clients_come_back_within_a_second_and_not_in_step() {
     let stats = clients[0].stats();
     assert!(stats.failed_attempts < 30, "a busy loop: {stats:?}");
     drop(descriptors);
+}
+
+#[test]
+fn a_registration_does_not_overtake_the_memory_that_it_names() {
+    let (place, lines) = (Place::new(), Lines::default());
+    let client = Client::connect(early(&place, &lines)).unwrap();
+    // More messages than a socket takes in: the keeper is still telling of them.
+    let regions: Vec<_> = (0..800).map(|_| client.alloc_host(PAGE).unwrap()).collect();
+    let fake = Fake::start_with(&place.socket(), Rudeness::Deaf);
+    until("a session", || client.session_info().is_some());
+    std::thread::sleep(Duration::from_millis(30));
+    std::thread::scope(|scope| {
+        let last = scope.spawn(|| worker(&client, &regions[799]));
+        std::thread::sleep(Duration::from_millis(30));
+        fake.world.set_rudeness(Rudeness::None);
+        last.join().unwrap();
+    });
+}
+
+#[test]
+fn a_registration_too_long_for_a_message_is_refused_without_a_daemon_too() {
+    let (place, lines) = (Place::new(), Lines::default());
+    let client = Client::connect(early(&place, &lines)).unwrap();
+    let memory = client.alloc_host(PAGE).unwrap();
+    let segment = pegaflow::SegmentMemory::in_host(&memory, 0, PAGE as u64, PAGE as u64);
+    let group = |group| pegaflow::GroupMemory {
+        group,
+        num_blocks: 1,
+        segments: vec![segment.clone(); 1024],
+    };
+    let long = registration((0..4).map(group).collect());
+    let error = client.register(&long).unwrap_err();
+    assert_eq!(error.status(), Status::InvalidArgument, "{error}");
+    let id = client.register(&registration(Vec::new())).unwrap();
+    let _fake = Fake::start(&place.socket());
+    client.wait_ready(id, LONG).unwrap();
+    assert_eq!(client.state(), State::Connected);
+}
+
+#[test]
+fn times_beyond_all_measure_are_no_times_at_all() {
+    let place = Place::new();
+    let fake = Fake::start(&place.socket());
+    let client = Client::connect(Options {
+        connect_timeout: Duration::MAX,
+        control_timeout: Duration::MAX,
+        backoff_max: Duration::MAX,
+        ..place.options()
+    })
+    .unwrap();
+    let id = client.register(&registration(Vec::new())).unwrap();
+    client.wait_ready(id, Duration::MAX).unwrap();
+    fake.drop_sessions();
+    until("it is back", || client.stats().reconnects == 1);
+    client.wait_ready(id, LONG).unwrap();
+    client.unregister(id).unwrap();
 }

@@ -20,7 +20,7 @@ fn a_draining_daemon_gets_no_new_work_and_finishes_what_it_has() {
     let memory = client.alloc_host(8 * PAGE).unwrap();
     let registration = worker(&client, &memory);
     let names = hashes(0..3);
-    fake.world.hold.store(true, Ordering::Relaxed);
+    fake.hold();
     let taken = client.save(registration, 0, &names, &[0, 1, 2]).unwrap();
     fake.world.drain.store(true, Ordering::Relaxed);
     let refused = || {
@@ -39,6 +39,9 @@ fn a_draining_daemon_gets_no_new_work_and_finishes_what_it_has() {
     let answer = client.wait(query, Duration::ZERO).unwrap();
     assert_eq!((answer.status, answer.count), (Status::Draining, 0));
     assert_eq!(answer.lease, 0);
+    let many = vec![0; client.limits().load_blocks + 1];
+    let load = client.load(registration, 0, 1, 0, &many).unwrap_err();
+    assert_eq!(load.status(), Status::TooMany, "as at any other time");
     fake.world.hold.store(false, Ordering::Relaxed);
     let done = client.wait(taken, LONG).unwrap();
     assert_eq!((done.status, done.count), (Status::Ok, 3));

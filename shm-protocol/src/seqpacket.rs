@@ -52,6 +52,22 @@ impl PacketError {
     }
 }
 
+/// Whether a message fits a packet, without sending it.
+///
+/// # Errors
+/// [`PacketError::TooLong`].
+pub fn check_length<M: Serialize>(message: &M) -> Result<(), PacketError> {
+    packet(message).map(drop)
+}
+
+fn packet<M: Serialize>(message: &M) -> Result<Vec<u8>, PacketError> {
+    let text = serde_json::to_vec(message)?;
+    if text.len() > MAX_MESSAGE_BYTES {
+        return Err(PacketError::TooLong { bytes: text.len() });
+    }
+    Ok(text)
+}
+
 /// Sends one message with descriptors.
 ///
 /// # Errors
@@ -61,10 +77,7 @@ pub fn send<M: Serialize>(
     message: &M,
     fds: &[BorrowedFd<'_>],
 ) -> Result<(), PacketError> {
-    let text = serde_json::to_vec(message)?;
-    if text.len() > MAX_MESSAGE_BYTES {
-        return Err(PacketError::TooLong { bytes: text.len() });
-    }
+    let text = packet(message)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MESSAGE_FDS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {

@@ -107,8 +107,19 @@ impl Shared {
         inner.result_positions = live.results.max_positions();
         // A session that never heard of a region need not forget it.
         inner.removals.clear();
+        inner.restoring = true;
         inner.live = Some(live);
         Ok(inner.regions.values().cloned().collect())
+    }
+
+    /// The session has been told of every region: registrations that name them can follow.
+    pub(crate) fn regions_told(&self, session: &Session) {
+        let mut inner = self.lock();
+        if inner.is_present(session) {
+            inner.restoring = false;
+        }
+        drop(inner);
+        self.changed.notify_all();
     }
 
     /// Says that the session is up, once every registration was answered; true if it did.
@@ -188,6 +199,7 @@ impl Shared {
             return;
         };
         live.session.mark_lost();
+        inner.restoring = false;
         let unfinished = inner.table.unfinished();
         self.note_loss(inner, status, reason, unfinished.len());
         for registered in inner.registrations.iter_mut().flatten() {
@@ -253,7 +265,7 @@ impl Shared {
     pub(super) fn take_apart(&self, session: &Session) {
         self.events.unwatch(&session.pipe);
         session.channel.shut_down();
-        self.control.fail_all();
+        self.control.fail_all(session.number);
         self.changed.notify_all();
         self.events.keeper.signal();
     }

@@ -10,7 +10,7 @@ mod state;
 
 pub(crate) use events::Event;
 pub(crate) use regions::add_region;
-pub(crate) use registrations::{Registered, may_pass};
+pub(crate) use registrations::{Registered, may_pass, register_message};
 pub(crate) use state::{Inner, Shared, Wakes};
 
 use std::os::fd::BorrowedFd;
@@ -55,7 +55,6 @@ impl Client {
             .and_then(|channel| Session::open(&resolved, 1, channel, Bound::until(deadline)));
         let (first, reason) = match opened {
             Ok(live) => (Some(live), String::new()),
-            Err(error @ Error::Argument { .. }) => return Err(error),
             Err(error) if resolved.start_without_daemon => (None, error.to_string()),
             Err(error) => return Err(error),
         };

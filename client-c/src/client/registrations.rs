@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pegaflow_shm::control::{ClientMessage, RegisterSpec};
@@ -14,8 +14,8 @@ use crate::Error;
 use crate::completion::RegistrationId;
 use crate::log::LogLevel;
 use crate::memory::{HostRegion, Registration, ResolvedRegistration, resolve};
-use crate::session::Session;
 use crate::session::control::Purpose;
+use crate::session::{Bound, Session, check_length};
 use crate::shared::process::allow_tracer;
 use crate::stats::State;
 
@@ -38,7 +38,7 @@ pub(crate) struct Registered {
     /// The refusal was logged, and so has the acceptance to be.
     told: bool,
     /// Kept mapped while the daemon may copy into them.
-    _regions: Vec<Arc<HostRegion>>,
+    regions: Vec<Arc<HostRegion>>,
 }
 
 impl Registered {
@@ -52,7 +52,7 @@ impl Registered {
             namespace: None,
             refusal: None,
             told: false,
-            _regions: resolved.regions,
+            regions: resolved.regions,
         }
     }
 
@@ -60,6 +60,11 @@ impl Registered {
     pub(crate) fn forget_daemon(&mut self) {
         (self.remote, self.namespace, self.refusal) = (None, None, None);
         (self.told, self.asked) = (false, false);
+    }
+
+    /// The keeper waits for the present daemon's answer.
+    fn is_unanswered(&self) -> bool {
+        self.asked && self.remote.is_none()
     }
 
     /// For lines about it.
@@ -122,10 +127,13 @@ impl Shared {
     pub(crate) fn register(&self, registration: &Registration) -> Result<RegistrationId, Error> {
         self.check_process()?;
         let resolved = resolve(registration, &self.live_regions())?;
+        // What cannot be sent would end each session that the keeper tries to send it in.
+        check_length(&register_message(u64::MAX, &resolved.spec))?;
         let registered = Registered::new(resolved);
         let (spec, uses) = (registered.spec.clone(), registered.uses_process_memory);
+        let deadline = Instant::now() + self.resolved.options.control_timeout;
         let (id, session) = {
-            let mut inner = self.lock();
+            let mut inner = self.lock_restored(deadline)?;
             // Under one lock with the look for a session: the keeper brings to the next session
             // what is here before it.
             let session = inner.live.as_ref().map(|live| live.session.clone());
@@ -145,32 +153,93 @@ impl Shared {
             return Ok(RegistrationId(id));
         };
         self.prepare(&session, uses);
-        let bound = self.resolved.options.control_timeout;
-        let reply = self
-            .control
-            .call(&session, Purpose::Register(id), &[], bound, |seq| {
-                ClientMessage::Register {
-                    seq,
-                    registration: Box::new((*spec).clone()),
-                }
-            });
+        let bound = deadline.saturating_duration_since(Instant::now());
+        let purpose = Purpose::Register(id);
+        let reply = self.control.call(&session, purpose, &[], bound, |seq| {
+            register_message(seq, &spec)
+        });
         match reply.and_then(|reply| reply.registered()) {
-            Ok(_) => Ok(RegistrationId(id)),
-            Err(Error::Disconnected { .. }) if self.resolved.start_without_daemon => {
-                // The daemon went meanwhile: the next one hears of it.
-                if let Some(registered) = self.lock().slot(id).and_then(Option::as_mut) {
-                    registered.adopted = true;
-                }
-                self.register_soon.store(true, Ordering::Relaxed);
-                self.events.keeper.signal();
-                Ok(RegistrationId(id))
-            }
+            Ok(_) => self.adopt(id),
+            // The daemon went meanwhile: the next one hears of it.
+            Err(Error::Disconnected { .. }) if self.resolved.start_without_daemon => self.adopt(id),
             Err(error) => {
-                // Dropped after the lock: it may be the last hold on a region.
-                let _gone = self.lock().slot(id).and_then(Option::take);
-                Err(error)
+                self.give_up(id);
+                return Err(error);
             }
         }
+        Ok(RegistrationId(id))
+    }
+
+    /// From here on the keeper brings a registration to each daemon, and to the present one if that
+    /// is another than the one that was asked.
+    fn adopt(&self, id: u32) {
+        let mut inner = self.lock();
+        let Some(registered) = inner.slot(id).and_then(Option::as_mut) else {
+            return;
+        };
+        registered.adopted = true;
+        if registered.remote.is_none() {
+            self.register_soon.store(true, Ordering::Relaxed);
+            self.events.keeper.signal();
+        }
+    }
+
+    /// Forgets a registration whose caller was told of a failure.
+    fn give_up(&self, id: u32) {
+        let mut inner = self.lock();
+        // Dropped after the lock: it may be the last hold on a region.
+        let gone = inner.slot(id).and_then(Option::take);
+        let session = inner.live.as_ref().map(|live| live.session.clone());
+        drop(inner);
+        let remote = gone.as_ref().and_then(|gone| gone.remote);
+        if let (Some(session), Some(registration)) = (session, remote) {
+            // The daemon's consent came when nobody waited any more. A daemon that takes nothing
+            // now keeps a registration that nobody uses until the session ends.
+            let message = |seq| ClientMessage::Unregister { seq, registration };
+            let bound = Bound::now();
+            let _ = self
+                .control
+                .send(&session, Purpose::Removal, &[], bound, message);
+        }
+    }
+
+    /// The lock, once the present session knows every region: a registration that overtook one would
+    /// be refused.
+    fn lock_restored(&self, deadline: Instant) -> Result<MutexGuard<'_, Inner>, Error> {
+        self.lock_when(deadline, |inner| !inner.restoring)
+    }
+
+    /// The lock, once something holds.
+    fn lock_when(
+        &self,
+        deadline: Instant,
+        mut holds: impl FnMut(&Inner) -> bool,
+    ) -> Result<MutexGuard<'_, Inner>, Error> {
+        let mut inner = self.lock();
+        while !holds(&inner) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Timeout {
+                    what: "the daemon's answer",
+                    bound: self.resolved.options.control_timeout,
+                });
+            }
+            let slice = left.min(Duration::from_secs(1));
+            let waited = self.changed.wait_timeout(inner, slice);
+            inner = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(inner)
+    }
+
+    /// True while a registration uses this region.
+    pub(crate) fn uses_region(&self, region: &HostRegion) -> bool {
+        let inner = self.lock();
+        let mut used = inner
+            .registrations
+            .iter()
+            .flatten()
+            .flat_map(|r| &r.regions);
+        used.any(|known| known.id == region.id)
     }
 
     /// Lets the daemon reach this process's memory, where a registration needs it.
@@ -182,31 +251,55 @@ impl Shared {
 
     pub(crate) fn unregister(&self, id: RegistrationId) -> Result<(), Error> {
         self.check_process()?;
-        let (session, remote) = {
-            let inner = self.lock();
-            let remote = inner.registration(id)?.remote;
-            (inner.live.as_ref().map(|live| live.session.clone()), remote)
-        };
-        if let (Some(session), Some(registration)) = (session, remote) {
-            let bound = self.resolved.options.control_timeout;
-            let message = |seq| ClientMessage::Unregister { seq, registration };
-            let reply = self
-                .control
-                .call(&session, Purpose::Removal, &[], bound, message);
-            match reply.and_then(|reply| reply.done()) {
-                // A daemon that is gone, or does not know it, has nothing left to copy.
-                Ok(()) | Err(Error::Disconnected { .. }) => {}
-                Err(Error::Refused {
-                    status: Status::UnknownRegistration,
-                    ..
-                }) => {}
-                Err(error) => return Err(error),
-            }
+        let deadline = Instant::now() + self.resolved.options.control_timeout;
+        self.lock().registration(id)?;
+        // The session that has let go of it. While that was waited for, another one may have come
+        // up and been told of the registration.
+        let mut let_go = None;
+        loop {
+            let answered = |inner: &Inner| {
+                let unanswered = inner.registration(id).is_ok_and(Registered::is_unanswered);
+                inner.live.is_none() || !unanswered
+            };
+            let mut inner = self.lock_when(deadline, answered)?;
+            let remote = inner.registration(id).ok().and_then(|known| known.remote);
+            let session = inner.live.as_ref().map(|live| live.session.clone());
+            let session = session.filter(|session| let_go != Some(session.number));
+            let (Some(session), Some(registration)) = (session, remote) else {
+                // Dropped after the lock: it may be the last hold on a region.
+                let gone = inner.slot(id.0).and_then(Option::take);
+                drop(inner);
+                drop(gone);
+                break;
+            };
+            drop(inner);
+            self.unregister_from(&session, registration, deadline)?;
+            let_go = Some(session.number);
         }
-        // Dropped after the lock: it may be the last hold on a region.
-        let _gone = self.lock().slot(id.0).and_then(Option::take);
         self.changed.notify_all();
         Ok(())
+    }
+
+    fn unregister_from(
+        &self,
+        session: &Session,
+        registration: u32,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        let bound = deadline.saturating_duration_since(Instant::now());
+        let message = |seq| ClientMessage::Unregister { seq, registration };
+        let reply = self
+            .control
+            .call(session, Purpose::Removal, &[], bound, message);
+        match reply.and_then(|reply| reply.done()) {
+            // A daemon that is gone, or does not know it, has nothing left to copy.
+            Ok(()) | Err(Error::Disconnected { .. }) => Ok(()),
+            Err(Error::Refused {
+                status: Status::UnknownRegistration,
+                ..
+            }) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     pub(crate) fn wait_ready(&self, id: RegistrationId, timeout: Duration) -> Result<(), Error> {
@@ -256,6 +349,8 @@ impl Shared {
             self.journal
                 .note(LogLevel::Warn, || format!("{label} is accepted now"));
         }
+        drop(inner);
+        self.changed.notify_all();
         true
     }
 
@@ -328,6 +423,14 @@ pub(crate) fn may_pass(status: Status) -> bool {
     )
 }
 
+/// The message that registers.
+pub(crate) fn register_message(seq: u64, spec: &RegisterSpec) -> ClientMessage {
+    ClientMessage::Register {
+        seq,
+        registration: Box::new(spec.clone()),
+    }
+}
+
 fn refused(status: Status, message: &str) -> Error {
     Error::Refused {
         status,
@@ -341,21 +444,23 @@ mod tests {
     use pegaflow_shm::namespace::NamespaceSpec;
 
     use super::*;
-    use crate::fake::Fake;
+    use crate::client::Wakes;
+    use crate::fake::{Fake, Rudeness};
+    use crate::session::control::Reply;
     use crate::{Client, Options};
 
-    #[test]
-    fn what_an_earlier_session_says_counts_no_more() {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("test.sock");
-        let _fake = Fake::start(&socket);
-        let options = Options {
-            socket: Some(socket),
+    fn options(folder: &tempfile::TempDir) -> Options {
+        Options {
+            socket: Some(folder.path().join("test.sock")),
             autostart: Some(false),
+            backoff_min: Duration::from_millis(5),
+            backoff_max: Duration::from_millis(50),
             ..Options::default()
-        };
-        let client = Client::connect(options).unwrap();
-        let registration = Registration {
+        }
+    }
+
+    fn scheduler() -> Registration {
+        Registration {
             instance: "i".into(),
             namespace: NamespaceSpec {
                 model: "m".into(),
@@ -368,9 +473,77 @@ mod tests {
             rank: None,
             mode: Mode::ReadWrite,
             groups: Vec::new(),
+        }
+    }
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    fn until(mut done: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !done() {
+            assert!(start.elapsed() < LONG);
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_registration_accepted_by_a_session_just_lost_reaches_the_next_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = options(&folder);
+        let socket = options.socket.clone().unwrap();
+        let fake = Fake::start_with(&socket, Rudeness::Deaf);
+        let client = Client::connect(options).unwrap();
+        let shared = client.shared();
+        let old = shared.session().unwrap();
+        std::thread::scope(|scope| {
+            let registers = scope.spawn(|| client.register(&scheduler()));
+            until(|| shared.control.purpose(1).is_some());
+            // The keeper has the answer in its hands while another thread loses the session.
+            let mut wakes = Wakes::default();
+            let status = Status::Disconnected;
+            shared.lose_locked(&mut shared.lock(), old.number, status, "test", &mut wakes);
+            assert!(shared.accepted(&old, 1, 77));
+            shared.control.answer(1, Reply::Registered(77));
+            shared.deliver(wakes);
+            let id = registers.join().unwrap().unwrap();
+            fake.world.set_rudeness(Rudeness::None);
+            client.wait_ready(id, LONG).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_registration_whose_answer_is_under_way_is_taken_back_before_its_memory_is_free() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = Options {
+            start_without_daemon: Some(true),
+            ..options(&folder)
         };
-        let bound = Duration::from_secs(10);
-        let id = client.register(&registration).unwrap();
+        let socket = options.socket.clone().unwrap();
+        let client = Client::connect(options).unwrap();
+        let id = client.register(&scheduler()).unwrap();
+        let fake = Fake::start_with(&socket, Rudeness::Deaf);
+        let shared = client.shared();
+        until(|| shared.lock().registration(id).unwrap().is_unanswered());
+        std::thread::scope(|scope| {
+            let ends = scope.spawn(|| client.unregister(id));
+            std::thread::sleep(Duration::from_millis(20));
+            fake.world.set_rudeness(Rudeness::None);
+            ends.join().unwrap().unwrap();
+            let count = |counter: &std::sync::atomic::AtomicU32| counter.load(Ordering::Relaxed);
+            assert_eq!(count(&fake.world.registrations), 1);
+            assert_eq!(count(&fake.world.unregistered), 1);
+        });
+        let again = client.unregister(id).unwrap_err();
+        assert!(matches!(again, Error::UnknownRegistration(_)));
+    }
+
+    #[test]
+    fn what_an_earlier_session_says_counts_no_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = options(&folder);
+        let _fake = Fake::start(options.socket.as_deref().unwrap());
+        let client = Client::connect(options).unwrap();
+        let id = client.register(&scheduler()).unwrap();
         let shared = client.shared();
         let old = shared.session().unwrap();
         shared.lose(old.number, Status::Disconnected, "for the test");
@@ -390,7 +563,7 @@ mod tests {
             assert!(registered.remote == before || before.is_none());
             assert!(registered.refusal.is_none() && registered.namespace != Some(9));
             drop(inner);
-            client.wait_ready(id, bound).unwrap();
+            client.wait_ready(id, LONG).unwrap();
         }
         assert!(!shared.announce(&old));
     }

@@ -83,6 +83,8 @@ pub(crate) struct Inner {
     pub(super) absence: Absence,
     /// Longest bitmap that the present or last session's result arena takes, in positions.
     pub(crate) result_positions: usize,
+    /// The keeper is still telling the present session of regions.
+    pub(super) restoring: bool,
     /// Regions that the present session has yet to be told to forget.
     pub(crate) removals: Vec<u32>,
     /// The request of the thread that spins or sleeps for all that wait.
@@ -147,6 +149,7 @@ impl Shared {
             stats: Stats::default(),
             absence,
             result_positions,
+            restoring: false,
             removals: Vec::new(),
             leader: None,
             followers: 0,

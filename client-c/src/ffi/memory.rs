@@ -1,7 +1,7 @@
 //! Host memory and registrations.
 
 use std::ffi::{c_int, c_void};
-use std::sync::{Arc, PoisonError};
+use std::sync::PoisonError;
 
 use super::connect::bounded_millis;
 use super::guard::exports;
@@ -45,7 +45,8 @@ exports! {
             let way_out = "is no address that pega_alloc_host of this client gave";
             return Err(Error::argument("memory", value(), way_out));
         };
-        if Arc::strong_count(&host.region) > 1 {
+        // Not by counting: the keeper holds regions while it tells a daemon of them.
+        if handle.client.shared().uses_region(&host.region) {
             let way_out = "a registration uses it: pega_unregister first";
             return Err(Error::argument("memory", value(), way_out));
         }
@@ -174,4 +175,35 @@ unsafe fn read_group(groups: *const pega_group, at: usize) -> Result<GroupMemory
         num_blocks: given.num_blocks,
         segments,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ptr::null_mut;
+
+    use super::*;
+    use crate::fake::Fake;
+    use crate::ffi::connect::{pega_connect, pega_disconnect};
+
+    #[test]
+    fn memory_can_be_freed_while_the_keeper_tells_a_daemon_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("test.sock");
+        let _fake = Fake::start(&socket);
+        let path = std::ffi::CString::new(socket.to_str().unwrap()).unwrap();
+        // SAFETY: zeros are the defaults, the path outlives the call, all places are valid.
+        unsafe {
+            let mut options: pega_options = std::mem::zeroed();
+            options.size = size_of::<pega_options>() as u32;
+            options.socket = path.as_ptr();
+            let (mut client, mut memory) = (null_mut(), null_mut());
+            assert_eq!(pega_connect(&options, &mut client), 0);
+            assert_eq!(pega_alloc_host(client, 4096, &mut memory), 0);
+            let told = handle(client).unwrap().client.shared().live_regions();
+            assert_eq!(told.len(), 1);
+            assert_eq!(pega_free_host(client, memory), 0);
+            drop(told);
+            assert_eq!(pega_disconnect(client), 0);
+        }
+    }
 }

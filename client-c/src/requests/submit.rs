@@ -178,6 +178,7 @@ impl Shared {
         }
         if draft.is_list() && inner.live.as_ref().is_some_and(|l| l.session.is_draining()) {
             // What the daemon would answer, without the way there.
+            inner.check_length(draft)?;
             return self.answer_here(inner, draft, Status::Draining);
         }
         if draft.op == Op::Cancel && inner.table.in_flight(draft.arg0).is_none() {
@@ -308,6 +309,13 @@ impl Inner {
             .is_some_and(|live| live.session.ending().is_none())
     }
 
+    /// Whether the list is one that the present session can take at all.
+    fn check_length(&self, draft: &Draft<'_>) -> Result<(), Error> {
+        self.live
+            .as_ref()
+            .map_or(Ok(()), |live| chunks_of(live, draft).map(drop))
+    }
+
     fn reserve(
         &mut self,
         draft: &Draft<'_>,
@@ -318,22 +326,7 @@ impl Inner {
             return Err(self.disconnected());
         };
         let total = draft.total();
-        let per_chunk = items_per_chunk(draft.op);
-        let chunks = if draft.is_list() {
-            total.div_ceil(per_chunk)
-        } else {
-            0
-        };
-        if chunks > live.slots_limit.min(live.session.arena_chunks) as usize {
-            let (limit, limit_name) = max_items(live, draft.op);
-            return Err(Error::TooMany {
-                op: draft.op,
-                count: total,
-                limit_name,
-                limit,
-            });
-        }
-        let chunks = chunks as u32;
+        let chunks = chunks_of(live, draft)?;
         let slots = chunks.max(1);
         if self.table.is_full() || live.in_flight >= live.credit {
             return Err(Error::Again("completion ring"));
@@ -387,6 +380,23 @@ impl Inner {
             template,
         })
     }
+}
+
+/// Arena chunks that a request takes.
+fn chunks_of(live: &Live, draft: &Draft<'_>) -> Result<u32, Error> {
+    if !draft.is_list() {
+        return Ok(0);
+    }
+    let (total, (limit, limit_name)) = (draft.total(), max_items(live, draft.op));
+    if total > limit {
+        return Err(Error::TooMany {
+            op: draft.op,
+            count: total,
+            limit_name,
+            limit,
+        });
+    }
+    Ok(total.div_ceil(items_per_chunk(draft.op)) as u32)
 }
 
 fn take_result(live: &mut Live, draft: &Draft<'_>) -> Result<Option<ResultSource>, Error> {

@@ -417,7 +417,7 @@ mod tests {
             ..Options::default()
         };
         let client = Client::connect(options).unwrap();
-        fake.world.hold.store(true, Ordering::Relaxed);
+        fake.hold();
         let [led, followed] = [(); 2].map(|()| client.nop().unwrap());
         std::thread::scope(|scope| {
             let leader = scope.spawn(|| {

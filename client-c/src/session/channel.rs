@@ -123,14 +123,7 @@ impl Channel {
     /// Connects to the daemon's socket.
     pub(crate) fn connect(path: &Path, bound: Bound<'_>) -> Result<Channel, ConnectError> {
         let failed = |errno: Errno| ConnectError::Failed(Error::system("connect", errno));
-        let address = SocketAddrUnix::new(path).map_err(|_| {
-            let value = path.display().to_string();
-            ConnectError::Failed(Error::argument(
-                "socket",
-                value,
-                "use a path of < 108 bytes",
-            ))
-        })?;
+        let address = address(path).map_err(ConnectError::Failed)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let kind = SocketType::SEQPACKET;
         let socket = socket_with(AddressFamily::UNIX, kind, flags, None).map_err(failed)?;
@@ -239,6 +232,19 @@ impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// The address of a socket's path.
+pub(crate) fn address(path: &Path) -> Result<SocketAddrUnix, Error> {
+    SocketAddrUnix::new(path).map_err(|_| {
+        let value = path.display().to_string();
+        Error::argument("socket", value, "use a path of < 108 bytes")
+    })
+}
+
+/// Whether a message fits a packet at all.
+pub(crate) fn check_length(message: &ClientMessage) -> Result<(), Error> {
+    seqpacket::check_length(message).map_err(from_packet)
 }
 
 fn from_packet(error: PacketError) -> Error {

@@ -55,6 +55,8 @@ enum Asker {
 
 #[derive(Debug)]
 struct Pending {
+    /// Number of the session that it was sent in.
+    session: u64,
     purpose: Purpose,
     asker: Asker,
 }
@@ -65,7 +67,8 @@ struct Book {
     pending: HashMap<u64, Pending>,
 }
 
-/// The unanswered requests of a client's present session.
+/// The unanswered requests of a client's sessions: of the present one, and of one that is just being
+/// taken apart.
 #[derive(Debug, Default)]
 pub(crate) struct Control {
     book: Mutex<Book>,
@@ -77,11 +80,16 @@ impl Control {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self, purpose: Purpose, asker: Asker) -> u64 {
+    fn begin(&self, session: u64, purpose: Purpose, asker: Asker) -> u64 {
         let mut book = self.book();
         book.last_seq += 1;
         let seq = book.last_seq;
-        book.pending.insert(seq, Pending { purpose, asker });
+        let pending = Pending {
+            session,
+            purpose,
+            asker,
+        };
+        book.pending.insert(seq, pending);
         seq
     }
 
@@ -95,7 +103,7 @@ impl Control {
         message: impl FnOnce(u64) -> ClientMessage,
     ) -> Result<Reply, Error> {
         let deadline = Instant::now() + bound;
-        let seq = self.begin(purpose, Asker::Caller(None));
+        let seq = self.begin(session.number, purpose, Asker::Caller(None));
         let until = Bound::until(deadline);
         if let Err(error) = session.channel.send(&message(seq), fds, until) {
             self.book().pending.remove(&seq);
@@ -134,7 +142,7 @@ impl Control {
         bound: Bound<'_>,
         message: impl FnOnce(u64) -> ClientMessage,
     ) -> Result<(), Error> {
-        let seq = self.begin(purpose, Asker::Keeper);
+        let seq = self.begin(session.number, purpose, Asker::Keeper);
         let sent = session.channel.send(&message(seq), fds, bound);
         if sent.is_err() {
             self.book().pending.remove(&seq);
@@ -173,10 +181,12 @@ impl Control {
         self.answered.notify_all();
     }
 
-    /// The session is over: so is every request.
-    pub(crate) fn fail_all(&self) {
+    /// This session is over: so is every request that was sent in it. The thread that lost it may be
+    /// late, and the next session's requests be under way.
+    pub(crate) fn fail_all(&self, session: u64) {
         let mut book = self.book();
         book.pending.retain(|_, pending| match &mut pending.asker {
+            _ if pending.session > session => true,
             Asker::Caller(place) => {
                 // An answer that came before the end still counts.
                 place.get_or_insert(Reply::Lost);
@@ -213,5 +223,32 @@ impl Reply {
 fn lost() -> Error {
     Error::Disconnected {
         reason: "the session ended before the daemon's answer".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_session_leaves_the_requests_of_the_next_one_alone() {
+        let control = Control::default();
+        let old = control.begin(1, Purpose::Register(1), Asker::Keeper);
+        let kept = control.begin(2, Purpose::Register(1), Asker::Keeper);
+        let called = control.begin(2, Purpose::AddRegion(3), Asker::Caller(None));
+        control.fail_all(1);
+        assert_eq!(control.purpose(old), None);
+        assert_eq!(control.purpose(kept), Some((Purpose::Register(1), true)));
+        assert_eq!(
+            control.purpose(called),
+            Some((Purpose::AddRegion(3), false))
+        );
+        let place = |seq| match &control.book().pending[&seq].asker {
+            Asker::Caller(place) => place.is_some(),
+            _ => false,
+        };
+        assert!(!place(called), "it is still waited for");
+        control.fail_all(2);
+        assert!(place(called) && !control.has_background());
     }
 }

@@ -10,7 +10,7 @@ mod channel;
 pub(crate) mod control;
 mod open;
 
-pub(crate) use channel::{Bound, Channel, ConnectError};
+pub(crate) use channel::{Bound, Channel, ConnectError, address, check_length};
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

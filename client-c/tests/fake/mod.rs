@@ -73,8 +73,10 @@ pub struct World {
     pub protocol: AtomicU32,
     /// Says Draining in every session, whatever its version.
     pub drain: AtomicBool,
-    /// Leaves requests in the ring for now.
+    /// Leaves requests in the ring for now; see [`Fake::hold`].
     pub hold: AtomicBool,
+    /// A session has seen that.
+    held: AtomicBool,
     pub sessions: AtomicU64,
     pub submissions: AtomicU64,
     /// Sessions whose end the fake has taken notice of.
@@ -128,6 +130,7 @@ impl Fake {
             protocol: AtomicU32::new(PROTOCOL_MAX),
             drain: AtomicBool::new(false),
             hold: AtomicBool::new(false),
+            held: AtomicBool::new(false),
             sessions: AtomicU64::new(0),
             submissions: AtomicU64::new(0),
             left: AtomicU64::new(0),
@@ -154,6 +157,15 @@ impl Fake {
     /// Ends every session without a word, as a kill would.
     pub fn vanish(mut self) {
         self.stop();
+    }
+
+    /// Leaves in the ring what comes from here on.
+    pub fn hold(&self) {
+        self.world.hold.store(true, Ordering::Relaxed);
+        // A turn that began before may still take something.
+        while !self.world.held.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        }
     }
 
     /// Ends the sessions there are and goes on listening.

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use pegaflow_shm::BlockHash;
 use pegaflow_shm::bell::{BellFd, Sleeper, Waker};
-use pegaflow_shm::control::{ClientMessage, DaemonMessage, Hello, RegisterSpec, Welcome};
+use pegaflow_shm::control::{
+    ClientMessage, DaemonMessage, Hello, MemoryRef, RegisterSpec, Welcome,
+};
 use pegaflow_shm::desc::{Completion, MissReason, Op, Submission, flags};
 use pegaflow_shm::mapping::{
     Mapping, SharedU32, create_segment, open_peer_kv_region, open_peer_segment,
@@ -194,6 +196,7 @@ impl Session {
             self.reply(&DaemonMessage::Draining { limit_ms: 1000 });
         }
         let hold = self.world.hold.load(Ordering::Relaxed);
+        self.world.held.store(hold, Ordering::Relaxed);
         while !self.frozen && !hold && start.elapsed() < Duration::from_micros(200) {
             match self.submissions.try_pop() {
                 Ok(Some(body)) => {
@@ -278,6 +281,18 @@ impl Session {
                 seq,
                 status,
                 message,
+            });
+        }
+        let segments = spec.groups.iter().flat_map(|group| &group.segments);
+        let unknown = segments.clone().find(|segment| match segment.memory {
+            MemoryRef::Region(region) => !self.memory.regions.contains_key(&region),
+            MemoryRef::Process => false,
+        });
+        if let Some(segment) = unknown {
+            return self.reply(&DaemonMessage::Failed {
+                seq,
+                status: Status::BadLayout,
+                message: format!("there is no {:?} in this session", segment.memory),
             });
         }
         let number = self.world.registrations.fetch_add(1, Ordering::Relaxed);
