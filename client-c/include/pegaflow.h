@@ -381,7 +381,8 @@ int pega_free_host(pega_client *client, void *memory);
  * registration  gets the id, never 0
  *
  * -PEGA_INVALID_ARGUMENT, -PEGA_BAD_LAYOUT: the text names the field and its value.
- * -PEGA_ALREADY_REGISTERED, -PEGA_NAMESPACE_MISMATCH, -PEGA_LIMIT: the daemon refused.
+ * -PEGA_ALREADY_REGISTERED, -PEGA_NAMESPACE_MISMATCH, -PEGA_PERMISSION_DENIED, -PEGA_LIMIT: the
+ * daemon refused.
  * -PEGA_DISCONNECTED: no daemon at the moment (never with start_without_daemon: then the
  * registration is taken in, and pega_wait_ready() tells what a later daemon said to it).
  * -PEGA_TIMEOUT: no answer in time; nothing is registered.
@@ -391,7 +392,8 @@ int pega_register(pega_client *client, const pega_registration *spec, uint32_t *
 /*
  * Ends a registration once no copy touches its memory any more. Blocks up to control_timeout_ms.
  *
- * -PEGA_UNKNOWN_REGISTRATION.  -PEGA_TIMEOUT: copies still run; the registration stays, call again.
+ * -PEGA_UNKNOWN_REGISTRATION.  -PEGA_TIMEOUT: copies still run, or the daemon does not answer; the
+ * registration stays, call again.
  */
 int pega_unregister(pega_client *client, uint32_t registration);
 
