@@ -48,6 +48,8 @@ struct Session {
     memory: ClientMemory,
     registrations: HashMap<u32, RegisterSpec>,
     open: HashMap<u64, Open>,
+    /// Taken from the ring while nothing was to be answered.
+    held: Option<Submission>,
     frozen: bool,
     said_draining: bool,
 }
@@ -179,6 +181,7 @@ impl Session {
             },
             registrations: HashMap::new(),
             open: HashMap::new(),
+            held: None,
             frozen: false,
             said_draining: false,
             socket,
@@ -228,13 +231,27 @@ impl Session {
         !self.world.stopping()
     }
 
+    fn is_holding(&self) -> bool {
+        self.world.hold.load(Ordering::Relaxed)
+    }
+
+    /// Answers a submission, unless the test had said that nothing is to be answered before it was
+    /// published: a look at that before the ring would not tell.
+    fn take(&mut self, submission: Submission) {
+        if self.is_holding() {
+            self.held = Some(submission);
+        } else {
+            self.submission(submission);
+        }
+    }
+
     fn sleep(&mut self) {
         self.sleeper.arm();
-        if self.world.hold.load(Ordering::Relaxed) {
+        if self.is_holding() {
             std::thread::sleep(Duration::from_millis(1));
         } else if let Ok(Some(body)) = self.submissions.try_pop() {
             self.sleeper.disarm();
-            self.submission(Submission::from_body(body));
+            self.take(Submission::from_body(body));
             return;
         }
         let _ = wait_readable(&self.bell, Duration::from_millis(2));
