@@ -203,8 +203,8 @@ impl Shared {
         }
     }
 
-    /// The lock, once the present session knows every region: a registration that overtook one would
-    /// be refused.
+    /// The lock, once the present session knows every region: a registration that overtook one
+    /// would be refused.
     fn lock_restored(&self, deadline: Instant) -> Result<MutexGuard<'_, Inner>, Error> {
         self.lock_when(deadline, |inner| !inner.restoring)
     }

@@ -67,8 +67,8 @@ struct Book {
     pending: HashMap<u64, Pending>,
 }
 
-/// The unanswered requests of a client's sessions: of the present one, and of one that is just being
-/// taken apart.
+/// The unanswered requests of a client's sessions: of the present one, and of one that is just
+/// being taken apart.
 #[derive(Debug, Default)]
 pub(crate) struct Control {
     book: Mutex<Book>,
@@ -181,8 +181,8 @@ impl Control {
         self.answered.notify_all();
     }
 
-    /// This session is over: so is every request that was sent in it. The thread that lost it may be
-    /// late, and the next session's requests be under way.
+    /// This session is over: so is every request that was sent in it. The thread that lost it may
+    /// be late, and the next session's requests be under way.
     pub(crate) fn fail_all(&self, session: u64) {
         let mut book = self.book();
         book.pending.retain(|_, pending| match &mut pending.asker {
