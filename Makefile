@@ -9,6 +9,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET_DIR)/release
+KERNELS := engine/src/device/kernels
 # Where the system looks for units; empty leaves the unit out.
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 
@@ -116,6 +117,21 @@ deny: ## licences, advisories and sources of all dependencies (needs cargo-deny)
 	cargo-deny --log-level error check $(DENY_CHECKS)
 	cargo-deny --log-level error --manifest-path fuzz/Cargo.toml check $(DENY_CHECKS)
 	packaging/third-party.sh --check
+
+.PHONY: ptx
+ptx: ## compile the GPU kernels to the committed PTX (fetches NVRTC with pip, needs no GPU)
+	python3 $(KERNELS)/build.py $(TARGET_DIR)/nvrtc
+
+.PHONY: test-kernels
+test-kernels: ## run the source of the GPU kernels on the processor
+	mkdir -p $(TARGET_DIR)/kernels
+	$(CXX) -std=c++20 -O1 -pthread -Wall -Werror -Wno-unknown-pragmas \
+	    $(KERNELS)/test.cc -o $(TARGET_DIR)/kernels/test
+	$(TARGET_DIR)/kernels/test
+
+.PHONY: check-ptx
+check-ptx: test-kernels ## compare the committed PTX with what its source gives
+	python3 $(KERNELS)/build.py $(TARGET_DIR)/nvrtc --check
 
 .PHONY: check-header
 check-header: ## compare pegaflow.h with what the code exports
