@@ -72,6 +72,7 @@ extern "C" {
 #define PEGA_NO_DAEMON 29            /* Nobody listens: start pegaflowd, or PEGAFLOW_AUTOSTART=1. */
 #define PEGA_LIMIT 30                /* A maximum of the daemon is reached (sessions, leases...). */
 #define PEGA_UNKNOWN_REQUEST 31      /* No such request, or its completion was consumed. */
+#define PEGA_DEVICE_UNAVAILABLE 32   /* The daemon cannot use this GPU: see pega_last_error(). */
 
 /* Operations, pega_completion.op. */
 #define PEGA_OP_NOP 1

@@ -20,7 +20,7 @@ use crate::Error;
 use crate::client::{Shared, add_region, may_pass, register_message};
 use crate::memory::HostRegion;
 use crate::session::control::{Purpose, Reply};
-use crate::session::{Bound, Channel, ConnectError, Live, Session};
+use crate::session::{Bound, Channel, ConnectError, Live, Session, kind};
 use crate::shared::process::without_signals;
 use crate::shared::timespec;
 
@@ -175,6 +175,10 @@ impl Keeper {
                 }
                 session.mark_draining();
                 self.expects_successor = true;
+            }
+            other @ (DaemonMessage::DeviceDown { .. } | DaemonMessage::DeviceUp { .. }) => {
+                let text = format!("{} of a GPU that it was told nothing about", kind(&other));
+                return Err(Error::Protocol(text));
             }
             DaemonMessage::Closing { status, message }
             | DaemonMessage::Refused { status, message } => {

@@ -19,6 +19,19 @@
 //! …                                     Closing{reason}, then end of file
 //! ```
 //!
+//! GPU memory, from protocol 3 on:
+//!
+//! ```text
+//! AddDeviceRegion + [descriptors] →
+//!                                 ←     Done or Failed
+//! AddDeviceChunks + [descriptors] →     as often as the region has 64 chunks more
+//!                                 ←     Done (the region is there after the last) or Failed
+//! AddEvents                       →
+//!                                 ←     Done or Failed
+//!                                 ←     DeviceDown, when a GPU can no longer be used
+//!                                 ←     DeviceUp, when it can again
+//! ```
+//!
 //! Each request of the client carries a `seq`, and its answer repeats it. The end of the socket is
 //! the end of the session, for either side.
 //!
@@ -28,6 +41,12 @@
 
 #![forbid(unsafe_code)]
 
+mod device;
+
+pub use device::{
+    DeviceHandle, DeviceUuid, IpcHandle, MAX_DEVICE_EVENTS, MAX_MESSAGE_CHUNKS, MAX_REGION_CHUNKS,
+};
+
 use serde::{Deserialize, Serialize};
 
 use crate::namespace::NamespaceSpec;
@@ -36,13 +55,15 @@ use crate::status::Status;
 /// Oldest protocol version this side speaks.
 pub const PROTOCOL_MIN: u32 = 1;
 /// Newest protocol version this side speaks.
-pub const PROTOCOL_MAX: u32 = 2;
+pub const PROTOCOL_MAX: u32 = 3;
 /// First version with [`DaemonMessage::Draining`].
 pub const PROTOCOL_DRAINING: u32 = 2;
+/// First version with device memory, events, replicated groups, and the messages about devices.
+pub const PROTOCOL_DEVICES: u32 = 3;
 /// Longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 160 * 1024;
 /// Most descriptors beside one message.
-pub const MAX_MESSAGE_FDS: usize = 4;
+pub const MAX_MESSAGE_FDS: usize = MAX_MESSAGE_CHUNKS;
 /// Longest instance or client name in bytes.
 pub const MAX_NAME_BYTES: usize = 128;
 /// Most ranks of an instance: consumers of a lease are a 128-bit set.
@@ -67,7 +88,40 @@ pub enum ClientMessage {
         /// Size in bytes.
         bytes: u64,
     },
-    /// Takes a region back; refused while a registration uses it.
+    /// Shares device memory; its number is one of the regions'. From [`PROTOCOL_DEVICES`] on.
+    AddDeviceRegion {
+        /// Request number.
+        seq: u64,
+        /// Chosen by the client, unique in the session, memfds' regions included.
+        region: u32,
+        /// Size in bytes.
+        bytes: u64,
+        /// Where it lies.
+        device: DeviceUuid,
+        /// How the daemon maps it.
+        handle: DeviceHandle,
+    },
+    /// The next descriptors of a region of [`DeviceHandle::Vmm`], up to [`MAX_MESSAGE_CHUNKS`]. The
+    /// region is there once all have come. From [`PROTOCOL_DEVICES`] on.
+    AddDeviceChunks {
+        /// Request number.
+        seq: u64,
+        /// The region.
+        region: u32,
+    },
+    /// Shares the interprocess events that order copies after the engine's work on a device: once
+    /// for each device, before the first registration that has memory on it. Descriptors name them
+    /// by their place in the list. From [`PROTOCOL_DEVICES`] on.
+    AddEvents {
+        /// Request number.
+        seq: u64,
+        /// The device that all of them belong to.
+        device: DeviceUuid,
+        /// At most [`MAX_DEVICE_EVENTS`].
+        handles: Vec<IpcHandle>,
+    },
+    /// Takes a region back; refused while a registration uses it. A region of device memory whose
+    /// chunks have not all come may be taken back, too.
     RemoveRegion {
         /// Request number.
         seq: u64,
@@ -143,6 +197,10 @@ pub struct GroupLayout {
     pub num_blocks: u32,
     /// Parts of a block in packing (layer) order.
     pub segments: Vec<SegmentLayout>,
+    /// All ranks hold the same bytes (MLA): they are stored once and each rank loads them. The same
+    /// for all ranks of an instance. From [`PROTOCOL_DEVICES`] on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replicated: bool,
 }
 
 /// One strided array: block `b` has `bytes` bytes at `base + b * block_stride`.
@@ -162,7 +220,8 @@ pub struct SegmentLayout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MemoryRef {
-    /// A memfd that the client shared with [`ClientMessage::AddRegion`].
+    /// Memory that the client shared with [`ClientMessage::AddRegion`] or
+    /// [`ClientMessage::AddDeviceRegion`].
     Region(u32),
     /// Plain memory of the client's process, reached with `process_vm_readv` and
     /// `process_vm_writev`.
@@ -223,6 +282,20 @@ pub enum DaemonMessage {
         /// It gives what it has taken this long at most, in milliseconds.
         limit_ms: u64,
     },
+    /// A GPU failed: copies of its memory end with an error, and so do the session's registrations
+    /// and regions that lie on it, and its events. Told to the sessions that had memory or events
+    /// there. From [`PROTOCOL_DEVICES`] on.
+    DeviceDown {
+        /// The device.
+        device: DeviceUuid,
+        /// What happened, and what the operator can do.
+        message: String,
+    },
+    /// The GPU works again: share and register anew. From [`PROTOCOL_DEVICES`] on.
+    DeviceUp {
+        /// The device.
+        device: DeviceUuid,
+    },
     /// The session ends and answers nothing more; the socket's end follows as soon as no copy
     /// touches the client's memory any more.
     Closing {
@@ -279,6 +352,7 @@ mod tests {
         assert_eq!(negotiate(0, 0), None);
         assert_eq!(negotiate(2, 1), None);
         assert_eq!(negotiate(1, 2), Some(PROTOCOL_DRAINING));
+        assert_eq!(negotiate(1, 3), Some(PROTOCOL_DEVICES));
     }
 
     #[test]
@@ -291,6 +365,11 @@ mod tests {
             ((1, 2), (1, 2), Some(2)),
             ((1, 3), (1, 2), Some(2)),
             ((2, 3), (1, 2), Some(2)),
+            ((1, 3), (1, 1), Some(1)),
+            ((1, 3), (1, 3), Some(3)),
+            ((1, 2), (1, 3), Some(2)),
+            ((1, 1), (1, 3), Some(1)),
+            ((3, 3), (1, 2), None),
             ((2, 3), (1, 1), None),
             ((1, 1), (2, 3), None),
             ((3, 4), (1, 2), None),

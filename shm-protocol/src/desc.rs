@@ -97,11 +97,13 @@ pub struct Submission {
     /// Hashes or blocks in the whole request; the same in each of its chunks.
     pub total: u32,
     /// Query: the engine's request key. Load, release, renew: the lease. Cancel: the request id.
+    /// Save: the event that it comes after, see [`Self::with_after`].
     pub arg0: u64,
     /// Query of a group other than 0: offset of the result in the daemon's result arena.
     /// Load: position in the lease of the first block. Renew: new time to live in ms.
     pub arg1: u64,
-    /// Query: time to live of the lease in ms, 0 for the daemon's default. Otherwise 0.
+    /// Query: time to live of the lease in ms, 0 for the daemon's default. Load: the event that it
+    /// comes after, see [`Self::with_after`]. Otherwise 0.
     pub arg2: u64,
 }
 
@@ -153,6 +155,34 @@ impl Submission {
     #[inline]
     pub fn from_body(body: Body) -> Submission {
         bytemuck::cast(body)
+    }
+
+    /// A save or load whose copies begin only once an event has happened: the one at this place in
+    /// the list of the session's events on the registration's device. The client has recorded it
+    /// before it publishes the submission, and records it again only after the completion. Every
+    /// chunk of a request names the same. In sessions of protocol 3 and later; 0 is no event.
+    ///
+    /// Other operations wait for no event and stay as they are.
+    #[inline]
+    pub fn with_after(mut self, event: Option<u32>) -> Submission {
+        let word = event.map_or(0, |index| u64::from(index) + 1);
+        match Op::from_code(self.op) {
+            Some(Op::Save) => self.arg0 = word,
+            Some(Op::Load) => self.arg2 = word,
+            _ => {}
+        }
+        self
+    }
+
+    /// The event that a save or load comes after, see [`Self::with_after`].
+    #[inline]
+    pub fn after(&self) -> Option<u32> {
+        let word = match Op::from_code(self.op) {
+            Some(Op::Save) => self.arg0,
+            Some(Op::Load) => self.arg2,
+            _ => 0,
+        };
+        (word as u32).checked_sub(1)
     }
 
     /// Checks the fields that need no state: operation, flags, id, payload bounds.
@@ -278,6 +308,14 @@ pub enum DescriptorFault {
     RequestInUse {
         /// The request.
         request_id: u64,
+    },
+    /// The event to come after is none that the session has shared.
+    #[error("event {index} of {count} that the session has shared for the registration's device")]
+    Event {
+        /// Place named by the submission.
+        index: u32,
+        /// Events that there are.
+        count: u32,
     },
     /// The result lies outside the result arena.
     #[error("result at {offset} for {count} positions does not lie in the result arena")]
@@ -438,6 +476,37 @@ mod tests {
             .check(4096)
             .is_err()
         );
+    }
+
+    #[test]
+    fn a_save_and_a_load_name_the_event_that_they_come_after_and_nothing_else_does() {
+        for code in 1..=7 {
+            let plain = Submission {
+                op: code,
+                arg0: 0,
+                ..nop()
+            };
+            let op = Op::from_code(code).unwrap();
+            let listed = matches!(op, Op::Save | Op::Load);
+            for event in [None, Some(0), Some(255)] {
+                let ordered = plain.with_after(event);
+                assert_eq!(ordered.after(), event.filter(|_| listed), "{op:?}");
+            }
+            let golden = plain.with_after(Some(4));
+            let expected = match op {
+                Op::Save => (5, 0),
+                Op::Load => (0, 5),
+                _ => (0, 0),
+            };
+            assert_eq!((golden.arg0, golden.arg2), expected, "{op:?}");
+        }
+        // A lease is no event.
+        let load = Submission {
+            op: Op::Load as u8,
+            arg0: 77,
+            ..nop()
+        };
+        assert_eq!(load.after(), None);
     }
 
     #[test]

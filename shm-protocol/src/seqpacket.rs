@@ -257,7 +257,8 @@ mod tests {
             let (left, right) = pair();
             let (_listener, near, _far) = lingering();
             let text = serde_json::to_vec(&message).unwrap();
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+            let mut space =
+                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MESSAGE_FDS + 1))];
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             let fds = vec![near.as_fd(); count];
             assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));

@@ -67,6 +67,7 @@ statuses! {
     NoDaemon = 29, "no_daemon", "No daemon answers on the socket: start pegaflowd or set PEGAFLOW_AUTOSTART=1.";
     Limit = 30, "limit", "A named maximum of the daemon is reached (sessions, instances, leases).";
     UnknownRequest = 31, "unknown_request", "No unfinished request has this id.";
+    DeviceUnavailable = 32, "device_unavailable", "The daemon cannot use this GPU: see the error text.";
 }
 
 impl Status {

@@ -119,6 +119,7 @@ pub(crate) fn resolve(
             group: group.group,
             num_blocks: group.num_blocks,
             segments,
+            replicated: false,
         });
     }
     let Registration {

@@ -11,6 +11,7 @@ pub(crate) mod control;
 mod open;
 
 pub(crate) use channel::{Bound, Channel, ConnectError, address, check_length};
+pub(crate) use open::kind;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -244,7 +244,7 @@ fn hex(boot_id: &BootId) -> String {
 }
 
 /// Name of a message, for faults.
-pub(super) fn kind(message: &DaemonMessage) -> &'static str {
+pub(crate) fn kind(message: &DaemonMessage) -> &'static str {
     match message {
         DaemonMessage::Welcome(_) => "a Welcome",
         DaemonMessage::Refused { .. } => "a Refused",
@@ -254,6 +254,8 @@ pub(super) fn kind(message: &DaemonMessage) -> &'static str {
         DaemonMessage::Ready { .. } => "a Ready",
         DaemonMessage::NotReady { .. } => "a NotReady",
         DaemonMessage::Draining { .. } => "a Draining",
+        DaemonMessage::DeviceDown { .. } => "a DeviceDown",
+        DaemonMessage::DeviceUp { .. } => "a DeviceUp",
         DaemonMessage::Closing { .. } => "a Closing",
     }
 }

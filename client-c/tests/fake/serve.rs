@@ -277,6 +277,13 @@ impl Session {
                 self.world.regions.fetch_add(1, Ordering::Relaxed);
                 self.reply(&DaemonMessage::Done { seq });
             }
+            ClientMessage::AddDeviceRegion { seq, .. }
+            | ClientMessage::AddDeviceChunks { seq, .. }
+            | ClientMessage::AddEvents { seq, .. } => self.reply(&DaemonMessage::Failed {
+                seq,
+                status: Status::DeviceUnavailable,
+                message: "the fake has no device".into(),
+            }),
             ClientMessage::RemoveRegion { seq, region } => {
                 self.memory.regions.remove(&region);
                 self.world.regions.fetch_sub(1, Ordering::Relaxed);

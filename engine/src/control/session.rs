@@ -6,7 +6,9 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use pegaflow_shm::control::{ClientMessage, DaemonMessage, PROTOCOL_DRAINING, RegisterSpec};
+use pegaflow_shm::control::{
+    ClientMessage, DaemonMessage, PROTOCOL_DEVICES, PROTOCOL_DRAINING, RegisterSpec,
+};
 use pegaflow_shm::mapping::Mapping;
 use pegaflow_shm::segment::{STATE_OFFSET, SessionState};
 use pegaflow_shm::seqpacket::PacketError;
@@ -53,6 +55,28 @@ async fn paced(
         tokio::time::sleep_until(pace.next()).await;
     }
     socket.receive::<ClientMessage>().await
+}
+
+/// True for the words that [`PROTOCOL_DEVICES`] brought.
+fn is_about_devices(message: &ClientMessage) -> bool {
+    match message {
+        ClientMessage::AddDeviceRegion { .. }
+        | ClientMessage::AddDeviceChunks { .. }
+        | ClientMessage::AddEvents { .. } => true,
+        ClientMessage::Register { registration, .. } => {
+            registration.groups.iter().any(|group| group.replicated)
+        }
+        _ => false,
+    }
+}
+
+fn takes_descriptors(message: &ClientMessage) -> bool {
+    matches!(
+        message,
+        ClientMessage::AddRegion { .. }
+            | ClientMessage::AddDeviceRegion { .. }
+            | ClientMessage::AddDeviceChunks { .. }
+    )
 }
 
 /// A session that the lane serves.
@@ -151,7 +175,15 @@ impl Session {
     }
 
     async fn handle(&mut self, message: ClientMessage, fds: Vec<OwnedFd>) -> Result<(), End> {
-        if !fds.is_empty() && !matches!(message, ClientMessage::AddRegion { .. }) {
+        if self.protocol < PROTOCOL_DEVICES && is_about_devices(&message) {
+            let text = format!(
+                "a message about GPU memory in a session of protocol {}, it needs \
+                 {PROTOCOL_DEVICES}",
+                self.protocol
+            );
+            return Err(End::Faulted(text));
+        }
+        if !fds.is_empty() && !takes_descriptors(&message) {
             let text = format!(
                 "{} descriptors came with a message that takes none",
                 fds.len()
@@ -168,6 +200,12 @@ impl Session {
                     .add(region, bytes, &fds)
                     .map(|()| DaemonMessage::Done { seq }),
             ),
+            ClientMessage::AddDeviceRegion { seq, .. }
+            | ClientMessage::AddDeviceChunks { seq, .. }
+            | ClientMessage::AddEvents { seq, .. } => {
+                let text = "this daemon does not reach GPU memory: register host memory";
+                (seq, Err(Refusal::new(Status::DeviceUnavailable, text)))
+            }
             ClientMessage::RemoveRegion { seq, region } => (
                 seq,
                 self.memory

@@ -259,6 +259,7 @@ fn group(memory: MemoryRef) -> GroupLayout {
         group: 0,
         num_blocks: 16,
         segments: vec![segment],
+        replicated: false,
     }
 }
 

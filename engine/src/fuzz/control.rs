@@ -121,6 +121,12 @@ impl Session {
                 assert_eq!(self.memory.region_bytes(region), Some(bytes));
                 Ok(())
             }
+            ClientMessage::AddDeviceRegion { .. }
+            | ClientMessage::AddDeviceChunks { .. }
+            | ClientMessage::AddEvents { .. } => {
+                let text = "no device here";
+                Err(Refusal::new(Status::DeviceUnavailable, text))
+            }
             ClientMessage::RemoveRegion { region, .. } => self.memory.remove(region),
             ClientMessage::Register { registration, .. } => self.register(*registration),
             ClientMessage::Unregister { registration, .. } => {

@@ -8,8 +8,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use pegaflow_shm::control::{
-    ClientMessage, DaemonMessage, GroupLayout, Hello, MemoryRef, Mode, PROTOCOL_MAX, RegisterSpec,
-    SegmentLayout, Welcome,
+    ClientMessage, DaemonMessage, DeviceUuid, GroupLayout, Hello, MemoryRef, Mode, PROTOCOL_MAX,
+    RegisterSpec, SegmentLayout, Welcome,
 };
 use pegaflow_shm::namespace::NamespaceSpec;
 use pegaflow_shm::status::Status;
@@ -202,6 +202,7 @@ pub(super) fn control_seeds() -> Vec<Vec<u8>> {
                     group: at as u16 % 3,
                     num_blocks: 64,
                     segments: segments.clone(),
+                    replicated: false,
                 }]
             }),
         };
@@ -296,6 +297,14 @@ fn daemon_messages() -> Vec<DaemonMessage> {
             namespace: 0,
         },
         DaemonMessage::NotReady { registration: 1 },
+        DaemonMessage::Draining { limit_ms: 30_000 },
+        DaemonMessage::DeviceDown {
+            device: DeviceUuid([0x5a; 16]),
+            message: text(),
+        },
+        DaemonMessage::DeviceUp {
+            device: DeviceUuid([0x5a; 16]),
+        },
         DaemonMessage::Closing {
             status: Status::Draining,
             message: text(),

@@ -18,6 +18,7 @@ fn layout(num_blocks: u32, segments: Vec<SegmentLayout>) -> GroupLayout {
         group: 0,
         num_blocks,
         segments,
+        replicated: false,
     }
 }
 

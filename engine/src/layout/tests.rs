@@ -19,6 +19,7 @@ fn group(num_blocks: u32, segments: Vec<SegmentLayout>) -> GroupLayout {
         group: 3,
         num_blocks,
         segments,
+        replicated: false,
     }
 }
 

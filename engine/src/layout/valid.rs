@@ -49,6 +49,7 @@ impl ValidLayout {
             group,
             num_blocks,
             ref segments,
+            ..
         } = *layout;
         if segments.is_empty() {
             return Err(LayoutError::NoSegments { group });

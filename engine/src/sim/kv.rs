@@ -110,6 +110,7 @@ impl KvMemory {
                         bytes: *bytes,
                     })
                     .collect(),
+                replicated: false,
             };
             let valid = ValidLayout::new(&layout, |_| Some(region.bytes())).expect("a layout");
             let resolve = |_| Some(ClientMemory::Region(region.clone()));

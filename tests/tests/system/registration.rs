@@ -211,6 +211,7 @@ fn a_client_without_the_library_gets_the_same_answers() {
                 group: 0,
                 num_blocks,
                 segments,
+                replicated: false,
             }],
         });
         client

@@ -4,11 +4,12 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use pegaflow_shm::control::{
-    ClientMessage, DaemonMessage, Hello, PROTOCOL_DRAINING, PROTOCOL_MAX, PROTOCOL_MIN,
+    ClientMessage, DaemonMessage, DeviceHandle, DeviceUuid, Hello, MemoryRef, PROTOCOL_DEVICES,
+    PROTOCOL_DRAINING, PROTOCOL_MAX, PROTOCOL_MIN,
 };
 use pegaflow_shm::status::Status;
 
-use super::{Rig, c2d, hello_spec};
+use super::{Rig, c2d, group, hello_spec, register, worker};
 
 fn hello_of(protocol_min: u32, protocol_max: u32) -> ClientMessage {
     ClientMessage::Hello(Hello {
@@ -70,5 +71,43 @@ fn only_sessions_that_know_the_word_are_told_of_draining() {
             "protocol {version}: {heard:?}"
         );
         client.is_closed();
+    }
+}
+
+#[test]
+fn only_sessions_that_negotiated_them_may_speak_of_devices() {
+    let rig = Rig::start();
+    let mut replicated = group(MemoryRef::Process);
+    replicated.replicated = true;
+    let device = DeviceUuid([7; 16]);
+    let words = [
+        ClientMessage::AddDeviceChunks { seq: 1, region: 2 },
+        ClientMessage::AddEvents {
+            seq: 1,
+            device,
+            handles: Vec::new(),
+        },
+        ClientMessage::AddDeviceRegion {
+            seq: 1,
+            region: 2,
+            bytes: 3,
+            device,
+            handle: DeviceHandle::Vmm { chunks: Vec::new() },
+        },
+        register(worker(vec![replicated])),
+    ];
+    for version in PROTOCOL_MIN..=PROTOCOL_MAX {
+        for word in &words {
+            let client = rig.connect();
+            client.send_fds(&hello_of(version, version), &[c2d().as_fd()]);
+            assert!(matches!(client.receive(), DaemonMessage::Welcome(_)));
+            client.send(word);
+            if version < PROTOCOL_DEVICES {
+                client.is_faulted(&format!("protocol {version}"));
+            } else {
+                let answer = client.receive();
+                assert!(matches!(answer, DaemonMessage::Failed { .. }), "{answer:?}");
+            }
+        }
     }
 }

@@ -223,6 +223,7 @@ fn a_layout_binds_only_to_memory_it_fits() {
         group: 0,
         num_blocks: 4,
         segments: segments(R0, &[(0, 64, 64)]),
+        replicated: false,
     };
     let valid = std::sync::Arc::new(ValidLayout::new(&layout, |_| Some(256)).unwrap());
     let bind = |memory: Option<ClientMemory>| BoundLayout::bind(valid.clone(), |_| memory.clone());

@@ -83,6 +83,7 @@ pub fn bind(
         group: 0,
         num_blocks,
         segments,
+        replicated: false,
     };
     let find = |id: u32| regions.get(id as usize).cloned();
     let valid = ValidLayout::new(&layout, |id| find(id).map(|r| r.bytes())).unwrap();

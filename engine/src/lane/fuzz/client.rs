@@ -124,6 +124,7 @@ impl Client {
                 block_stride: bytes,
                 bytes,
             }],
+            replicated: false,
         };
         let valid = ValidLayout::new(&layout, |_| Some(self.region.bytes())).expect("it fits");
         let resolve = |_| Some(ClientMemory::Region(self.region.clone()));

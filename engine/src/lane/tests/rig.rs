@@ -290,6 +290,7 @@ impl Memory {
                 block_stride: self.page,
                 bytes: self.page,
             }],
+            replicated: false,
         };
         let valid = ValidLayout::new(&layout, |_| Some(self.region.bytes())).unwrap();
         let resolve = |_| Some(ClientMemory::Region(self.region.clone()));
