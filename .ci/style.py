@@ -22,6 +22,8 @@ UNSAFE_ALLOWED = (
     "client-c/src/shared/process.rs",
     "client-c/tests/",
     "engine/src/copy/",
+    "engine/src/device/cuda.rs",
+    "engine/src/device/driver.rs",
     "engine/src/isolation/peer_groups.rs",
     "engine/src/pool/mapping.rs",
     "engine/src/pool/memory.rs",

@@ -7,6 +7,8 @@ pub mod config;
 pub mod control;
 pub mod copy;
 pub mod daemon;
+#[allow(dead_code, reason = "the threads that copy come next")]
+pub mod device;
 pub mod fault;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

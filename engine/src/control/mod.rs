@@ -64,6 +64,7 @@ use pegaflow_shm::status::Status;
 use serde::de::IgnoredAny;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::device::Devices;
 use crate::isolation::DomainRules;
 use crate::isolation::share::may_take;
 use crate::lane::api::{LaneEvent, LaneHandle, Refusal, SessionId};
@@ -96,6 +97,8 @@ pub struct ControlOptions {
     pub hello_timeout: Duration,
     /// Life of a lease when the query names none.
     pub lease_ttl: Duration,
+    /// GPUs whose memory sessions may share.
+    pub devices: Devices,
     /// Folder of the links to the sessions' segments.
     pub sessions_dir: PathBuf,
 }

@@ -55,7 +55,11 @@ pub(crate) fn check(
             });
         regions.extend(used);
     }
-    let registration = NewRegistration { spec, groups };
+    let registration = NewRegistration {
+        spec,
+        groups,
+        events: None,
+    };
     Ok(Checked {
         registration,
         regions: regions.into_iter().collect(),

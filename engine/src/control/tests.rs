@@ -26,6 +26,7 @@ use rustix::net::{
 use super::fake_lane::{FakeLane, Seen};
 use super::listener::SocketClaim;
 use super::*;
+use crate::device::Devices;
 use crate::lane::api::CloseReason;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -54,6 +55,7 @@ impl Rig {
         let mapping = Arc::new(Mapping::anonymous(NodeWriter::FILE_BYTES).unwrap());
         let node = NodeWriter::create(mapping, &NodeHeader::zeroed()).unwrap();
         let mut options = ControlOptions {
+            devices: Devices::none(),
             node: "n1".into(),
             boot_id: [7; 16],
             rules: DomainRules::only([rustix::process::geteuid().as_raw()]),

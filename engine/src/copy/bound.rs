@@ -8,6 +8,7 @@ use super::error::BindError;
 use super::memory::ClientMemory;
 use super::process::ProcessMemory;
 use super::region::RegionMapping;
+use crate::device::{Card, DevicePart, DeviceRegion};
 
 /// A part in a region: where block 0's piece lies in the daemon's address space.
 ///
@@ -31,6 +32,36 @@ pub(super) struct ProcessPart {
     pub(super) part: usize,
 }
 
+/// A layout all of whose parts lie on one GPU.
+///
+/// Invariant: for every block below the layout's `num_blocks`, the piece of every part lies inside
+/// one of `regions`, all of which were mapped in the same context.
+#[derive(Debug)]
+pub(crate) struct DeviceTarget {
+    card: Arc<Card>,
+    generation: u64,
+    parts: Vec<DevicePart>,
+    regions: Vec<Arc<DeviceRegion>>,
+}
+
+#[allow(dead_code, reason = "the threads that copy come next")]
+impl DeviceTarget {
+    /// The device.
+    pub(crate) fn card(&self) -> &Arc<Card> {
+        &self.card
+    }
+
+    /// The context in which the parts' addresses are good.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The parts, in page order.
+    pub(crate) fn parts(&self) -> &[DevicePart] {
+        &self.parts
+    }
+}
+
 /// A [`ValidLayout`] bound to the memory of one session. Holding it keeps the mappings alive.
 #[derive(Debug)]
 pub struct BoundLayout {
@@ -39,6 +70,7 @@ pub struct BoundLayout {
     process_parts: Vec<ProcessPart>,
     process: Option<Arc<ProcessMemory>>,
     regions: Vec<Arc<RegionMapping>>,
+    device: Option<DeviceTarget>,
 }
 
 // SAFETY: the raw pointers in `region_parts` point into mappings that `regions` keeps alive, and
@@ -60,6 +92,7 @@ impl BoundLayout {
             process_parts: Vec::new(),
             process: None,
             regions: Vec::new(),
+            device: None,
         };
         for (index, part) in layout.parts().iter().enumerate() {
             let memory = part.memory;
@@ -72,6 +105,9 @@ impl BoundLayout {
                 }
                 (MemoryRef::Region(_), Some(ClientMemory::Region(region))) => {
                     bound.add_region_part(index, part, region)?;
+                }
+                (MemoryRef::Region(_), Some(ClientMemory::Device(region))) => {
+                    bound.add_device_part(index, part, region)?;
                 }
                 (MemoryRef::Process, Some(ClientMemory::Process(process))) => {
                     bound.process_parts.push(ProcessPart {
@@ -90,6 +126,13 @@ impl BoundLayout {
                     });
                 }
             }
+            let on_host = bound.process.is_some() || !bound.regions.is_empty();
+            if on_host && bound.device.is_some() {
+                return Err(BindError::MixedKinds {
+                    part: index,
+                    memory: MemoryName(memory),
+                });
+            }
         }
         Ok(Arc::new(bound))
     }
@@ -106,6 +149,18 @@ impl BoundLayout {
         self.process.is_some()
     }
 
+    /// The device and the parts there, when the group lies in a GPU's memory.
+    #[inline]
+    pub(crate) fn device(&self) -> Option<&DeviceTarget> {
+        self.device.as_ref()
+    }
+
+    /// Whether copies wait in a queue of their session or device, apart from all others.
+    #[inline]
+    pub fn has_own_queue(&self) -> bool {
+        self.is_in_process() || self.device.is_some()
+    }
+
     pub(super) fn region_parts(&self) -> &[RegionPart] {
         &self.region_parts
     }
@@ -117,14 +172,71 @@ impl BoundLayout {
             .map(|process| (process, &self.process_parts[..]))
     }
 
+    fn add_device_part(
+        &mut self,
+        index: usize,
+        part: &Part,
+        region: Arc<DeviceRegion>,
+    ) -> Result<(), BindError> {
+        let memory = MemoryName(part.memory);
+        let end = self.part_end(part);
+        if end > region.bytes() {
+            return Err(BindError::OutOfRange {
+                part: index,
+                memory,
+                end,
+                region_bytes: region.bytes(),
+            });
+        }
+        let target = self.device.get_or_insert_with(|| DeviceTarget {
+            card: Arc::clone(region.card()),
+            generation: region.generation(),
+            parts: Vec::new(),
+            regions: Vec::new(),
+        });
+        let (device, earlier) = (region.device(), target.card.info().uuid);
+        if device != earlier {
+            return Err(BindError::OtherDevice {
+                part: index,
+                memory,
+                device,
+                earlier,
+            });
+        }
+        if region.generation() != target.generation {
+            return Err(BindError::DeviceReset {
+                part: index,
+                memory,
+                device,
+            });
+        }
+        target.parts.push(DevicePart {
+            base: region.base() + part.base,
+            block_stride: part.block_stride,
+            // Both below MAX_PAGE_BYTES, as ValidLayout keeps.
+            bytes: part.bytes as u32,
+            page_offset: part.page_offset as u32,
+        });
+        let known = &mut target.regions;
+        if !known.iter().any(|known| Arc::ptr_eq(known, &region)) {
+            known.push(region);
+        }
+        Ok(())
+    }
+
+    /// Where the last block's piece ends, counted like `part.base`.
+    fn part_end(&self, part: &Part) -> u64 {
+        let last_block = u64::from(self.layout.num_blocks()) - 1;
+        part.base + last_block * part.block_stride + part.bytes
+    }
+
     fn add_region_part(
         &mut self,
         index: usize,
         part: &Part,
         region: Arc<RegionMapping>,
     ) -> Result<(), BindError> {
-        let last_block = u64::from(self.layout.num_blocks()) - 1;
-        let end = part.base + last_block * part.block_stride + part.bytes;
+        let end = self.part_end(part);
         if end > region.bytes() {
             let (memory, region_bytes) = (MemoryName(part.memory), region.bytes());
             return Err(BindError::OutOfRange {

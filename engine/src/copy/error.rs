@@ -3,7 +3,9 @@
 
 use std::io;
 
+use crate::device::DriverError;
 use crate::layout::MemoryName;
+use pegaflow_shm::control::DeviceUuid;
 
 use super::task::Direction;
 
@@ -64,6 +66,27 @@ pub enum BindError {
         end: u64,
         region_bytes: u64,
     },
+    #[error(
+        "part {part} lies in {memory} and other parts of the group do not: the segments of a \
+         registration lie all on one GPU, or none of them on any"
+    )]
+    MixedKinds { part: usize, memory: MemoryName },
+    #[error(
+        "part {part} lies in {memory} on GPU {device}, earlier parts of the group on GPU \
+         {earlier}: all device segments of a registration lie on one device"
+    )]
+    OtherDevice {
+        part: usize,
+        memory: MemoryName,
+        device: DeviceUuid,
+        earlier: DeviceUuid,
+    },
+    #[error("part {part} lies in {memory}, which went when GPU {device} was reset: share it again")]
+    DeviceReset {
+        part: usize,
+        memory: MemoryName,
+        device: DeviceUuid,
+    },
 }
 
 /// Why a task did not copy all its pages.
@@ -121,6 +144,14 @@ pub enum CopyError {
         io::Error::from_raw_os_error(*errno)
     )]
     NoThread { errno: i32 },
+    #[error("{direction:?} with GPU {device} failed: {error}")]
+    Device {
+        device: DeviceUuid,
+        direction: Direction,
+        error: DriverError,
+    },
+    #[error("GPU {device} was reset after an error: its memory must be registered again")]
+    DeviceReset { device: DeviceUuid },
     #[error("the copy thread panicked: {message}; this is a fault of the daemon, please report it")]
     Panicked { message: String },
 }

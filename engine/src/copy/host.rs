@@ -40,6 +40,10 @@ impl CopyBackend for HostBackend {
 
     fn copy(&mut self, task: &mut CopyTask, pages_done: &mut u32) -> Result<u64, CopyError> {
         *pages_done = 0;
+        if task.target.device().is_some() {
+            let message = "a task of GPU memory came to a thread for host memory".into();
+            return Err(CopyError::Panicked { message });
+        }
         check_pages(&self.pool, task)?;
         let page_bytes = task.target.layout().page_bytes();
         let (mut sound, mut corrupt) = (task.pages.len(), None);

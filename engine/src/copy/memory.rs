@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::process::ProcessMemory;
 use super::region::RegionMapping;
+use crate::device::DeviceRegion;
 
 /// Memory of an engine that the daemon can copy from and to.
 #[derive(Debug, Clone)]
@@ -15,6 +16,8 @@ pub enum ClientMemory {
     Region(Arc<RegionMapping>),
     /// The engine's own address space, reached by system calls.
     Process(Arc<ProcessMemory>),
+    /// An allocation in a GPU's memory.
+    Device(Arc<DeviceRegion>),
 }
 
 /// The pool's bytes as the copy threads see them.

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::bound::BoundLayout;
 use super::error::CopyError;
+use crate::device::AfterEvent;
 
 /// Which way the bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +49,9 @@ pub struct CopyTask {
     pub tag: u64,
     /// Set by the caller to stop early; looked at between pages.
     pub cancelled: Arc<AtomicBool>,
+    /// Device targets: the copy starts only after this, and a task that waits for it waits alone
+    /// with its session's others. Host targets have none.
+    pub after: Option<AfterEvent>,
 }
 
 /// The end of one task, whatever became of it.

@@ -386,8 +386,9 @@ pub(super) fn finished(
         pages,
         tag,
         cancelled,
+        after,
     } = task;
-    drop((target, cancelled));
+    drop((target, cancelled, after));
     CopyDone {
         tag,
         direction,

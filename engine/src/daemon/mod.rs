@@ -38,6 +38,7 @@ use crate::config::{Config, Hugepages, Loaded};
 use crate::control::listener::{ListenError, SocketClaim};
 use crate::control::node_dir::{NodeDir, NodeDirError};
 use crate::control::{Control, ControlOptions, HELLO_TIMEOUT, hex};
+use crate::device::{DeviceOptions, DeviceState, Devices};
 use crate::fault::{self, CrashPoint};
 use crate::isolation::DomainRules;
 use crate::lane::{self, LaneOptions, LaneStartError, StartedLane};
@@ -127,6 +128,7 @@ struct Prepared {
     boot_id: BootId,
     node: NodeWriter,
     health: Arc<Health>,
+    devices: Devices,
 }
 
 async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
@@ -146,6 +148,7 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
         tracing::info!(address = %http.address(), "HTTP pages /metrics and /health");
         tokio::spawn(http.serve(node.reader(), health.clone()));
     }
+    let devices = open_devices();
     let prepared = Prepared {
         config,
         node_dir,
@@ -153,12 +156,36 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
         boot_id,
         node,
         health,
+        devices,
     };
     let Some(lane) = start_lane(&prepared, &mut signals).await? else {
         tracing::info!("stopped before the pool was up");
         return Ok(());
     };
     serve_sessions(prepared, lane, signals).await
+}
+
+/// Looks for GPUs and says what there is. Loads a library and asks it for names: no context yet.
+fn open_devices() -> Devices {
+    let devices = Devices::open(DeviceOptions::default());
+    match devices.state() {
+        DeviceState::Absent { reason } => tracing::info!(reason, "no GPU is used"),
+        DeviceState::Present { driver, devices } => {
+            for device in devices {
+                tracing::info!(
+                    uuid = %device.uuid,
+                    name = device.name,
+                    ordinal = device.ordinal,
+                    bus = device.pci_bus_id,
+                    numa_node = device.numa_node,
+                    memory = %ByteSize(device.memory_bytes),
+                    driver,
+                    "GPU"
+                );
+            }
+        }
+    }
+    devices
 }
 
 fn new_boot_id() -> Result<BootId, DaemonError> {
@@ -216,11 +243,12 @@ async fn start_lane(
         "bringing the pool up"
     );
     let (sender, mut started) = oneshot::channel();
+    let devices = prepared.devices.clone();
     let told = progress.clone();
     std::thread::Builder::new()
         .name("start".into())
         .spawn(move || {
-            let outcome = lane::start(options, &|bytes| told.set(bytes));
+            let outcome = lane::start(options, &devices, &|bytes| told.set(bytes));
             // Nobody waits any more when a signal ended the start.
             let _ = sender.send(outcome);
         })
@@ -256,6 +284,7 @@ async fn serve_sessions(
         boot_id,
         node,
         health,
+        devices,
     } = prepared;
     let options = ControlOptions {
         node: config.node.clone(),
@@ -264,6 +293,7 @@ async fn serve_sessions(
         max_sessions: config.max_sessions,
         hello_timeout: HELLO_TIMEOUT,
         lease_ttl: config.lease_ttl,
+        devices,
         sessions_dir: node_dir.sessions(),
     };
     let control = Control::new(options, handle.clone(), node);

@@ -16,6 +16,7 @@ use pegaflow_shm::status::Status;
 use tokio::sync::oneshot;
 
 use crate::copy::BoundLayout;
+use crate::device::DeviceEvents;
 use crate::isolation::IsolationDomain;
 use crate::lane::LaneWake;
 
@@ -91,6 +92,9 @@ pub struct NewRegistration {
     pub spec: RegisterSpec,
     /// Its groups; empty for a scheduler.
     pub groups: Vec<RegisteredGroup>,
+    /// The session's events on the device of its groups, if it shared any; more may join them
+    /// later.
+    pub events: Option<Arc<DeviceEvents>>,
 }
 
 /// Why a session ends.

@@ -114,7 +114,11 @@ impl<M: Machine> Lane<M> {
         session: &mut LaneSession,
         new: NewRegistration,
     ) -> Result<u32, Refusal> {
-        let NewRegistration { spec, groups } = new;
+        let NewRegistration {
+            spec,
+            groups,
+            events,
+        } = new;
         if session.registrations.len() >= MAX_REGISTRATIONS {
             return Err(Refusal::new(
                 Status::Limit,
@@ -152,6 +156,7 @@ impl<M: Machine> Lane<M> {
                 .into_iter()
                 .map(|group| (group.group, group.target))
                 .collect(),
+            events,
             copies: 0,
             leaving: None,
         };

@@ -13,7 +13,8 @@ use pegaflow_shm::node::{Counter, Histogram};
 use pegaflow_shm::payload;
 use pegaflow_shm::status::Status;
 
-use crate::copy::{BoundLayout, ChecksumMode, Direction, NO_CHECKSUM, PageCopy};
+use crate::copy::{BoundLayout, ChecksumMode, NO_CHECKSUM, PageCopy};
+use crate::device::AfterEvent;
 use crate::fault::{self, CrashPoint};
 use crate::lane::machine::Machine;
 use crate::lane::request::{CopyProgress, ListProgress, LoadRequest, Request};
@@ -56,7 +57,9 @@ impl<M: Machine> Lane<M> {
                 .insert(submission.request_id, Request::Load(load));
             return Ok(());
         }
-        self.start_load(session, load)
+        let registration = session.registration(submission.registration).ok();
+        let after = registration.map(|r| r.after(submission)).transpose()?;
+        self.start_load(session, load, after.flatten().as_ref())
     }
 
     /// Takes a chunk's block ids in, as far as the session may keep them: a run of thousands takes
@@ -89,13 +92,14 @@ impl<M: Machine> Lane<M> {
         &mut self,
         session: &mut LaneSession,
         mut load: Box<LoadRequest>,
+        after: Option<&AfterEvent>,
     ) -> Result<(), SessionFault> {
         if load.copies.is_cancelled() {
             load.list.fail(Status::Cancelled, 0);
         }
         if load.list.failed.is_none() {
             match self.plan_load(session, &load) {
-                Ok(plan) => self.run_load(session, &mut load, plan),
+                Ok(plan) => self.run_load(session, &mut load, plan, after),
                 Err((status, about)) => load.list.fail(status, about),
             }
         }
@@ -180,7 +184,13 @@ impl<M: Machine> Lane<M> {
         })
     }
 
-    fn run_load(&mut self, session: &mut LaneSession, load: &mut LoadRequest, plan: Plan) {
+    fn run_load(
+        &mut self,
+        session: &mut LaneSession,
+        load: &mut LoadRequest,
+        plan: Plan,
+        after: Option<&AfterEvent>,
+    ) {
         let owner = TaskOwner {
             session: session.id,
             registration: load.list.head.registration,
@@ -188,14 +198,8 @@ impl<M: Machine> Lane<M> {
             kind: TaskKind::Load(plan.lease),
         };
         let cancelled = load.copies.cancelled.clone();
-        let tasks = self.dispatch(
-            session,
-            owner,
-            Direction::Load,
-            &plan.target,
-            &[],
-            &cancelled,
-        );
+        let order = (&cancelled, after);
+        let tasks = self.dispatch(session, owner, &plan.target, &[], order);
         load.copies.running = tasks;
         load.copies.failed_pages = plan.withdrawn;
         self.tally

@@ -11,7 +11,8 @@ use pegaflow_shm::payload;
 use pegaflow_shm::status::Status;
 
 use crate::cache::store::{Offer, ShardScope};
-use crate::copy::{BoundLayout, Direction, PageCopy};
+use crate::copy::{BoundLayout, PageCopy};
+use crate::device::AfterEvent;
 use crate::lane::machine::Machine;
 use crate::lane::request::{CopyProgress, ListProgress, Request, SaveRequest};
 use crate::lane::run::Lane;
@@ -110,6 +111,8 @@ impl<M: Machine> Lane<M> {
         let target = registration
             .and_then(|r| r.target(submission.group))
             .cloned();
+        let after = registration.map(|r| r.after(submission)).transpose()?;
+        let after = after.flatten();
         let about = u64::from(submission.registration);
         let namespace = registration.and_then(|r| r.ready);
         let (Some(scope), Some(target)) = (save.scope, target) else {
@@ -127,7 +130,8 @@ impl<M: Machine> Lane<M> {
             save.list.fail(Status::BlockOutOfRange, u64::from(*wrong));
         }
         if save.list.failed.is_none() && !save.copies.is_cancelled() {
-            self.offer_blocks(session, save, &scope, &target, hashes);
+            let target = (&target, after.as_ref());
+            self.offer_blocks(session, save, &scope, target, hashes);
         } else {
             self.count_refused(save, submission.count);
         }
@@ -148,7 +152,7 @@ impl<M: Machine> Lane<M> {
         session: &mut LaneSession,
         save: &mut SaveRequest,
         scope: &ShardScope,
-        target: &Arc<BoundLayout>,
+        (target, after): (&Arc<BoundLayout>, Option<&AfterEvent>),
         hashes: &[pegaflow_shm::BlockHash],
     ) {
         let mut pages = std::mem::take(&mut self.pages);
@@ -187,14 +191,8 @@ impl<M: Machine> Lane<M> {
         };
         self.pages = pages;
         let cancelled = save.copies.cancelled.clone();
-        let tasks = self.dispatch(
-            session,
-            owner,
-            Direction::Save,
-            target,
-            &entries,
-            &cancelled,
-        );
+        let order = (&cancelled, after);
+        let tasks = self.dispatch(session, owner, target, &entries, order);
         self.recycle(entries);
         save.copies.running += tasks;
     }

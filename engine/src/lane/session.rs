@@ -20,6 +20,7 @@ use pegaflow_shm::sync::Ordering;
 
 use crate::cache::domain::DomainId;
 use crate::copy::BoundLayout;
+use crate::device::{AfterEvent, DeviceEvents};
 use crate::lane::api::{CloseReason, NewSession, Refusal, Reply, SessionId};
 use crate::lane::request::Request;
 use crate::registry::{GroupPlace, InstanceId};
@@ -55,6 +56,8 @@ pub(super) struct Registration {
     pub places: Vec<GroupPlace>,
     /// Memory of the groups this rank registered.
     pub targets: Vec<(u16, Arc<BoundLayout>)>,
+    /// Events that its copies may have to come after.
+    pub events: Option<Arc<DeviceEvents>>,
     /// Copy tasks that use the memory.
     pub copies: u32,
     /// Set once it is to end; the reply goes out with the last copy.
@@ -62,6 +65,27 @@ pub(super) struct Registration {
 }
 
 impl Registration {
+    /// What the copies of a save or load come after.
+    pub(super) fn after(
+        &self,
+        submission: &Submission,
+    ) -> Result<Option<AfterEvent>, DescriptorFault> {
+        let Some(index) = submission.after() else {
+            return Ok(None);
+        };
+        let count = self.events.as_ref().map_or(0, |events| events.len());
+        match &self.events {
+            Some(events) if (index as usize) < count => Ok(Some(AfterEvent {
+                events: events.clone(),
+                index,
+            })),
+            _ => Err(DescriptorFault::Event {
+                index,
+                count: count as u32,
+            }),
+        }
+    }
+
     pub(super) fn place(&self, group: u16) -> Option<GroupPlace> {
         self.places
             .iter()

@@ -18,6 +18,7 @@ use crate::cache::adopt::{OpenError, OpenedCache, open_cache};
 use crate::cache::lease::LeaseTable;
 use crate::clock::{Clock, SystemClock};
 use crate::copy::{CopyOptions, CopyWorkers, Sampler};
+use crate::device::Devices;
 use crate::isolation::DomainKey;
 use crate::lane::api::{LaneEvent, LaneHandle};
 use crate::lane::load::SeenBlocks;
@@ -68,6 +69,7 @@ pub struct StartedLane {
 /// The pool does not fit, its files cannot be made, or a thread cannot be started.
 pub fn start(
     options: LaneOptions,
+    _devices: &Devices,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<StartedLane, LaneStartError> {
     let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);

@@ -10,6 +10,7 @@ use pegaflow_shm::node::Counter;
 use crate::cache::store::ShardScope;
 use crate::control::hex;
 use crate::copy::{BoundLayout, CopyDone, CopyError, CopyTask, CopyThreads, Direction, PageCopy};
+use crate::device::AfterEvent;
 use crate::lane::api::SessionId;
 use crate::lane::machine::Machine;
 use crate::lane::run::Lane;
@@ -19,6 +20,10 @@ use crate::pool::PageAddr;
 /// Bytes of one task: long enough that handing it over costs nothing, short enough that all copy
 /// threads get their share of a request and that a cancellation is quick.
 pub(super) const TASK_BYTES: u64 = 512 * 1024;
+
+/// Bytes of one task of GPU memory: a device's thread is the only one to work on them, cuts them
+/// itself, and does better the more of a request it sees at once.
+const DEVICE_TASK_BYTES: u64 = 32 << 20;
 
 /// Pages of this size and more take longer to copy than the lane takes to sleep and wake up.
 const LONG_PAGE_BYTES: u64 = 256 * 1024;
@@ -102,14 +107,21 @@ impl<M: Machine> Lane<M> {
         &mut self,
         session: &mut LaneSession,
         owner: TaskOwner,
-        direction: Direction,
         target: &Arc<BoundLayout>,
         entries: &[u32],
-        cancelled: &Arc<AtomicBool>,
+        (cancelled, after): (&Arc<AtomicBool>, Option<&AfterEvent>),
     ) -> u32 {
         let pages = std::mem::take(&mut self.pages);
         let page_bytes = target.layout().page_bytes();
-        let per_task = (self.task_bytes / page_bytes.max(1)).max(1) as usize;
+        let direction = match owner.kind {
+            TaskKind::Save(_) => Direction::Save,
+            TaskKind::Load(_) => Direction::Load,
+        };
+        let task_bytes = match target.device() {
+            Some(_) => DEVICE_TASK_BYTES,
+            None => self.task_bytes,
+        };
+        let per_task = (task_bytes / page_bytes.max(1)).max(1) as usize;
         let mut tasks = 0;
         for (number, part) in pages.chunks(per_task).enumerate() {
             let mut part_pages = self.page_lists.pop().unwrap_or_default();
@@ -132,6 +144,7 @@ impl<M: Machine> Lane<M> {
                 pages: part_pages,
                 tag,
                 cancelled: cancelled.clone(),
+                after: after.cloned(),
             });
             tasks += 1;
         }
@@ -145,8 +158,8 @@ impl<M: Machine> Lane<M> {
     }
 
     fn hand_out(&mut self, task: CopyTask) {
-        // Copies of process memory wait in their session's own queue.
-        if !self.backlog.is_empty() && !task.target.is_in_process() {
+        // Copies of process and GPU memory wait in queues of their own.
+        if !self.backlog.is_empty() && !task.target.has_own_queue() {
             self.backlog.push_back(task);
         } else if let Err(task) = self.workers.submit(task) {
             self.backlog.push_back(task);
@@ -239,8 +252,15 @@ impl<M: Machine> Lane<M> {
     /// Keeps a page list's memory for the next task.
     pub(super) fn recycle_pages(&mut self, mut pages: Vec<PageCopy>) {
         const KEEP: usize = 256;
-        const LONGEST: usize = (TASK_BYTES / 512) as usize;
-        if self.page_lists.len() < KEEP && pages.capacity() <= LONGEST {
+        /// Longer than a host task's: of these, only a few.
+        const LONG: usize = (TASK_BYTES / 512) as usize;
+        const KEEP_LONG: usize = 16;
+        let keep = if pages.capacity() > LONG {
+            KEEP_LONG
+        } else {
+            KEEP
+        };
+        if self.page_lists.len() < keep {
             pages.clear();
             self.page_lists.push(pages);
         }

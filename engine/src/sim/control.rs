@@ -102,6 +102,7 @@ impl World {
             target: group.bound.clone(),
         });
         let registration = NewRegistration {
+            events: None,
             spec,
             groups: groups.collect(),
         };

@@ -81,6 +81,7 @@ impl Shared {
             pages: running.task.pages[running.pages_done..end].to_vec(),
             tag: 0,
             cancelled: Arc::new(AtomicBool::new(false)),
+            after: None,
         };
         let mut done = 0;
         let copied = HostBackend::new(self.pool.clone()).copy(&mut task, &mut done);
@@ -232,6 +233,7 @@ impl SimCopies {
             }],
             tag: 0,
             cancelled: Arc::new(AtomicBool::new(false)),
+            after: None,
         };
         let mut backend = HostBackend::new(self.lock().pool.clone());
         let copied = backend.copy(&mut task, &mut 0);

@@ -107,6 +107,7 @@ pub fn task(direction: Direction, target: &Arc<BoundLayout>, pages: &[(u64, u32)
         pages: pages.iter().map(page).collect(),
         tag: 0,
         cancelled: Arc::new(AtomicBool::new(false)),
+        after: None,
     }
 }
 
@@ -117,6 +118,7 @@ pub fn run(pool: &PoolMemory, task: &CopyTask) -> (Result<u64, CopyError>, u32) 
         pages: task.pages.clone(),
         target: task.target.clone(),
         cancelled: task.cancelled.clone(),
+        after: None,
         ..*task
     };
     let result = HostBackend::new(pool.clone()).copy(&mut task, &mut pages_done);

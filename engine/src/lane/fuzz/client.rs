@@ -108,6 +108,7 @@ impl Client {
             target: self.layout(group),
         });
         NewRegistration {
+            events: None,
             spec,
             groups: groups.into(),
         }

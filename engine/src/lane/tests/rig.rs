@@ -133,7 +133,7 @@ impl Rig {
         let mut options = options(dir, node, boot);
         adjust(&mut options);
         Ok(Rig {
-            lane: start(options, &|_| {})?,
+            lane: start(options, &crate::device::Devices::none(), &|_| {})?,
             node: reader,
             runtime: tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -201,6 +201,7 @@ impl Rig {
             target: memory.layout(*group),
         });
         let registration = NewRegistration {
+            events: None,
             spec,
             groups: groups.collect(),
         };

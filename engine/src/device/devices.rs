@@ -1,0 +1,197 @@
+//! All GPUs of the daemon.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pegaflow_shm::control::DeviceUuid;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use super::card::{Card, DeviceNews};
+use super::cuda::{Cuda, version_text};
+use super::driver::Driver;
+use super::error::DeviceError;
+use super::events::DeviceEvents;
+use super::info::DeviceState;
+use super::options::DeviceOptions;
+use super::region::{DeviceRegion, ShareHandle};
+
+/// The GPUs, or the reason why there are none. A handle: clones name the same.
+#[derive(Clone)]
+pub struct Devices {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    state: DeviceState,
+    cards: Vec<Arc<Card>>,
+    news: Mutex<Option<UnboundedReceiver<DeviceNews>>>,
+}
+
+impl fmt::Debug for Devices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Devices").field(&self.inner.state).finish()
+    }
+}
+
+impl Devices {
+    /// No GPUs.
+    pub fn none() -> Devices {
+        Devices::absent("GPUs are not used here".into())
+    }
+
+    fn absent(reason: String) -> Devices {
+        Devices {
+            inner: Arc::new(Inner {
+                state: DeviceState::Absent { reason },
+                cards: Vec::new(),
+                news: Mutex::default(),
+            }),
+        }
+    }
+
+    /// Loads the driver and looks at its devices; [`Devices::state`] says what was found. No
+    /// context is opened and no GPU memory used before the first import.
+    pub fn open(options: DeviceOptions) -> Devices {
+        if !options.enabled {
+            return Devices::absent("they are switched off by the configuration".into());
+        }
+        match Cuda::load() {
+            Ok(driver) => Devices::with_driver(Arc::new(driver), options),
+            Err(error) => Devices::absent(error.to_string()),
+        }
+    }
+
+    pub(super) fn with_driver(driver: Arc<dyn Driver>, options: DeviceOptions) -> Devices {
+        let found = match driver.devices() {
+            Ok(found) if found.is_empty() => {
+                let reason = "the driver shows no device: `nvidia-smi -L` must list one; in a \
+                              container, give it GPUs (--gpus all)";
+                return Devices::absent(reason.into());
+            }
+            Ok(found) => found,
+            Err(error) => return Devices::absent(format!("the driver cannot be asked: {error}")),
+        };
+        for info in found.iter().filter(|info| info.is_emulated()) {
+            tracing::warn!(
+                name = info.name,
+                "an emulated GPU: a driver for tests is loaded"
+            );
+        }
+        let (sender, news) = unbounded_channel();
+        let cards = found
+            .iter()
+            .map(|info| Card::new(info.clone(), driver.clone(), options, sender.clone()))
+            .collect();
+        Devices {
+            inner: Arc::new(Inner {
+                state: DeviceState::Present {
+                    driver: version_text(driver.version()),
+                    devices: found,
+                },
+                cards,
+                news: Mutex::new(Some(news)),
+            }),
+        }
+    }
+
+    /// What was found.
+    pub fn state(&self) -> DeviceState {
+        self.inner.state.clone()
+    }
+
+    /// What befalls the devices from now on, for one listener: `None` for the second, and without
+    /// devices.
+    pub(crate) fn take_news(&self) -> Option<UnboundedReceiver<DeviceNews>> {
+        let mut news = self
+            .inner
+            .news
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        news.take()
+    }
+
+    pub(crate) fn cards(&self) -> &[Arc<Card>] {
+        &self.inner.cards
+    }
+
+    fn card(&self, device: DeviceUuid) -> Result<&Arc<Card>, DeviceError> {
+        if let DeviceState::Absent { reason } = &self.inner.state {
+            let reason = reason.clone();
+            return Err(DeviceError::Absent { reason });
+        }
+        let found = self.cards().iter().find(|card| card.info().uuid == device);
+        found.ok_or_else(|| {
+            let known = self.cards().iter();
+            let known: Vec<String> = known.map(|card| card.info().uuid.to_string()).collect();
+            let known = known.join(", ");
+            DeviceError::UnknownDevice { device, known }
+        })
+    }
+
+    /// Maps an allocation of another process. Of an IPC handle, `bytes` is what the client wants of
+    /// it; the region is all of it. Blocks, for 0.3 s where it is the first on its device.
+    ///
+    /// # Errors
+    /// No such device, the device is down, or the driver refuses the handle.
+    pub fn import(
+        &self,
+        device: DeviceUuid,
+        bytes: u64,
+        handle: ShareHandle,
+    ) -> Result<Arc<DeviceRegion>, DeviceError> {
+        self.card(device)?.import(bytes, handle)
+    }
+
+    /// Opens events of another process. Blocks like [`Devices::import`].
+    ///
+    /// # Errors
+    /// As for [`Devices::import`].
+    pub fn import_events(
+        &self,
+        device: DeviceUuid,
+        handles: &[[u8; 64]],
+    ) -> Result<Arc<DeviceEvents>, DeviceError> {
+        self.card(device)?.import_events(handles)
+    }
+
+    /// Opens more events behind those that `events` has. All of them or none.
+    ///
+    /// # Errors
+    /// As for [`Devices::import`].
+    pub fn append_events(
+        &self,
+        events: &DeviceEvents,
+        handles: &[[u8; 64]],
+    ) -> Result<(), DeviceError> {
+        events.card().append_events(events, handles)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_gpus_an_import_says_why() {
+        let error = Devices::none()
+            .import(DeviceUuid([1; 16]), 1, ShareHandle::Ipc([0; 64]))
+            .expect_err("no device");
+        assert!(
+            matches!(&error, DeviceError::Absent { reason } if !reason.is_empty()),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn switched_off_devices_are_absent_with_that_reason() {
+        let options = DeviceOptions {
+            enabled: false,
+            ..DeviceOptions::default()
+        };
+        let DeviceState::Absent { reason } = Devices::open(options).state() else {
+            panic!("present");
+        };
+        assert!(reason.contains("configuration"), "{reason}");
+    }
+}

@@ -1,0 +1,42 @@
+//! GPU memory: the driver, other processes' allocations, and the threads that copy from and to
+//! them.
+//!
+//! The driver library is loaded at run time, so one binary serves machines with and without GPUs.
+//! [`Devices`] is the handle to all of it. A client's allocation becomes a [`DeviceRegion`] by
+//! [`Devices::import`]; dropping the last handle to it unmaps it, which a thread of its own does,
+//! since the driver may take its time. What copies touch, they hold a handle to: so memory is
+//! unmapped only when they have drained.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `driver` | what is asked of a driver, as traits |
+//! | `cuda` | the CUDA driver behind them |
+//! | `devices` | all devices of the daemon; import of memory and events |
+//! | `card` | one device: its context, its threads, its faults |
+//! | `region`, `events` | what was imported |
+//! | `part` | a layout's part as the kernels read it |
+//! | `info` | names and places of the devices |
+//! | `error` | errors |
+
+mod card;
+mod cuda;
+mod devices;
+mod driver;
+mod error;
+mod events;
+mod info;
+mod options;
+mod part;
+mod region;
+
+pub use devices::Devices;
+pub use error::{DeviceError, DriverError};
+pub use events::{AfterEvent, DeviceEvents};
+pub use info::{DeviceInfo, DeviceState};
+pub use options::DeviceOptions;
+pub use region::{DeviceRegion, ShareHandle};
+
+pub(crate) use card::Card;
+#[allow(unused_imports, reason = "the sessions are told next")]
+pub(crate) use card::DeviceNews;
+pub(crate) use part::DevicePart;
