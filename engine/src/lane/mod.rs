@@ -11,6 +11,7 @@
 //! | `submit` | a submission is checked and its chunks put together |
 //! | `query`, `save`, `load`, `lease_ops` | the operations |
 //! | `tasks` | copy tasks out and back |
+//! | `backlog` | copy tasks that wait for their session's turn |
 //! | `stuck` | copies that a client's process holds up |
 //! | `upkeep` | expiry, stalled rings, gauges and tables |
 //! | `fuzz` | hostile clients at a lane that is turned by hand |
@@ -19,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+mod backlog;
 mod commands;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;

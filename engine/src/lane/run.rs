@@ -2,12 +2,13 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use pegaflow_shm::bell::relax;
+use pegaflow_shm::desc::Op;
 use pegaflow_shm::node::{Counter, NodeWriter};
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
@@ -17,8 +18,9 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::cache::Cache;
 use crate::cache::lease::{Ended, LeaseTable};
 use crate::clock::Clock;
-use crate::copy::{CopyTask, CopyThreads, PageCopy, Sampler};
+use crate::copy::{CopyThreads, PageCopy, Sampler};
 use crate::lane::api::{LaneCommand, LaneEvent, Reply, SessionId};
+use crate::lane::backlog::Backlog;
 use crate::lane::load::SeenBlocks;
 use crate::lane::machine::Machine;
 use crate::lane::options::LaneOptions;
@@ -34,6 +36,9 @@ const BATCH: usize = 32;
 /// Blocks named by submissions after which the next session has its turn, so that one with long
 /// lists does not hold the others up for longer than one with short ones.
 const BATCH_BLOCKS: u32 = 2048;
+/// A saved block counts as so many: it takes a place, a record and perhaps an eviction, where a
+/// queried one takes a look.
+const SAVED_BLOCK: u32 = 8;
 /// Marks the lane's own wake-up among the bells; sessions have ids from 1.
 pub(super) const LANE_WAKE: u64 = 0;
 /// How long the lane polls while the copy threads need every CPU.
@@ -76,7 +81,8 @@ pub(super) struct Lane<M: Machine> {
     pub workers: M::Copies,
     /// Bytes of one copy task, at most; a page that is larger makes one of its own.
     pub task_bytes: u64,
-    pub backlog: VecDeque<CopyTask>,
+    /// Tasks that wait for a copy thread.
+    pub backlog: Backlog,
     pub tasks: TaskTable,
     pub tally: Tally,
     pub namespaces: NamespaceTable,
@@ -208,7 +214,12 @@ impl<M: Machine> Lane<M> {
                 break;
             };
             self.tally.add(Counter::Descriptors, 1);
-            blocks = blocks.saturating_add(submission.count);
+            let weight = if submission.op == Op::Save as u8 {
+                SAVED_BLOCK
+            } else {
+                1
+            };
+            blocks = blocks.saturating_add(submission.count.saturating_mul(weight));
             self.submit(session, &submission, now)?;
             if blocks >= BATCH_BLOCKS {
                 break;

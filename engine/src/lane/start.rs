@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, mpsc};
@@ -21,6 +21,7 @@ use crate::copy::{CopyOptions, CopyWorkers, Sampler};
 use crate::device::Devices;
 use crate::isolation::DomainKey;
 use crate::lane::api::{LaneEvent, LaneHandle};
+use crate::lane::backlog::Backlog;
 use crate::lane::load::SeenBlocks;
 use crate::lane::machine::{Machine, RealMachine};
 use crate::lane::options::LaneOptions;
@@ -182,7 +183,7 @@ pub(super) fn build<M: Machine>(
         by_id: HashMap::new(),
         workers,
         task_bytes: TASK_BYTES,
-        backlog: VecDeque::new(),
+        backlog: Backlog::new(options.copy_threads.max(1)),
         tasks: TaskTable::default(),
         tally,
         namespaces,

@@ -51,6 +51,14 @@ pub(super) struct Task {
     /// Save: the block of each page.
     entries: Vec<u32>,
     page_bytes: u64,
+    /// Came from the backlog.
+    had_turn: bool,
+}
+
+/// Whether a task takes a place with the copy threads of all sessions. Copies of process and GPU
+/// memory wait in queues of their own.
+fn waits_its_turn(target: &BoundLayout) -> bool {
+    !target.has_own_queue()
 }
 
 /// Tasks by tag.
@@ -136,6 +144,7 @@ impl<M: Machine> Lane<M> {
                 owner,
                 entries: part_entries,
                 page_bytes,
+                had_turn: waits_its_turn(target),
             });
             self.hand_out(CopyTask {
                 session: owner.session,
@@ -148,6 +157,7 @@ impl<M: Machine> Lane<M> {
             });
             tasks += 1;
         }
+        self.hand_out_backlog();
         self.pages = pages;
         self.pages.clear();
         session.copies += tasks;
@@ -158,20 +168,21 @@ impl<M: Machine> Lane<M> {
     }
 
     fn hand_out(&mut self, task: CopyTask) {
-        // Copies of process and GPU memory wait in queues of their own.
-        if !self.backlog.is_empty() && !task.target.has_own_queue() {
-            self.backlog.push_back(task);
+        if waits_its_turn(&task.target) {
+            self.backlog.push(task);
         } else if let Err(task) = self.workers.submit(task) {
-            self.backlog.push_back(task);
+            tracing::error!(
+                session = task.session,
+                "copies after the end of the copy threads"
+            );
         }
     }
 
-    /// Hands out tasks that had to wait for room. The backlog is bounded by what the sessions'
-    /// unfinished requests can list.
+    /// Hands out tasks as far as it is their sessions' turn and the copy threads have room.
     pub(super) fn hand_out_backlog(&mut self) {
-        while let Some(task) = self.backlog.pop_front() {
+        while let Some(task) = self.backlog.pop() {
             if let Err(task) = self.workers.submit(task) {
-                self.backlog.push_front(task);
+                self.backlog.give_back(task);
                 break;
             }
         }
@@ -197,6 +208,9 @@ impl<M: Machine> Lane<M> {
             return;
         };
         let owner = task.owner;
+        if task.had_turn {
+            self.backlog.ended(owner.session);
+        }
         let was_cancelled = matches!(done.result, Err(CopyError::Cancelled));
         if let Err(error @ CopyError::Checksum { offset, .. }) = &done.result {
             self.withdraw(PageAddr::from_offset(*offset), error);
