@@ -145,12 +145,19 @@ impl Cache {
         self.domains[domain].block(EntryId(entry)).withdrawn
     }
 
-    /// The page of a pinned block's shard; `None` also when the block was withdrawn.
+    /// The page of shard `shard` of a pinned block; `None` also when the block was withdrawn, or is
+    /// cut into another number than `shards`: its pages then have sizes that the caller does not
+    /// know.
     #[inline]
-    pub fn pinned_page(&self, domain: DomainId, entry: u32, shard: u16) -> Option<PageAddr> {
+    pub fn pinned_page(
+        &self,
+        domain: DomainId,
+        entry: u32,
+        (shard, shards): (u16, u16),
+    ) -> Option<PageAddr> {
         let home = &self.domains[domain];
         let block = home.block(EntryId(entry));
-        if block.pins == 0 || shard >= block.shards || block.withdrawn {
+        if block.pins == 0 || shard >= shards || block.shards != shards || block.withdrawn {
             return None;
         }
         match block.shard(shard, &home.runs) {

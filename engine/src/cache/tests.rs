@@ -223,9 +223,11 @@ impl Model {
     /// Leased blocks keep their pages and bytes; no page belongs to two shards.
     fn check(&self, cache: &Cache) {
         for (entry, namespace, block) in self.leases.iter().flatten() {
-            for shard in 0..scope(*namespace, 0).shards {
+            let shards = scope(*namespace, 0).shards;
+            for shard in 0..shards {
+                assert_eq!(cache.pinned_page(0, *entry, (shard, shards + 1)), None);
                 let page = cache
-                    .pinned_page(0, *entry, shard)
+                    .pinned_page(0, *entry, (shard, shards))
                     .expect("a leased block has a page");
                 let expected = (*namespace, *block, shard);
                 assert_eq!(self.content.get(&page.offset()), Some(&expected));

@@ -157,8 +157,9 @@ impl<M: Machine> Lane<M> {
         let verifies = self.options.checksum != ChecksumMode::Off;
         let mut withdrawn = 0;
         let entries = &lease.entries[first as usize..end as usize];
+        let shard = (place.shard, place.shards);
         for (entry, block) in entries.iter().zip(&load.blocks) {
-            let Some(page) = self.cache.pinned_page(lease.domain, *entry, place.shard) else {
+            let Some(page) = self.cache.pinned_page(lease.domain, *entry, shard) else {
                 if self.cache.is_withdrawn(lease.domain, *entry) {
                     withdrawn += 1;
                     continue;

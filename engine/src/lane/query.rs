@@ -110,15 +110,13 @@ impl<M: Machine> Lane<M> {
                 return Err(fault.into());
             }
         };
-        let id = submission.registration;
-        let namespace = session.registration(id).ok().and_then(|r| r.ready);
-        if query
-            .scope
-            .is_some_and(|scope| namespace != Some(scope.namespace))
+        if let Some(scope) = query.scope
+            && self.query_scope(session, submission) != Ok(scope)
         {
-            // A rank left since the first chunk; the namespace's number may mean another one by
-            // now.
-            query.list.fail(Status::NotReady, u64::from(id));
+            // A rank left since the first chunk. The namespace's number may mean another one by
+            // now, also where it is the instance's again.
+            let about = u64::from(submission.registration);
+            query.list.fail(Status::NotReady, about);
         }
         if let (Some(scope), None) = (query.scope, query.list.failed) {
             query.digest = XxHash3_64::oneshot_with_seed(query.digest, chunk);

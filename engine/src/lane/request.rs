@@ -106,7 +106,7 @@ pub(super) struct QueryRequest {
 }
 
 /// Where a query looks.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct QueryScope {
     pub domain: usize,
     pub namespace: u32,

@@ -114,15 +114,15 @@ impl<M: Machine> Lane<M> {
         let after = registration.map(|r| r.after(submission)).transpose()?;
         let after = after.flatten();
         let about = u64::from(submission.registration);
-        let namespace = registration.and_then(|r| r.ready);
         let (Some(scope), Some(target)) = (save.scope, target) else {
             save.list.fail(Status::UnknownRegistration, about);
             self.count_refused(save, submission.count);
             return Ok(());
         };
-        if namespace != Some(scope.namespace) {
-            // A rank left since the first chunk; the namespace's number may mean another one by
-            // now.
+        if self.save_scope(session, submission) != Ok(scope) {
+            // A rank left since the first chunk. The namespace's number may mean another one by
+            // now, also where it is the instance's again: of other ranks, with pages of other
+            // sizes.
             save.list.fail(Status::NotReady, about);
         }
         let num_blocks = target.layout().num_blocks();

@@ -168,3 +168,46 @@ fn namespaces_that_hold_nothing_make_room_for_new_ones() {
     assert_eq!(again.load(worker, 0, answer.lease, &[9]).count, 1);
     assert!(memory.holds(9, 11));
 }
+
+#[test]
+fn a_list_begun_under_a_namespace_whose_number_came_to_mean_another_one_saves_nothing() {
+    let dir = folder();
+    let mut rig = Rig::start(dir.path(), 1);
+    let (small, large) = (Memory::new(), Memory::with_page(EXTENT));
+    let (mut client, other, third) = (rig.connect(), rig.connect(), rig.connect());
+    let rank = |rank| spec("a", "", 2, Some(rank));
+    let worker = rig.register(&client, rank(1), &[0], &small).unwrap();
+    let before = rig.register(&other, rank(0), &[1], &small).unwrap();
+    // A domain that has its share of the rows gives up those that hold nothing, lowest first.
+    for salt in 0..crate::catalog::MAX_NAMESPACES {
+        let spec = spec("many", &salt.to_string(), 1, Some(0));
+        let id = rig.register(&third, spec, &[0], &small).unwrap();
+        let gone = rig.lane.handle.unregister(third.id, id);
+        rig.runtime.block_on(gone).unwrap();
+    }
+    // One shard to a block of group 0, and the first of them.
+    client.submit(part(list(Op::Save, worker, 0, 0), 1000, 1, true));
+    client.flush();
+    let gone = rig.lane.handle.unregister(other.id, before);
+    rig.runtime.block_on(gone).unwrap();
+    // Now two, and the first is the other rank's, in a larger page.
+    rig.register(&other, rank(0), &[0, 1], &large).unwrap();
+    client.flush();
+    let mut numbers = Vec::new();
+    while let Ok(event) = rig.lane.events.try_recv() {
+        match event {
+            LaneEvent::Ready {
+                session, namespace, ..
+            } if session == client.id => numbers.push(namespace),
+            LaneEvent::Fault { .. } => panic!("{event:?}"),
+            _ => {}
+        }
+    }
+    assert_eq!(numbers, [numbers[0]; 2], "else this test tests nothing");
+    let rest = part(list(Op::Save, worker, 0, 1), 1000, 1, false);
+    client.submit_list(0, &save_payload(&hashes(0..1), &[0]), rest);
+    assert_eq!(client.completion().status(), Status::NotReady);
+    assert_eq!(client.query(worker, 0, &hashes(0..1)).count, 0);
+    let whole = client.save(worker, 0, &hashes(0..1), &[0]);
+    assert_eq!((whole.status(), whole.count), (Status::Ok, 1));
+}
