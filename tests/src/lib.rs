@@ -6,6 +6,7 @@
 //! | [`binaries`] | builds and finds `pegaflowd` and `pegactl` |
 //! | [`daemon`] | a daemon with private node, socket and folder; checks what it leaves behind |
 //! | [`content`] | block hashes and the bytes that belong to them |
+//! | [`gpu`] | GPUs of a test's own: emulated ones, or those of the machine |
 //! | [`layout`] | arrangements of KV memory |
 //! | [`memory`] | KV memory of both kinds |
 //! | [`withheld`] | memory that makes whoever touches it wait |
@@ -24,6 +25,7 @@ pub mod chaos;
 pub mod content;
 pub mod daemon;
 pub mod dying;
+pub mod gpu;
 pub mod layout;
 pub mod memory;
 pub mod process;
