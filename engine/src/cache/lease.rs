@@ -30,7 +30,7 @@ const DEADLINE_SLACK: usize = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestKey {
     /// The registry's number of the instance.
-    pub instance: u32,
+    pub instance: u64,
     /// Cache group.
     pub group: u16,
     /// The engine's request key.
@@ -372,7 +372,7 @@ impl LeaseTable {
     }
 
     /// Ids of the leases of an instance.
-    pub fn of_instance(&self, instance: u32) -> Vec<u64> {
+    pub fn of_instance(&self, instance: u64) -> Vec<u64> {
         self.iter()
             .filter(|(_, lease)| lease.request.instance == instance)
             .map(|(id, _)| id)

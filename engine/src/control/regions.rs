@@ -125,8 +125,8 @@ impl Memory {
             let text = format!("the daemon has no descriptor left: {error}");
             Refusal::new(Status::SystemError, text)
         })?;
-        let pid = peer.pid;
-        let opened = spawn_blocking(move || ProcessMemory::open(pid, pidfd)).await;
+        let (pid, uid) = (peer.pid, peer.uid);
+        let opened = spawn_blocking(move || ProcessMemory::open(pid, pidfd, uid)).await;
         let opened = opened.map_err(|error| {
             let text = format!("opening the memory of process {pid}: {error}");
             Refusal::new(Status::Internal, text)
@@ -143,7 +143,9 @@ impl Memory {
 
 fn refuse_memory(error: MemoryError) -> Refusal {
     let status = match error {
-        MemoryError::NotPermitted { .. } => Status::PermissionDenied,
+        MemoryError::NotPermitted { .. } | MemoryError::OtherOwner { .. } => {
+            Status::PermissionDenied
+        }
         MemoryError::Region { .. } | MemoryError::Process { .. } => Status::SystemError,
         MemoryError::OwnerGone { .. } => Status::Disconnected,
         _ => Status::InvalidArgument,

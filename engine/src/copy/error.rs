@@ -35,9 +35,15 @@ pub enum MemoryError {
     #[error(
         "may not open the memory of process {pid}: {source}; run the daemon as the same user with \
          ptrace allowed (the client calls prctl(PR_SET_PTRACER), or kernel.yama.ptrace_scope=0), \
-         or give it CAP_SYS_PTRACE, or register a shared region"
+         or give it CAP_SYS_PTRACE and CAP_DAC_OVERRIDE, or register a shared region"
     )]
     NotPermitted { pid: i32, source: io::Error },
+    #[error(
+        "the memory of process {pid} belongs to user {owner}, its session to user {uid}: it runs a \
+         program with other rights, or forbids to be traced (prctl(PR_SET_DUMPABLE)); connect \
+         from the program whose memory it is, or register a shared region"
+    )]
+    OtherOwner { pid: i32, uid: u32, owner: u32 },
     #[error("process {pid} is gone; register again from a live process")]
     OwnerGone { pid: i32 },
     #[error("{call} for process {pid} failed: {source}; is /proc mounted for the daemon?")]

@@ -25,7 +25,7 @@ use crate::control::register;
 use crate::copy::ProcessMemory;
 use crate::isolation::IsolationDomain;
 use crate::lane::api::Refusal;
-use crate::registry::{Member, MemberGroup, Registry, packed_groups};
+use crate::registry::{InstanceId, Member, MemberGroup, Registry, packed_groups};
 
 /// Ends a packet of the input: JSON has no such byte outside of strings, and escapes it in them.
 const END: u8 = 0;
@@ -81,7 +81,7 @@ struct Session {
     memory: Memory,
     registry: Registry,
     /// Instance and regions of each registration.
-    registrations: HashMap<u32, (u32, Vec<u32>)>,
+    registrations: HashMap<u32, (InstanceId, Vec<u32>)>,
     last_registration: u32,
     region_file: OwnedFd,
 }
@@ -143,7 +143,8 @@ impl Session {
     fn register(&mut self, spec: RegisterSpec) -> Result<(), Refusal> {
         if register::names_process(&spec) {
             let pidfd = self.peer.pidfd.try_clone().expect("a descriptor is left");
-            let process = ProcessMemory::open(self.peer.pid, pidfd).expect("our own memory");
+            let process = ProcessMemory::open(self.peer.pid, pidfd, self.peer.uid);
+            let process = process.expect("our own memory");
             self.memory.hold_process(process);
         }
         let checked = register::check(spec, &self.memory, &self.peer.domain)?;

@@ -110,7 +110,7 @@ pub(super) struct QueryRequest {
 pub(super) struct QueryScope {
     pub domain: usize,
     pub namespace: u32,
-    pub instance: u32,
+    pub instance: u64,
     pub group: u16,
     /// Workers that may load from its lease.
     pub shards: u16,

@@ -20,8 +20,9 @@ use crate::cache::domain::DomainId;
 use crate::isolation::share::may_take;
 use crate::lane::api::Refusal;
 
-/// Number of an instance; never used twice by one daemon.
-pub type InstanceId = u32;
+/// Number of an instance; never used twice by one daemon. Clients that make instances and end them
+/// as fast as they can would come round 32 bits within days.
+pub type InstanceId = u64;
 
 /// All instances.
 pub struct Registry {
@@ -156,4 +157,37 @@ pub(crate) fn describe(namespace: &NamespaceSpec, world_size: u32, mode: Mode) -
         "{} (world size {world_size}, {mode:?})",
         namespace.summary()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_instance_never_gets_the_number_of_one_that_lives_on() {
+        let spec = |name: &str| RegisterSpec {
+            instance: name.into(),
+            namespace: NamespaceSpec::default(),
+            world_size: 2,
+            rank: None,
+            mode: Mode::ReadWrite,
+            groups: Vec::new(),
+        };
+        let member = |session| Member {
+            session,
+            registration: 1,
+            groups: Vec::new(),
+        };
+        let mut registry = Registry::new(16);
+        let old = registry.join(0, &spec("old"), member(1)).unwrap();
+        // As after four billion short-lived ones.
+        registry.next = InstanceId::from(u32::MAX);
+        for session in 2..5 {
+            let name = session.to_string();
+            let new = registry.join(1, &spec(&name), member(session)).unwrap();
+            assert_ne!(new, old);
+        }
+        assert_eq!(registry.get(old).unwrap().name, "old");
+        assert_eq!(registry.iter().count(), 4);
+    }
 }

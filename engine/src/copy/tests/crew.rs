@@ -56,7 +56,7 @@ fn gated(options: CopyOptions) -> (CopyWorkers, Arc<Gate>) {
 
 fn own_memory() -> Arc<ProcessMemory> {
     let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
-    Arc::new(ProcessMemory::open(getpid().as_raw_nonzero().get(), pidfd).unwrap())
+    Arc::new(ProcessMemory::open(getpid().as_raw_nonzero().get(), pidfd, own_uid()).unwrap())
 }
 
 /// A block in the memory of this process.

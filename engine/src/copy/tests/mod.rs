@@ -1,5 +1,6 @@
 mod checksum;
 mod crew;
+mod owner;
 mod process;
 mod region;
 mod support;

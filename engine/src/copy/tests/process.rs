@@ -191,7 +191,7 @@ fn a_dead_owner_is_an_error_at_once() {
         assert_eq!((result, done), (Err(CopyError::OwnerGone { pid }), 0));
     }
     assert!(matches!(
-        ProcessMemory::open(pid, pidfd),
+        ProcessMemory::open(pid, pidfd, own_uid()),
         Err(MemoryError::OwnerGone { .. })
     ));
 }
@@ -214,7 +214,7 @@ fn a_process_that_runs_another_program_is_gone() {
         }
     };
     wait_for("sh");
-    let memory = ProcessMemory::open(pid, pidfd).unwrap();
+    let memory = ProcessMemory::open(pid, pidfd, own_uid()).unwrap();
     assert!(memory.is_alive());
     shell.stdin.take().unwrap().write_all(b"\n").unwrap();
     wait_for("sleep");
@@ -244,7 +244,7 @@ fn missing_permission_is_named() {
         // SAFETY: changes credentials, no memory.
         let rc = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
         assert_eq!(rc, 0);
-        let opened = ProcessMemory::open(pid, pidfd).unwrap_err();
+        let opened = ProcessMemory::open(pid, pidfd, 65534).unwrap_err();
         assert!(
             matches!(opened, MemoryError::NotPermitted { .. }),
             "{opened}"

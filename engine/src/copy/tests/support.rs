@@ -125,6 +125,11 @@ pub fn run(pool: &PoolMemory, task: &CopyTask) -> (Result<u64, CopyError>, u32) 
     (result, pages_done)
 }
 
+/// The user that the tests run as.
+pub fn own_uid() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
 /// A forked process that sleeps until it is killed. What was mapped shared before it was made is
 /// shared with it, at the same addresses.
 pub struct Child {
@@ -153,7 +158,7 @@ impl Child {
     }
 
     pub fn memory(&self) -> Arc<ProcessMemory> {
-        Arc::new(ProcessMemory::open(self.pid, self.pidfd()).unwrap())
+        Arc::new(ProcessMemory::open(self.pid, self.pidfd(), own_uid()).unwrap())
     }
 }
 
