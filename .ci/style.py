@@ -17,6 +17,7 @@ MAX_WIDTH = 100
 # Where `unsafe` may occur: files, and folders (with a slash). Every other Rust file, or a module that
 # contains it, says `#![forbid(unsafe_code)]`.
 UNSAFE_ALLOWED = (
+    "client-c/src/cuda/",
     "client-c/src/ffi/",
     "client-c/src/memory/",
     "client-c/src/shared/process.rs",

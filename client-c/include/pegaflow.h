@@ -37,7 +37,7 @@ extern "C" {
 /* ---------------------------------------------------------------- constants */
 
 /* Version of this interface. It grows only; pega_abi_version() tells the library's. */
-#define PEGA_ABI_VERSION 2
+#define PEGA_ABI_VERSION 3
 
 /* Status codes. Functions return them negated; completions carry them as they are. */
 #define PEGA_OK 0                    /* The operation succeeded. */
@@ -104,8 +104,15 @@ extern "C" {
 #define PEGA_MODE_READ_WRITE 0  /* Saves, queries and loads. */
 #define PEGA_MODE_SAVE_ONLY 1   /* Only saves: a prefill engine. */
 
-/* pega_segment.memory: the library finds out by the address. */
-#define PEGA_MEMORY_AUTO 0
+/* pega_segment.memory */
+#define PEGA_MEMORY_AUTO 0  /* The library finds out by the address. */
+#define PEGA_MEMORY_HOST 1  /* No GPU memory: the CUDA driver is not asked. */
+#define PEGA_MEMORY_CUDA 2  /* GPU memory of CUDA; anything else is refused. */
+
+/* pega_order.kind */
+#define PEGA_ORDER_NONE 0    /* Nothing is pending. */
+#define PEGA_ORDER_STREAM 1  /* After all that a CUDA stream has at the moment of the call. */
+#define PEGA_ORDER_EVENT 2   /* After a CUDA event, as it was recorded last. */
 
 /* Switches in pega_options. */
 #define PEGA_DEFAULT 0
@@ -180,13 +187,19 @@ typedef struct pega_namespace {
 } pega_namespace;
 
 /*
- * One strided array: block b has `bytes` bytes at address + b * block_stride. It lies either
- * completely in memory of pega_alloc_host() (then the daemon reaches it without system calls) or
- * completely outside (then through process_vm_readv and process_vm_writev).
+ * One strided array: block b has `bytes` bytes at address + b * block_stride. It lies completely in
+ * memory of pega_alloc_host() (then the daemon reaches it without system calls), or completely in
+ * GPU memory of one allocation (then the daemon maps that allocation), or completely outside of
+ * both (then through process_vm_readv and process_vm_writev). The segments of one registration lie
+ * all in memory of one GPU, or none of them lies in a GPU's.
+ *
+ * GPU memory is that of cudaMalloc or cuMemAlloc, or of the VMM API (cuMemCreate, such as PyTorch's
+ * expandable segments) if it was created with CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR. Managed
+ * memory, cudaMallocAsync and VMM memory without that handle type are refused.
  */
 typedef struct pega_segment {
     uint32_t size;         /* sizeof(pega_segment) */
-    uint32_t memory;       /* PEGA_MEMORY_AUTO */
+    uint32_t memory;       /* PEGA_MEMORY_* */
     void *address;         /* First byte of block 0; needs no alignment. */
     uint64_t block_stride; /* Bytes from one block to the next. */
     uint64_t bytes;        /* Bytes of one block in this segment. */
@@ -199,7 +212,19 @@ typedef struct pega_group {
     uint32_t num_blocks;          /* Block ids are 0..num_blocks-1. */
     uint32_t num_segments;        /* 1..1024 */
     const pega_segment *segments; /* In layer order. */
+    uint32_t replicated;          /* PEGA_ON: all ranks hold the same bytes (MLA): stored once. */
+    uint32_t reserved;            /* 0 */
 } pega_group;
+
+/*
+ * What a save or load of GPU memory comes after: the engine's work on a stream, or an event of it.
+ * The call does not wait. Set `size` to sizeof(pega_order).
+ */
+typedef struct pega_order {
+    uint32_t size; /* sizeof(pega_order) */
+    uint32_t kind; /* PEGA_ORDER_* */
+    void *handle;  /* cudaStream_t or CUstream (NULL: default stream), cudaEvent_t or CUevent. */
+} pega_order;
 
 /* A worker rank with its KV memory, or a scheduler without. */
 typedef struct pega_registration {
@@ -254,6 +279,7 @@ typedef struct pega_stats {
     uint64_t away_ms;       /* Time without a session so far. */
     uint64_t failed_attempts;       /* Attempts to get a session that failed. */
     uint64_t refused_registrations; /* Registrations that the daemon refuses at this moment. */
+    uint64_t waited_orders;         /* Saves and loads that waited in the call: see pega_order. */
 } pega_stats;
 
 /* Longest lists that this client can submit at all; beyond, submissions fail with PEGA_TOO_MANY. */
@@ -375,8 +401,14 @@ int pega_free_host(pega_client *client, void *memory);
  * after a reconnect the library registers again by itself. All memory must stay mapped until
  * pega_unregister() or pega_disconnect() returned. Blocks up to control_timeout_ms.
  *
- * If a segment lies outside memory of pega_alloc_host(), the daemon is allowed to access this
- * process with prctl(PR_SET_PTRACER), which replaces an earlier permission of that kind.
+ * If a segment lies in memory of this process that is neither pega_alloc_host()'s nor a GPU's, the
+ * daemon is allowed to access this process with prctl(PR_SET_PTRACER), which replaces an earlier
+ * permission of that kind.
+ *
+ * GPU memory: the calling thread may have any CUDA context, or none; it is left as it was. The
+ * memory must not be freed or remapped before pega_unregister() returned: the daemon maps it, and
+ * the GPU gets it back only when both have let go. When a GPU fails at the daemon, registrations on
+ * it are refused with PEGA_DEVICE_UNAVAILABLE until it is back; then the library registers again.
  *
  * spec          copied
  * registration  gets the id, never 0
@@ -384,6 +416,9 @@ int pega_free_host(pega_client *client, void *memory);
  * -PEGA_INVALID_ARGUMENT, -PEGA_BAD_LAYOUT: the text names the field and its value.
  * -PEGA_ALREADY_REGISTERED, -PEGA_NAMESPACE_MISMATCH, -PEGA_PERMISSION_DENIED, -PEGA_LIMIT: the
  * daemon refused.
+ * -PEGA_DEVICE_UNAVAILABLE: the daemon has not this GPU, or cannot map memory of it: the text says
+ * why.  -PEGA_VERSION_MISMATCH: the daemon is too old for GPU memory or replicated groups.
+ * -PEGA_SYSTEM_ERROR: a call of the CUDA driver failed.
  * -PEGA_DISCONNECTED: no daemon at the moment (never with start_without_daemon: then the
  * registration is taken in, and pega_wait_ready() tells what a later daemon said to it).
  * -PEGA_TIMEOUT: no answer in time; nothing is registered.
@@ -495,6 +530,32 @@ int pega_load(pega_client *client, uint32_t registration, uint16_t group, uint64
  */
 int pega_save(pega_client *client, uint32_t registration, uint16_t group, const pega_hash *hashes,
               const uint32_t *blocks, size_t count, uint64_t *request);
+
+/*
+ * pega_load() and pega_save() of GPU memory that the engine's work is not through with: a load
+ * overwrites its blocks, and a save reads them, only once `after` has happened. The engine's thread
+ * does not wait, and no other request waits for it. pega_load() and pega_save() themselves stand
+ * for PEGA_ORDER_NONE: nothing is pending.
+ *
+ * Where CUDA cannot share an event with the daemon (the library logs it once, and counts such calls
+ * in pega_stats.waited_orders), the call itself waits for `after`, up to control_timeout_ms.
+ *
+ * after  NULL is PEGA_ORDER_NONE. The stream or event must live until the call has returned, and an
+ *        event must not be recorded anew before. It may belong to any GPU of this process.
+ *
+ * -PEGA_INVALID_ARGUMENT: an order over a registration without GPU memory, or a stream that is
+ * being captured into a graph.
+ * -PEGA_AGAIN: too, while all events are in use: consume completions.
+ * -PEGA_TIMEOUT: the call waited for `after`, see above; nothing was submitted.
+ * -PEGA_SYSTEM_ERROR: a call of the CUDA driver failed; nothing was submitted.
+ */
+int pega_load_after(pega_client *client, uint32_t registration, uint16_t group, uint64_t lease,
+                    uint32_t first, const uint32_t *blocks, size_t count, const pega_order *after,
+                    uint64_t *request);
+
+int pega_save_after(pega_client *client, uint32_t registration, uint16_t group,
+                    const pega_hash *hashes, const uint32_t *blocks, size_t count,
+                    const pega_order *after, uint64_t *request);
 
 /*
  * Gives a lease back without loading. If it is over already, completes with PEGA_UNKNOWN_LEASE,

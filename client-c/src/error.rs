@@ -9,6 +9,8 @@ use pegaflow_shm::desc::Op;
 use pegaflow_shm::mapping::MappingError;
 use pegaflow_shm::status::Status;
 
+use crate::cuda::CudaError;
+
 /// Why a call did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -103,6 +105,20 @@ pub enum Error {
         /// The system's error.
         source: std::io::Error,
     },
+    /// A registration that no daemon could take as it lies in memory.
+    #[error("{value}: {way_out}")]
+    BadLayout {
+        /// What was given.
+        value: String,
+        /// What would be accepted.
+        way_out: String,
+    },
+    /// A call of the CUDA driver failed.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// The CUDA driver of this process cannot be used.
+    #[error("GPU memory: {0}")]
+    Driver(String),
     /// Shared memory could not be made, mapped or reached.
     #[error(transparent)]
     Mapping(#[from] MappingError),
@@ -131,6 +147,13 @@ impl Error {
         }
     }
 
+    pub(crate) fn bad_layout(value: impl Into<String>, way_out: impl Into<String>) -> Error {
+        Error::BadLayout {
+            value: value.into(),
+            way_out: way_out.into(),
+        }
+    }
+
     pub(crate) fn system(operation: &'static str, source: impl Into<std::io::Error>) -> Error {
         Error::System {
             operation,
@@ -152,7 +175,9 @@ impl Error {
             Error::Refused { status, .. } => *status,
             Error::NoDaemon { .. } => Status::NoDaemon,
             Error::Protocol(_) => Status::ProtocolError,
+            Error::BadLayout { .. } => Status::BadLayout,
             Error::System { .. } | Error::Mapping(_) => Status::SystemError,
+            Error::Cuda(_) | Error::Driver(_) => Status::SystemError,
         }
     }
 }

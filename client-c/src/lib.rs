@@ -25,12 +25,14 @@
 //! | `keeper` | the thread that notices the daemon's end and reconnects |
 //! | `log` | lines about changes that an operator would ask about |
 //! | [`memory`] | host memory shared with the daemon, layouts over it |
+//! | `cuda` | GPU memory and events of the engine |
 //! | [`autostart`] | starting a daemon where none listens |
 //! | [`ffi`] | the C ABI |
 
 pub mod autostart;
 pub mod client;
 mod completion;
+mod cuda;
 mod error;
 #[cfg(test)]
 #[path = "../tests/fake/mod.rs"]
@@ -47,9 +49,10 @@ mod stats;
 
 pub use client::Client;
 pub use completion::{Completion, RegistrationId, RequestId};
+pub use cuda::{CudaError, Order};
 pub use error::Error;
 pub use log::{Log, LogLevel};
-pub use memory::{GroupMemory, HostMemory, Registration, SegmentMemory};
+pub use memory::{GroupMemory, HostMemory, MemoryKind, Registration, SegmentMemory};
 pub use options::Options;
 pub use stats::{Limits, State, Stats};
 

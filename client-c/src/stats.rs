@@ -66,6 +66,9 @@ pub struct Stats {
     pub failed_attempts: u64,
     /// Registrations that the present daemon refuses at this moment.
     pub refused_registrations: u64,
+    /// Saves and loads whose call waited for the engine's stream or event, because its events
+    /// cannot be shared with the daemon.
+    pub waited_orders: u64,
 }
 
 /// Sizes that bound one request or all of them.

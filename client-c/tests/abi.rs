@@ -3,6 +3,7 @@
 mod fake;
 
 use std::ffi::{CStr, CString, c_char, c_int};
+use std::mem::offset_of;
 use std::ptr::{null, null_mut};
 
 use fake::Fake;
@@ -397,13 +398,16 @@ fn memory_in_use_is_not_freed() {
             block_stride: 4096,
             bytes: 4096,
         };
-        let size = size_of::<pega_group>() as u32;
+        // As a program gives it that was built when the struct ended here.
+        let size = offset_of!(pega_group, replicated) as u32;
         let group = pega_group {
             size,
             group: 0,
             num_blocks: 256,
             num_segments: 1,
             segments: &segment,
+            replicated: 77,
+            reserved: 77,
         };
         let mut spec: pega_registration = zeroed();
         spec.size = size_of::<pega_registration>() as u32;

@@ -51,6 +51,7 @@ fn an_engine_that_starts_before_its_daemon_works_and_gets_everything_from_the_fi
         group: 0,
         num_blocks: 64,
         segments: vec![segment],
+        replicated: false,
     };
     let id = client.register(&registration(vec![group])).unwrap();
     let limits = client.limits();
@@ -363,6 +364,7 @@ fn a_registration_too_long_for_a_message_is_refused_without_a_daemon_too() {
         group,
         num_blocks: 1,
         segments: vec![segment.clone(); 1024],
+        replicated: false,
     };
     let long = registration((0..4).map(group).collect());
     let error = client.register(&long).unwrap_err();

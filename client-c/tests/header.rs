@@ -153,6 +153,11 @@ fn the_constants_of_the_header_are_those_of_the_code() {
         ("PEGA_MODE_READ_WRITE", i64::from(PEGA_MODE_READ_WRITE)),
         ("PEGA_MODE_SAVE_ONLY", i64::from(PEGA_MODE_SAVE_ONLY)),
         ("PEGA_MEMORY_AUTO", i64::from(PEGA_MEMORY_AUTO)),
+        ("PEGA_MEMORY_HOST", i64::from(PEGA_MEMORY_HOST)),
+        ("PEGA_MEMORY_CUDA", i64::from(PEGA_MEMORY_CUDA)),
+        ("PEGA_ORDER_NONE", i64::from(PEGA_ORDER_NONE)),
+        ("PEGA_ORDER_STREAM", i64::from(PEGA_ORDER_STREAM)),
+        ("PEGA_ORDER_EVENT", i64::from(PEGA_ORDER_EVENT)),
         ("PEGA_LOG_OFF", i64::from(PEGA_LOG_OFF)),
         ("PEGA_LOG_WARN", i64::from(PEGA_LOG_WARN)),
         ("PEGA_LOG_INFO", i64::from(PEGA_LOG_INFO)),
@@ -203,14 +208,15 @@ fn layout_checks() -> String {
         pega_namespace { size, block_tokens, model, revision, dtype, kv_layout, topology,
             hash_algorithm, salt }
         pega_segment { size, memory, address, block_stride, bytes }
-        pega_group { size, group, num_blocks, num_segments, segments }
+        pega_group { size, group, num_blocks, num_segments, segments, replicated, reserved }
+        pega_order { size, kind, handle }
         pega_registration { size, world_size, rank, mode, instance, ns, groups, num_groups,
             reserved }
         pega_completion { size, op, status, reason, request, lease, count, skipped, dropped,
             reserved0, bytes, value, daemon_ns, reserved }
         pega_stats { size, state, submitted, completed, failed, again, probes, probed_blocks,
             probe_hits, loaded_bytes, saved_bytes, disconnects, reconnects, outstanding, away_ms,
-            failed_attempts, refused_registrations }
+            failed_attempts, refused_registrations, waited_orders }
         pega_limits { size, reserved, query_hashes, membership_hashes, save_blocks, load_blocks,
             requests }
     }

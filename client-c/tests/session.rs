@@ -90,6 +90,7 @@ fn memory_of_the_process_itself_can_be_registered() {
         group: 0,
         num_blocks: 16,
         segments: vec![segment],
+        replicated: false,
     };
     let id = client.register(&registration(vec![group])).unwrap();
     // SAFETY: in bounds; the daemon does not touch it now.
@@ -118,6 +119,7 @@ fn long_lists_arrive_whole_and_in_order() {
         group,
         num_blocks: 4096,
         segments: vec![segment.clone()],
+        replicated: false,
     };
     let id = client
         .register(&registration(vec![group(0), group(1)]))

@@ -124,6 +124,7 @@ impl WorkerSpec {
                     .iter()
                     .map(|s| memory.segment(s.base, s.stride as u64, s.bytes as u64))
                     .collect(),
+                replicated: false,
             });
         Registration {
             instance: self.instance.clone(),

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod devices;
 mod events;
 mod life;
 mod regions;
@@ -10,7 +11,7 @@ mod state;
 
 pub(crate) use events::Event;
 pub(crate) use regions::add_region;
-pub(crate) use registrations::{Registered, may_pass, register_message};
+pub(crate) use registrations::{Missing, Registered, may_pass, register_message};
 pub(crate) use state::{Inner, Shared, Wakes};
 
 use std::os::fd::BorrowedFd;
@@ -22,6 +23,7 @@ use pegaflow_shm::BlockHash;
 use pegaflow_shm::control::Welcome;
 
 use crate::completion::{Completion, RegistrationId, RequestId};
+use crate::cuda::Order;
 use crate::memory::{HostMemory, Registration};
 use crate::requests::Draft;
 use crate::session::{Bound, Session};
@@ -169,6 +171,26 @@ impl Client {
             .submit(&Draft::load(registration, group, lease, first, blocks))
     }
 
+    /// [`Self::load`] that overwrites blocks only once `after` is through with them.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; an order over a registration without device memory, a stream that is
+    /// being captured, or a failure of the CUDA driver. Where events cannot be shared with the
+    /// daemon, the call itself waits for `after`, at most [`Options::control_timeout`], and fails
+    /// with [`Error::Timeout`] when that is over: then nothing was submitted.
+    pub fn load_after(
+        &self,
+        registration: RegistrationId,
+        group: u16,
+        lease: u64,
+        first: u32,
+        blocks: &[u32],
+        after: Order,
+    ) -> Result<RequestId, Error> {
+        let draft = Draft::load(registration, group, lease, first, blocks);
+        self.shared.submit_after(&draft, after)
+    }
+
     /// Copies `blocks[i]` into the pool under the name `hashes[i]`. Blocks already held are
     /// skipped.
     ///
@@ -181,6 +203,21 @@ impl Client {
         hashes: &[BlockHash],
         blocks: &[u32],
     ) -> Result<RequestId, Error> {
+        self.save_after(registration, group, hashes, blocks, Order::NONE)
+    }
+
+    /// [`Self::save`] that reads blocks only once `after` has written them.
+    ///
+    /// # Errors
+    /// As [`Self::save`] and [`Self::load_after`].
+    pub fn save_after(
+        &self,
+        registration: RegistrationId,
+        group: u16,
+        hashes: &[BlockHash],
+        blocks: &[u32],
+        after: Order,
+    ) -> Result<RequestId, Error> {
         if hashes.len() != blocks.len() {
             let value = format!("{} hashes, {} blocks", hashes.len(), blocks.len());
             return Err(Error::argument(
@@ -189,8 +226,8 @@ impl Client {
                 "give one block id for each hash",
             ));
         }
-        self.shared
-            .submit(&Draft::save(registration, group, hashes, blocks))
+        let draft = Draft::save(registration, group, hashes, blocks);
+        self.shared.submit_after(&draft, after)
     }
 
     /// Gives a lease back without loading.

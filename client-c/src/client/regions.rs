@@ -16,12 +16,7 @@ use crate::session::{Bound, Session};
 impl Shared {
     pub(crate) fn alloc_host(&self, bytes: usize) -> Result<HostMemory, Error> {
         self.check_process()?;
-        let id = {
-            let mut inner = self.lock();
-            let id = inner.next_region;
-            inner.next_region += 1;
-            id
-        };
+        let id = self.next_region();
         let region = Arc::new(HostRegion::create(id, bytes, self.weak.clone())?);
         let session = {
             let mut inner = self.lock();
@@ -46,6 +41,14 @@ impl Shared {
         Ok(HostMemory { region })
     }
 
+    /// A number that no region of this client has had.
+    pub(crate) fn next_region(&self) -> u32 {
+        let mut inner = self.lock();
+        let id = inner.next_region;
+        inner.next_region += 1;
+        id
+    }
+
     /// The last user of a region is gone. Runs in its drop: nothing may fail or take long here.
     pub(crate) fn forget_region(&self, id: u32) {
         if self.check_process().is_err() {
@@ -56,12 +59,32 @@ impl Shared {
             inner.regions.remove(&id);
             inner.live.as_ref().map(|live| live.session.clone())
         };
-        let Some(session) = session else { return };
-        if self.send_removal(&session, id) {
+        if let Some(session) = session {
+            self.take_back(&session, id);
+        }
+    }
+
+    /// The last user of a region of device memory is gone; session `told` has it. As
+    /// [`Self::forget_region`].
+    pub(crate) fn forget_device_region(&self, id: u32, told: u64) {
+        if self.check_process().is_err() {
+            return;
+        }
+        let session = {
+            let inner = self.lock();
+            inner.live.as_ref().map(|live| live.session.clone())
+        };
+        if let Some(session) = session.filter(|session| session.number == told) {
+            self.take_back(&session, id);
+        }
+    }
+
+    fn take_back(&self, session: &Session, id: u32) {
+        if self.send_removal(session, id) {
             return;
         }
         let mut inner = self.lock();
-        if inner.is_present(&session) {
+        if inner.is_present(session) {
             inner.removals.push(id);
         }
         drop(inner);

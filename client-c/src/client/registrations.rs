@@ -6,12 +6,14 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use pegaflow_shm::control::{ClientMessage, RegisterSpec};
+use pegaflow_shm::control::{ClientMessage, PROTOCOL_DEVICES, RegisterSpec};
 use pegaflow_shm::status::Status;
 
+use super::devices::PlacesOf;
 use super::{Inner, Shared};
 use crate::Error;
 use crate::completion::RegistrationId;
+use crate::cuda::DeviceUse;
 use crate::log::LogLevel;
 use crate::memory::{HostRegion, Registration, ResolvedRegistration, resolve};
 use crate::session::control::Purpose;
@@ -28,7 +30,7 @@ pub(crate) struct Registered {
     /// affair.
     adopted: bool,
     /// The keeper has asked the present daemon and has no answer yet.
-    asked: bool,
+    pub(super) asked: bool,
     /// Its id at the present daemon.
     pub(crate) remote: Option<u32>,
     /// Key of its blocks in the index, once the instance is complete.
@@ -36,9 +38,13 @@ pub(crate) struct Registered {
     /// What the present daemon said against it.
     pub(crate) refusal: Option<(Status, String)>,
     /// The refusal was logged, and so has the acceptance to be.
-    told: bool,
+    pub(super) told: bool,
     /// Kept mapped while the daemon may copy into them.
     regions: Vec<Arc<HostRegion>>,
+    /// The same of device memory, and what orders copies of it.
+    pub(crate) device: Option<DeviceUse>,
+    /// Its caller waits for the keeper to bring it to the daemon, and is told what becomes of it.
+    pub(super) awaited: bool,
 }
 
 impl Registered {
@@ -53,6 +59,8 @@ impl Registered {
             refusal: None,
             told: false,
             regions: resolved.regions,
+            device: resolved.device,
+            awaited: false,
         }
     }
 
@@ -60,6 +68,22 @@ impl Registered {
     pub(crate) fn forget_daemon(&mut self) {
         (self.remote, self.namespace, self.refusal) = (None, None, None);
         (self.told, self.asked) = (false, false);
+    }
+
+    /// Why a daemon of this version cannot take it.
+    pub(crate) fn is_beyond(&self, protocol: u32) -> Option<(Status, String)> {
+        let replicated = self.spec.groups.iter().find(|group| group.replicated);
+        let what = match (&self.device, replicated) {
+            _ if protocol >= PROTOCOL_DEVICES => return None,
+            (Some(_), _) => "GPU memory".to_owned(),
+            (None, Some(group)) => format!("group {}, which is replicated,", group.group),
+            (None, None) => return None,
+        };
+        let text = format!(
+            "{what} needs a daemon of protocol {PROTOCOL_DEVICES}, this one speaks {protocol}: \
+             upgrade pegaflowd"
+        );
+        Some((Status::VersionMismatch, text))
     }
 
     /// The keeper waits for the present daemon's answer.
@@ -89,7 +113,7 @@ impl Inner {
         registered.ok_or(Error::UnknownRegistration(id.0))
     }
 
-    fn slot(&mut self, id: u32) -> Option<&mut Option<Box<Registered>>> {
+    pub(super) fn slot(&mut self, id: u32) -> Option<&mut Option<Box<Registered>>> {
         self.registrations.get_mut((id as usize).wrapping_sub(1))
     }
 
@@ -126,10 +150,11 @@ impl Inner {
 impl Shared {
     pub(crate) fn register(&self, registration: &Registration) -> Result<RegistrationId, Error> {
         self.check_process()?;
-        let resolved = resolve(registration, &self.live_regions())?;
+        let resolved = resolve(registration, &PlacesOf::new(self))?;
         // What cannot be sent would end each session that the keeper tries to send it in.
         check_length(&register_message(u64::MAX, &resolved.spec))?;
         let registered = Registered::new(resolved);
+        let by_keeper = registered.device.is_some();
         let (spec, uses) = (registered.spec.clone(), registered.uses_process_memory);
         let deadline = Instant::now() + self.resolved.options.control_timeout;
         let (id, session) = {
@@ -141,9 +166,14 @@ impl Shared {
             if alone && !self.resolved.start_without_daemon {
                 return Err(inner.disconnected());
             }
-            let adopted = alone;
+            if let Some(session) = &session
+                && let Some((status, text)) = registered.is_beyond(session.welcome.protocol)
+            {
+                return Err(refused(status, &text));
+            }
             let registered = Registered {
-                adopted,
+                adopted: alone || by_keeper,
+                awaited: by_keeper && !alone,
                 ..registered
             };
             inner.registrations.push(Some(Box::new(registered)));
@@ -152,6 +182,10 @@ impl Shared {
         let Some(session) = session else {
             return Ok(RegistrationId(id));
         };
+        if by_keeper {
+            self.await_keeper(id, &session, deadline)?;
+            return Ok(RegistrationId(id));
+        }
         self.prepare(&session, uses);
         let bound = deadline.saturating_duration_since(Instant::now());
         let purpose = Purpose::Register(id);
@@ -185,7 +219,7 @@ impl Shared {
     }
 
     /// Forgets a registration whose caller was told of a failure.
-    fn give_up(&self, id: u32) {
+    pub(super) fn give_up(&self, id: u32) {
         let mut inner = self.lock();
         // Dropped after the lock: it may be the last hold on a region.
         let gone = inner.slot(id).and_then(Option::take);
@@ -210,7 +244,7 @@ impl Shared {
     }
 
     /// The lock, once something holds.
-    fn lock_when(
+    pub(super) fn lock_when(
         &self,
         deadline: Instant,
         mut holds: impl FnMut(&Inner) -> bool,
@@ -369,7 +403,7 @@ impl Shared {
         }
         if let Some(registered) = inner.slot(id).and_then(Option::as_mut) {
             let passes = patient && may_pass(status);
-            if !registered.told && !passes {
+            if !registered.told && !passes && !registered.awaited {
                 registered.told = true;
                 let label = registered.label(id);
                 self.journal.note(LogLevel::Warn, || {
@@ -395,9 +429,9 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Registrations that the present daemon has yet to be asked to take: id, spec, and whether
-    /// there is process memory in it. From here on they count as asked.
-    pub(crate) fn missing_registrations(&self) -> Vec<(u32, Arc<RegisterSpec>, bool)> {
+    /// Registrations that the present daemon has yet to be asked to take. From here on they count
+    /// as asked.
+    pub(crate) fn missing_registrations(&self) -> Vec<Missing> {
         let mut inner = self.lock();
         let numbered = (1u32..).zip(&mut inner.registrations);
         let missing = numbered.filter_map(|(id, slot)| {
@@ -408,10 +442,36 @@ impl Shared {
             {
                 return None;
             }
-            Some((id, registered.spec.clone(), registered.uses_process_memory))
+            Some(Missing {
+                id,
+                spec: registered.spec.clone(),
+                uses_process_memory: registered.uses_process_memory,
+                device: registered.device.clone(),
+            })
         });
         missing.collect()
     }
+
+    /// Why a daemon of this version cannot take a registration.
+    pub(crate) fn is_beyond(&self, id: u32, protocol: u32) -> Option<(Status, String)> {
+        let inner = self.lock();
+        let registered = inner.registration(RegistrationId(id)).ok()?;
+        registered.is_beyond(protocol)
+    }
+
+    /// Whether somebody still wants a registration.
+    pub(crate) fn is_registered(&self, id: u32) -> bool {
+        self.lock().registration(RegistrationId(id)).is_ok()
+    }
+}
+
+/// A registration that the present daemon has not been asked to take.
+#[derive(Debug)]
+pub(crate) struct Missing {
+    pub(crate) id: u32,
+    pub(crate) spec: Arc<RegisterSpec>,
+    pub(crate) uses_process_memory: bool,
+    pub(crate) device: Option<DeviceUse>,
 }
 
 /// Whether a refusal can be over without anybody's doing: the daemon is still ending our own last
@@ -431,7 +491,7 @@ pub(crate) fn register_message(seq: u64, spec: &RegisterSpec) -> ClientMessage {
     }
 }
 
-fn refused(status: Status, message: &str) -> Error {
+pub(super) fn refused(status: Status, message: &str) -> Error {
     Error::Refused {
         status,
         message: message.to_owned(),

@@ -21,6 +21,7 @@ use super::events::Events;
 use super::life::Absence;
 use crate::Error;
 use crate::completion::RequestId;
+use crate::cuda::Cuda;
 use crate::log::Journal;
 use crate::memory::HostRegion;
 use crate::options::Resolved;
@@ -49,6 +50,8 @@ pub(crate) struct Shared {
     pub(crate) probe_hits: AtomicU64,
     pub(crate) weak: Weak<Shared>,
     pub(crate) journal: Journal,
+    /// GPU memory of this process.
+    pub(crate) cuda: Cuda,
     /// Blocks of failed loads; a lock of its own, which no other one is taken under.
     unloaded: Mutex<Unloaded>,
     inner: Mutex<Inner>,
@@ -171,6 +174,7 @@ impl Shared {
             probe_hits: AtomicU64::new(0),
             weak: weak.clone(),
             journal,
+            cuda: Cuda::default(),
             unloaded,
             inner: Mutex::new(inner),
             state: AtomicU32::new(state as u32),

@@ -184,7 +184,7 @@ pub(super) fn bounded_millis(ms: u64) -> Duration {
     Duration::from_millis(ms.min(u64::from(u32::MAX) * 1000))
 }
 
-fn switch(name: &'static str, value: u32) -> Result<Option<bool>, Error> {
+pub(super) fn switch(name: &'static str, value: u32) -> Result<Option<bool>, Error> {
     match value {
         PEGA_DEFAULT => Ok(None),
         PEGA_ON => Ok(Some(true)),
@@ -217,6 +217,7 @@ fn stats_of(client: &Client) -> pega_stats {
         away_ms: stats.away_ms,
         failed_attempts: stats.failed_attempts,
         refused_registrations: stats.refused_registrations,
+        waited_orders: stats.waited_orders,
     }
 }
 

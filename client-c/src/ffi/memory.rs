@@ -3,11 +3,14 @@
 use std::ffi::{c_int, c_void};
 use std::sync::PoisonError;
 
-use super::connect::bounded_millis;
+use super::connect::{bounded_millis, switch};
 use super::guard::exports;
 use super::pointers::{handle, null, put, read_element, read_sized, text};
 use super::types::*;
-use crate::{Error, GroupMemory, Mode, NamespaceSpec, Registration, RegistrationId, SegmentMemory};
+use crate::{
+    Error, GroupMemory, MemoryKind, Mode, NamespaceSpec, Registration, RegistrationId,
+    SegmentMemory,
+};
 
 exports! {
     /// Allocates memory that the daemon maps too.
@@ -158,14 +161,20 @@ unsafe fn read_group(groups: *const pega_group, at: usize) -> Result<GroupMemory
     let read_segment = |at| {
         // SAFETY: the caller's promise: there are `num_segments` of them.
         let segment = unsafe { read_element(given.segments, at)? };
-        if segment.memory != PEGA_MEMORY_AUTO {
-            let value = segment.memory.to_string();
-            return Err(Error::argument("memory", value, "PEGA_MEMORY_AUTO"));
-        }
+        let kind = match segment.memory {
+            PEGA_MEMORY_AUTO => MemoryKind::Auto,
+            PEGA_MEMORY_HOST => MemoryKind::Host,
+            PEGA_MEMORY_CUDA => MemoryKind::Cuda,
+            other => {
+                let way_out = "PEGA_MEMORY_AUTO, PEGA_MEMORY_HOST or PEGA_MEMORY_CUDA";
+                return Err(Error::argument("memory", other.to_string(), way_out));
+            }
+        };
         let address = segment.address.cast::<u8>();
         // SAFETY: by the header, the memory stays mapped and is the daemon's to read and write
         // while the registration lasts.
-        Ok(unsafe { SegmentMemory::at(address, segment.block_stride, segment.bytes) })
+        let place = unsafe { SegmentMemory::at(address, segment.block_stride, segment.bytes) };
+        Ok(place.of_kind(kind))
     };
     let segments = (0..given.num_segments as usize)
         .map(read_segment)
@@ -174,6 +183,7 @@ unsafe fn read_group(groups: *const pega_group, at: usize) -> Result<GroupMemory
         group,
         num_blocks: given.num_blocks,
         segments,
+        replicated: switch("replicated", given.replicated)? == Some(true),
     })
 }
 

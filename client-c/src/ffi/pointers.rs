@@ -31,6 +31,7 @@ sized!(
     pega_namespace,
     pega_segment,
     pega_group,
+    pega_order,
     pega_registration,
     pega_stats,
     pega_limits

@@ -3,10 +3,10 @@
 use std::ffi::c_int;
 
 use super::guard::exports;
-use super::pointers::{array, array_mut, handle, null, put};
+use super::pointers::{array, array_mut, handle, null, put, read_sized};
 use super::types::*;
 use crate::requests::Draft;
-use crate::{BlockHash, Error, RegistrationId, RequestId};
+use crate::{BlockHash, Error, Order, RegistrationId, RequestId};
 
 exports! {
     /// Length of the cached prefix, by reading memory.
@@ -87,6 +87,35 @@ exports! {
         }
     }
 
+    /// Copies a lease's pages into the engine's blocks once something is through with them.
+    try fn pega_load_after(
+        client: *mut pega_client, registration: u32, group: u16, lease: u64, first: u32,
+        blocks: *const u32, count: usize, after: *const pega_order, request: *mut u64,
+    ) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, `count` ids, NULL or an order whose
+        // stream or event lives, a place for the answer.
+        unsafe {
+            let (blocks, after) = (array(blocks, count, "blocks")?, read_order(after)?);
+            let draft = Draft::load(RegistrationId(registration), group, lease, first, blocks);
+            submit_after(client, draft, after, request)
+        }
+    }
+
+    /// Copies blocks into the pool once something has written them.
+    try fn pega_save_after(
+        client: *mut pega_client, registration: u32, group: u16,
+        hashes: *const pega_hash, blocks: *const u32, count: usize,
+        after: *const pega_order, request: *mut u64,
+    ) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes and ids, NULL or an
+        // order whose stream or event lives, a place for the answer.
+        unsafe {
+            let (hashes, blocks) = (read_hashes(hashes, count)?, array(blocks, count, "blocks")?);
+            let draft = Draft::save(RegistrationId(registration), group, hashes, blocks);
+            submit_after(client, draft, read_order(after)?, request)
+        }
+    }
+
     /// Gives a lease back.
     try fn pega_release(
         client: *mut pega_client, registration: u32, lease: u64, request: *mut u64,
@@ -126,15 +155,52 @@ unsafe fn submit(
     draft: Draft<'_>,
     request: *mut u64,
 ) -> Result<c_int, Error> {
+    // SAFETY: the caller's promise.
+    unsafe { submit_after(client, draft, Order::NONE, request) }
+}
+
+/// # Safety
+/// As for [`submit`].
+unsafe fn submit_after(
+    client: *mut pega_client,
+    draft: Draft<'_>,
+    after: Order,
+    request: *mut u64,
+) -> Result<c_int, Error> {
     if request.is_null() {
         return Err(null("request"));
     }
     // SAFETY: the caller's promise.
     unsafe {
-        let id = handle(client)?.client.shared().submit(&draft)?;
+        let id = handle(client)?
+            .client
+            .shared()
+            .submit_after(&draft, after)?;
         put(request, id.0, "request")?;
     }
     Ok(0)
+}
+
+/// # Safety
+/// `order` is NULL or as `pegaflow.h` says, and the stream or event that it names lives.
+unsafe fn read_order(order: *const pega_order) -> Result<Order, Error> {
+    if order.is_null() {
+        return Ok(Order::NONE);
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        let pega_order { kind, handle, .. } = read_sized(order)?;
+        match kind {
+            PEGA_ORDER_NONE => Ok(Order::NONE),
+            PEGA_ORDER_STREAM => Ok(Order::stream(handle)),
+            PEGA_ORDER_EVENT if handle.is_null() => Err(null("order.handle")),
+            PEGA_ORDER_EVENT => Ok(Order::event(handle)),
+            other => {
+                let way_out = "PEGA_ORDER_NONE, PEGA_ORDER_STREAM or PEGA_ORDER_EVENT";
+                Err(Error::argument("order.kind", other.to_string(), way_out))
+            }
+        }
+    }
 }
 
 /// # Safety

@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use crate::{Client, HostMemory};
 
 /// Version of this ABI: raised with each addition.
-pub const PEGA_ABI_VERSION: u32 = 2;
+pub const PEGA_ABI_VERSION: u32 = 3;
 /// Rank of a scheduler.
 pub const PEGA_SCHEDULER: i32 = -1;
 /// Saves, queries and loads.
@@ -33,6 +33,16 @@ pub const PEGA_LOG_WARN: u32 = 2;
 pub const PEGA_LOG_INFO: u32 = 3;
 /// Memory that the library finds out about by its address.
 pub const PEGA_MEMORY_AUTO: u32 = 0;
+/// Memory that is none of a GPU's.
+pub const PEGA_MEMORY_HOST: u32 = 1;
+/// GPU memory of CUDA.
+pub const PEGA_MEMORY_CUDA: u32 = 2;
+/// `pega_order.kind`: nothing is pending.
+pub const PEGA_ORDER_NONE: u32 = 0;
+/// After what a stream has at the moment.
+pub const PEGA_ORDER_STREAM: u32 = 1;
+/// After an event as it was recorded last.
+pub const PEGA_ORDER_EVENT: u32 = 2;
 
 /// A client and the memory it gave out.
 #[derive(Debug)]
@@ -125,7 +135,7 @@ pub struct pega_namespace {
 pub struct pega_segment {
     /// `sizeof(pega_segment)` of the caller.
     pub size: u32,
-    /// `PEGA_MEMORY_AUTO`.
+    /// A `PEGA_MEMORY_*`.
     pub memory: u32,
     /// First byte of block 0.
     pub address: *mut c_void,
@@ -149,6 +159,22 @@ pub struct pega_group {
     pub num_segments: u32,
     /// Parts of a block in layer order.
     pub segments: *const pega_segment,
+    /// All ranks hold the same bytes.
+    pub replicated: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// What a save or load comes after.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct pega_order {
+    /// `sizeof(pega_order)` of the caller.
+    pub size: u32,
+    /// A `PEGA_ORDER_*`.
+    pub kind: u32,
+    /// `cudaStream_t`, `CUstream`, `cudaEvent_t` or `CUevent`.
+    pub handle: *mut c_void,
 }
 
 /// A rank with its memory, or a scheduler.
@@ -247,6 +273,8 @@ pub struct pega_stats {
     pub failed_attempts: u64,
     /// Registrations that the present daemon refuses.
     pub refused_registrations: u64,
+    /// Saves and loads whose call waited for the engine's stream or event.
+    pub waited_orders: u64,
 }
 
 /// Sizes of the largest lists.

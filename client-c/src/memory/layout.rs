@@ -10,6 +10,7 @@ use pegaflow_shm::namespace::NamespaceSpec;
 
 use super::{HostMemory, HostRegion};
 use crate::Error;
+use crate::cuda::{DeviceEvents, DeviceRegion, DeviceUse, Location, Place, Span};
 
 /// A rank of an instance with its KV memory, or a scheduler without.
 #[derive(Clone, Debug)]
@@ -37,6 +38,20 @@ pub struct GroupMemory {
     pub num_blocks: u32,
     /// Parts of a block in layer order.
     pub segments: Vec<SegmentMemory>,
+    /// All ranks hold the same bytes (MLA): they are stored once, and each rank loads them.
+    pub replicated: bool,
+}
+
+/// What kind of memory a segment lies in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MemoryKind {
+    /// Found out by the address: a [`HostMemory`], device memory of CUDA, or memory of the process.
+    #[default]
+    Auto,
+    /// Not device memory; the CUDA driver is not asked.
+    Host,
+    /// Device memory; anything else is refused.
+    Cuda,
 }
 
 /// One strided array: block `b` has `bytes` bytes at `address + b * block_stride`.
@@ -46,6 +61,7 @@ pub struct SegmentMemory {
     block_stride: u64,
     bytes: u64,
     region: Option<Arc<HostRegion>>,
+    kind: MemoryKind,
 }
 
 impl SegmentMemory {
@@ -57,11 +73,13 @@ impl SegmentMemory {
             block_stride,
             bytes,
             region: Some(memory.region.clone()),
+            kind: MemoryKind::Host,
         }
     }
 
     /// An array anywhere in this process. Where it lies in a [`HostMemory`] of the same client, the
-    /// daemon reaches it through that; else through `process_vm_readv` and `process_vm_writev`.
+    /// daemon reaches it through that; where it lies in device memory of CUDA, by sharing its
+    /// allocation; else through `process_vm_readv` and `process_vm_writev`.
     ///
     /// # Safety
     /// While the registration lasts, every block of the array must be memory that the daemon may
@@ -73,7 +91,13 @@ impl SegmentMemory {
             block_stride,
             bytes,
             region: None,
+            kind: MemoryKind::Auto,
         }
+    }
+
+    /// The same array in memory of a kind that the caller knows.
+    pub fn of_kind(self, kind: MemoryKind) -> Self {
+        SegmentMemory { kind, ..self }
     }
 }
 
@@ -83,16 +107,28 @@ pub(crate) struct ResolvedRegistration {
     pub(crate) spec: RegisterSpec,
     pub(crate) regions: Vec<Arc<HostRegion>>,
     pub(crate) uses_process_memory: bool,
+    pub(crate) device: Option<DeviceUse>,
+}
+
+/// Where memory of a registration is looked for.
+pub(crate) trait Places {
+    /// Host memory that the client shares.
+    fn host_regions(&self) -> &[Arc<HostRegion>];
+
+    /// What kind of memory an address outside of it is.
+    fn locate(&self, address: u64) -> Result<Location, Error>;
+
+    /// The regions of spans of device memory, one for each.
+    fn share(&self, spans: &[Span]) -> Result<(Vec<Arc<DeviceRegion>>, Arc<DeviceEvents>), Error>;
 }
 
 /// Checks what needs no daemon and turns addresses into references.
 pub(crate) fn resolve(
     registration: &Registration,
-    regions: &[Arc<HostRegion>],
+    places: &impl Places,
 ) -> Result<ResolvedRegistration, Error> {
     check(registration)?;
-    let mut used: Vec<Arc<HostRegion>> = Vec::new();
-    let mut uses_process_memory = false;
+    let mut found = Found::default();
     let mut groups = Vec::with_capacity(registration.groups.len());
     for group in &registration.groups {
         if group.segments.is_empty() || group.segments.len() > MAX_SEGMENTS {
@@ -103,25 +139,18 @@ pub(crate) fn resolve(
                 way_out,
             ));
         }
-        let mut segments = Vec::with_capacity(group.segments.len());
-        for segment in &group.segments {
-            let (layout, region) = place(segment, group.num_blocks, regions)?;
-            match region {
-                None => uses_process_memory = true,
-                Some(region) if used.iter().all(|known| known.id != region.id) => {
-                    used.push(region);
-                }
-                Some(_) => {}
-            }
-            segments.push(layout);
-        }
+        let placed = group.segments.iter().map(|segment| {
+            let placed = place(segment, group.num_blocks, places)?;
+            found.add(segment, group.num_blocks, placed)
+        });
         groups.push(GroupLayout {
             group: group.group,
             num_blocks: group.num_blocks,
-            segments,
-            replicated: false,
+            segments: placed.collect::<Result<_, _>>()?,
+            replicated: group.replicated,
         });
     }
+    let device = found.share_devices(&mut groups, places)?;
     let Registration {
         instance,
         namespace,
@@ -140,9 +169,96 @@ pub(crate) fn resolve(
     };
     Ok(ResolvedRegistration {
         spec,
-        regions: used,
-        uses_process_memory,
+        regions: found.regions,
+        uses_process_memory: found.uses_process_memory,
+        device,
     })
+}
+
+/// What the segments so far lie in.
+#[derive(Debug, Default)]
+struct Found {
+    regions: Vec<Arc<HostRegion>>,
+    /// The first segment of device memory and the first of any other, in words.
+    on_device: Option<String>,
+    in_host: Option<String>,
+    uses_process_memory: bool,
+    /// Segments of device memory, in order.
+    spans: Vec<Span>,
+}
+
+impl Found {
+    /// Enters a segment's place; that of device memory still counts from address 0.
+    fn add(
+        &mut self,
+        segment: &SegmentMemory,
+        num_blocks: u32,
+        placed: Placed,
+    ) -> Result<SegmentLayout, Error> {
+        let &SegmentMemory {
+            address,
+            block_stride,
+            bytes,
+            ..
+        } = segment;
+        let address = address as u64;
+        let end = end_of(segment, num_blocks).unwrap_or(u64::MAX);
+        let words = || Some(format!("{address:#x}..{end:#x}"));
+        let (memory, base) = match placed {
+            Placed::Device(place) => {
+                self.on_device = self.on_device.take().or_else(words);
+                self.spans.push(Span::new(place, address, end));
+                (MemoryRef::Process, address)
+            }
+            Placed::Process => {
+                self.in_host = self.in_host.take().or_else(words);
+                self.uses_process_memory = true;
+                (MemoryRef::Process, address)
+            }
+            Placed::Region(region) => {
+                self.in_host = self.in_host.take().or_else(words);
+                let base = address - region.base() as u64;
+                let memory = MemoryRef::Region(region.id);
+                if self.regions.iter().all(|known| known.id != region.id) {
+                    self.regions.push(region);
+                }
+                (memory, base)
+            }
+        };
+        if let (Some(device), Some(host)) = (&self.on_device, &self.in_host) {
+            let value = format!("{device} is device memory, {host} is host memory");
+            let way_out = "a registration's segments are all of one kind: register two instances";
+            return Err(Error::bad_layout(value, way_out));
+        }
+        Ok(SegmentLayout {
+            memory,
+            base,
+            block_stride,
+            bytes,
+        })
+    }
+
+    /// Shares the allocations of device memory, and makes the segments count from their starts.
+    fn share_devices(
+        &self,
+        groups: &mut [GroupLayout],
+        places: &impl Places,
+    ) -> Result<Option<DeviceUse>, Error> {
+        if self.spans.is_empty() {
+            return Ok(None);
+        }
+        let (shared, events) = places.share(&self.spans)?;
+        let segments = groups.iter_mut().flat_map(|group| &mut group.segments);
+        let mut regions: Vec<Arc<DeviceRegion>> = Vec::new();
+        for (segment, region) in segments.zip(shared) {
+            segment.memory = MemoryRef::Region(region.id());
+            segment.base -= region.base();
+            if regions.iter().all(|known| known.id() != region.id()) {
+                regions.push(region);
+            }
+        }
+        Ok(Some(DeviceUse { regions, events }))
+    }
 }
 
 fn check(registration: &Registration) -> Result<(), Error> {
@@ -190,60 +306,72 @@ fn check(registration: &Registration) -> Result<(), Error> {
     }
 }
 
-fn place(
-    segment: &SegmentMemory,
-    num_blocks: u32,
-    regions: &[Arc<HostRegion>],
-) -> Result<(SegmentLayout, Option<Arc<HostRegion>>), Error> {
+/// What a segment lies in.
+enum Placed {
+    Region(Arc<HostRegion>),
+    Process,
+    Device(Place),
+}
+
+/// The address behind a segment's last byte, unless it wraps.
+fn end_of(segment: &SegmentMemory, num_blocks: u32) -> Option<u64> {
+    let last = u64::from(num_blocks).checked_sub(1)?;
+    let start = last.checked_mul(segment.block_stride)?;
+    let span = start.checked_add(segment.bytes)?;
+    (segment.address as u64).checked_add(span)
+}
+
+fn place(segment: &SegmentMemory, num_blocks: u32, places: &impl Places) -> Result<Placed, Error> {
     let &SegmentMemory {
         address,
         block_stride,
         bytes,
         ..
     } = segment;
-    let blocks = u64::from(num_blocks);
-    let span = blocks
-        .checked_sub(1)
-        .and_then(|last| last.checked_mul(block_stride))
-        .and_then(|start| start.checked_add(bytes));
-    let end = span.and_then(|span| (address as u64).checked_add(span));
+    let regions = places.host_regions();
+    let end = end_of(segment, num_blocks);
     let Some(end) = end.filter(|_| address != 0 && bytes != 0) else {
         let value = format!("{num_blocks} x {bytes} bytes at {address:#x} every {block_stride}");
         let way_out = "give an address, at least one block, and a span that does not wrap";
         return Err(Error::argument("segment", value, way_out));
     };
+    let value = || format!("{address:#x}..{end:#x}");
     if let Some(named) = &segment.region
         && !regions.iter().any(|region| Arc::ptr_eq(region, named))
     {
         let way_out = "lies in host memory of another client: allocate it from this one";
-        return Err(Error::argument(
-            "segment",
-            format!("{address:#x}..{end:#x}"),
-            way_out,
-        ));
+        return Err(Error::argument("segment", value(), way_out));
     }
-    let layout = |memory, base| SegmentLayout {
-        memory,
-        base,
-        block_stride,
-        bytes,
-    };
     let known = regions.iter().find(|region| {
         let base = region.base() as u64;
         (address as u64) < base + region.bytes() as u64 && end > base
     });
-    let Some(region) = known else {
-        return Ok((layout(MemoryRef::Process, address as u64), None));
-    };
-    let base = region.base() as u64;
-    let limit = base + region.bytes() as u64;
-    if (address as u64) < base || end > limit {
-        let value = format!("{address:#x}..{end:#x}");
-        let way_out = format!("lies only partly in the host memory {base:#x}..{limit:#x}");
-        return Err(Error::argument("segment", value, way_out));
+    if let Some(region) = known {
+        let base = region.base() as u64;
+        let limit = base + region.bytes() as u64;
+        if (address as u64) < base || end > limit {
+            let way_out = format!("lies only partly in the host memory {base:#x}..{limit:#x}");
+            return Err(Error::argument("segment", value(), way_out));
+        }
+        if segment.kind == MemoryKind::Cuda {
+            return Err(not_device(value()));
+        }
+        return Ok(Placed::Region(region.clone()));
     }
-    let placed = layout(MemoryRef::Region(region.id), address as u64 - base);
-    Ok((placed, Some(region.clone())))
+    if segment.kind == MemoryKind::Host {
+        return Ok(Placed::Process);
+    }
+    match places.locate(address as u64)? {
+        Location::Device(place) => Ok(Placed::Device(place)),
+        Location::Process if segment.kind == MemoryKind::Cuda => Err(not_device(value())),
+        Location::Process => Ok(Placed::Process),
+    }
+}
+
+fn not_device(value: String) -> Error {
+    let way_out = "is no memory of the CUDA driver that this process has loaded, if any: leave its \
+                   kind to the library, or allocate it with cudaMalloc";
+    Error::argument("segment", value, way_out)
 }
 
 #[cfg(test)]
@@ -251,6 +379,21 @@ mod tests {
     use std::sync::Weak;
 
     use super::*;
+
+    /// A process without GPU.
+    impl<const N: usize> Places for [Arc<HostRegion>; N] {
+        fn host_regions(&self) -> &[Arc<HostRegion>] {
+            self
+        }
+
+        fn locate(&self, _: u64) -> Result<Location, Error> {
+            Ok(Location::Process)
+        }
+
+        fn share(&self, _: &[Span]) -> Result<(Vec<Arc<DeviceRegion>>, Arc<DeviceEvents>), Error> {
+            unreachable!("there is no device memory")
+        }
+    }
 
     fn region(id: u32, bytes: usize) -> Arc<HostRegion> {
         Arc::new(HostRegion::create(id, bytes, Weak::new()).unwrap())
@@ -273,6 +416,7 @@ mod tests {
                 group: 0,
                 num_blocks: 4,
                 segments,
+                replicated: false,
             }],
         }
     }

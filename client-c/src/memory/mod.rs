@@ -6,8 +6,8 @@ mod index;
 mod layout;
 
 pub use host::HostMemory;
-pub use layout::{GroupMemory, Registration, SegmentMemory};
+pub use layout::{GroupMemory, MemoryKind, Registration, SegmentMemory};
 
 pub(crate) use host::HostRegion;
 pub(crate) use index::IndexMapping;
-pub(crate) use layout::{ResolvedRegistration, resolve};
+pub(crate) use layout::{Places, ResolvedRegistration, resolve};

@@ -21,6 +21,7 @@ use super::table::{Held, ResultSource, local_answer};
 use crate::Error;
 use crate::client::{Inner, Shared, Wakes};
 use crate::completion::{RegistrationId, RequestId};
+use crate::cuda::EventSlot;
 use crate::session::{Live, Session};
 use crate::stats::Limits;
 
@@ -139,6 +140,11 @@ impl<'a> Draft<'a> {
         Draft { cookie, ..self }
     }
 
+    /// What it speaks for; 0, which is none, for what speaks for no registration.
+    pub(crate) fn registration(&self) -> RegistrationId {
+        self.registration.unwrap_or(RegistrationId(0))
+    }
+
     fn total(&self) -> usize {
         self.hashes.len().max(self.blocks.len())
     }
@@ -162,6 +168,15 @@ struct Reserved {
 
 impl Shared {
     pub(crate) fn submit(&self, draft: &Draft<'_>) -> Result<RequestId, Error> {
+        self.submit_with(draft, None)
+    }
+
+    /// Submits a save or load that comes after a recorded event.
+    pub(crate) fn submit_with(
+        &self,
+        draft: &Draft<'_>,
+        after: Option<EventSlot>,
+    ) -> Result<RequestId, Error> {
         self.check_process()?;
         // Copied before the lock is taken.
         let blocks = (draft.op == Op::Load).then(|| Box::from(draft.blocks));
@@ -184,11 +199,21 @@ impl Shared {
         if draft.op == Op::Cancel && inner.table.in_flight(draft.arg0).is_none() {
             return Err(Error::UnknownRequest(draft.arg0));
         }
-        let reserved = inner.reserve(draft, remote, blocks).inspect_err(|error| {
-            if matches!(error, Error::Again(_)) {
-                inner.stats.again += 1;
-            }
-        })?;
+        let number = inner.live.as_ref().map(|live| live.session.number);
+        if let Some(slot) = &after
+            && !number.is_some_and(|number| slot.is_shared_with(number))
+        {
+            drop(inner);
+            self.wait_here(slot)?;
+            return self.submit(draft);
+        }
+        let reserved = inner
+            .reserve(draft, remote, blocks, after)
+            .inspect_err(|error| {
+                if matches!(error, Error::Again(_)) {
+                    inner.stats.again += 1;
+                }
+            })?;
         drop(inner);
         let id = RequestId(reserved.id);
         if let Err(error) = publish(&reserved, draft) {
@@ -205,16 +230,9 @@ impl Shared {
         if draft.op == Op::Query {
             return self.answer_here(inner, draft, Status::Disconnected);
         }
-        if !inner.serves() {
-            return Err(inner.disconnected());
-        }
-        let id = draft.registration.unwrap_or(RegistrationId(0));
-        match &inner.registration(id)?.refusal {
-            Some((status, message)) => Err(Error::Refused {
-                status: *status,
-                message: message.clone(),
-            }),
-            None => Err(Error::NotReady(id.0)),
+        match inner.unserved(draft)? {
+            Some(error) => Err(error),
+            None => Err(inner.disconnected()),
         }
     }
 
@@ -239,6 +257,7 @@ impl Shared {
             source,
             cookie: draft.cookie,
             blocks: (draft.op == Op::Load).then(|| Box::from(draft.blocks)),
+            after: None,
         };
         let id = inner
             .table
@@ -309,6 +328,25 @@ impl Inner {
             .is_some_and(|live| live.session.ending().is_none())
     }
 
+    /// Why the present daemon, if any, does not serve the registration of a request.
+    pub(crate) fn unserved(&self, draft: &Draft<'_>) -> Result<Option<Error>, Error> {
+        let Some(id) = draft.registration else {
+            return Ok((!self.serves()).then(|| self.disconnected()));
+        };
+        let registered = self.registration(id)?;
+        if !self.serves() {
+            return Ok(Some(self.disconnected()));
+        }
+        Ok(match (&registered.refusal, registered.remote) {
+            (_, Some(_)) => None,
+            (Some((status, message)), None) => Some(Error::Refused {
+                status: *status,
+                message: message.clone(),
+            }),
+            (None, None) => Some(Error::NotReady(id.0)),
+        })
+    }
+
     /// Whether the list is one that the present session can take at all.
     fn check_length(&self, draft: &Draft<'_>) -> Result<(), Error> {
         self.live
@@ -321,6 +359,7 @@ impl Inner {
         draft: &Draft<'_>,
         registration: u32,
         blocks: Option<Box<[u32]>>,
+        after: Option<EventSlot>,
     ) -> Result<Reserved, Error> {
         let Some(live) = &mut self.live else {
             return Err(self.disconnected());
@@ -344,6 +383,9 @@ impl Inner {
             arg2: draft.arg2,
             ..Submission::zeroed()
         };
+        if let Some(slot) = &after {
+            template = template.with_after(Some(slot.index()));
+        }
         let chain = live.chunks.take(chunks).ok_or(Error::Again("arena"))?;
         let source = match take_result(live, draft) {
             Ok(source) => source,
@@ -366,6 +408,7 @@ impl Inner {
             source,
             cookie,
             blocks,
+            after,
         };
         let id = self
             .table

@@ -15,6 +15,7 @@ use pegaflow_shm::status::Status;
 use super::arena::Chain;
 use super::results::ResultRange;
 use crate::completion::{Completion, RequestId};
+use crate::cuda::EventSlot;
 use crate::session::Session;
 
 /// Ends the ready list.
@@ -56,6 +57,8 @@ pub(crate) struct Held {
     pub(crate) cookie: u64,
     /// Load: the blocks that it was to fill.
     pub(crate) blocks: Option<Box<[u32]>>,
+    /// The event that it comes after; free for others once the request has finished.
+    pub(crate) after: Option<EventSlot>,
 }
 
 #[derive(Debug)]
@@ -95,6 +98,7 @@ impl Table {
                 source: None,
                 cookie: 0,
                 blocks: None,
+                after: None,
             },
             answer: Answer::zeroed(),
         };
@@ -169,6 +173,7 @@ impl Table {
         debug_assert_eq!(entry.phase, Phase::InFlight);
         entry.phase = Phase::Ready;
         entry.answer = answer;
+        entry.held.after = None;
         if entry.waiters > 0 {
             return true;
         }
@@ -295,6 +300,7 @@ mod tests {
             source: None,
             cookie: 5,
             blocks: None,
+            after: None,
         }
     }
 

@@ -38,6 +38,8 @@ pub(crate) enum Purpose {
     AddRegion(u32),
     /// Registers this registration of ours.
     Register(u32),
+    /// Brings a region of device memory or events.
+    Device,
     /// Takes something back.
     Removal,
 }

@@ -79,6 +79,7 @@ pub fn worker(client: &Client, memory: &HostMemory) -> RegistrationId {
         group,
         num_blocks: blocks,
         segments: vec![segment.clone()],
+        replicated: false,
     };
     let id = client
         .register(&registration(vec![group(0), group(1)]))

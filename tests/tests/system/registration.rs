@@ -111,6 +111,7 @@ fn register(client: &Client, blocks: u32, segments: &[Array]) -> Result<(), Erro
         group: 0,
         num_blocks: blocks,
         segments,
+        replicated: false,
     }];
     let registration = Registration {
         groups,

@@ -150,6 +150,7 @@ fn broken_instance(client: &Client, spec: &WorkerSpec) -> RegistrationId {
         group: 0,
         num_blocks: 64,
         segments,
+        replicated: false,
     }];
     let registration = Registration {
         instance: "broken".into(),

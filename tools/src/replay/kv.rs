@@ -141,6 +141,7 @@ impl KvCache {
             group: 0,
             num_blocks: self.shape.num_blocks,
             segments,
+            replicated: false,
         }
     }
 

@@ -6,13 +6,15 @@
 
 #![forbid(unsafe_code)]
 
+mod bringing;
+
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use pegaflow_shm::control::{ClientMessage, DaemonMessage, PROTOCOL_DRAINING};
+use pegaflow_shm::control::{ClientMessage, DaemonMessage, PROTOCOL_DEVICES, PROTOCOL_DRAINING};
 use pegaflow_shm::status::Status;
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -23,6 +25,7 @@ use crate::session::control::{Purpose, Reply};
 use crate::session::{Bound, Channel, ConnectError, Live, Session, kind};
 use crate::shared::process::without_signals;
 use crate::shared::timespec;
+use bringing::{Bringing, Parcel, Refusal};
 
 /// Longest sleep without looking up.
 const LONGEST_SLEEP: Duration = Duration::from_secs(10);
@@ -59,6 +62,7 @@ pub(crate) fn spawn(shared: Arc<Shared>) -> Result<JoinHandle<()>, Error> {
         retry_at: None,
         refusals: 0,
         expects_successor: false,
+        bringing: Bringing::default(),
     };
     let builder = std::thread::Builder::new().name("pega-keeper".to_owned());
     without_signals(|| builder.spawn(move || keeper.run()))
@@ -78,6 +82,8 @@ struct Keeper {
     refusals: u32,
     /// The present daemon has said that it stops.
     expects_successor: bool,
+    /// Registrations of device memory on their way to the present daemon.
+    bringing: Bringing,
 }
 
 impl Keeper {
@@ -146,7 +152,10 @@ impl Keeper {
 
     fn handle(&mut self, session: &Arc<Session>, message: DaemonMessage) -> Result<(), Error> {
         match message {
-            DaemonMessage::Done { seq } => self.shared.control.answer(seq, Reply::Done),
+            DaemonMessage::Done { seq } => {
+                self.step_answered(session, seq, &Reply::Done)?;
+                self.shared.control.answer(seq, Reply::Done);
+            }
             DaemonMessage::Registered { seq, registration } => {
                 self.registered(session, seq, registration)?;
             }
@@ -154,9 +163,7 @@ impl Keeper {
                 seq,
                 status,
                 message,
-            } => {
-                self.failed(session, seq, status, message);
-            }
+            } => self.failed(session, seq, status, message)?,
             DaemonMessage::Ready {
                 registration,
                 namespace,
@@ -176,9 +183,19 @@ impl Keeper {
                 session.mark_draining();
                 self.expects_successor = true;
             }
-            other @ (DaemonMessage::DeviceDown { .. } | DaemonMessage::DeviceUp { .. }) => {
-                let text = format!("{} of a GPU that it was told nothing about", kind(&other));
+            other @ (DaemonMessage::DeviceDown { .. } | DaemonMessage::DeviceUp { .. })
+                if session.welcome.protocol < PROTOCOL_DEVICES =>
+            {
+                let (spoken, kind) = (session.welcome.protocol, kind(&other));
+                let text = format!("{kind} in a session of protocol {spoken}");
                 return Err(Error::Protocol(text));
+            }
+            DaemonMessage::DeviceDown { device, message } => {
+                self.shared.device_down(session, device, &message);
+            }
+            DaemonMessage::DeviceUp { device } => {
+                self.shared.note_device_up(device);
+                self.retry_at = Some(Instant::now());
             }
             DaemonMessage::Closing { status, message }
             | DaemonMessage::Refused { status, message } => {
@@ -210,26 +227,85 @@ impl Keeper {
         self.send(session, Purpose::Removal, &[], message)
     }
 
-    fn failed(&mut self, session: &Session, seq: u64, status: Status, message: String) {
+    fn failed(
+        &mut self,
+        session: &Session,
+        seq: u64,
+        status: Status,
+        message: String,
+    ) -> Result<(), Error> {
         if let Some((Purpose::Register(id), true)) = self.shared.control.purpose(seq) {
-            // Another client may still hold the rank, or a limit: that can pass.
-            self.refusals += if may_pass(status) { 1 } else { PATIENCE };
-            let refusal = (status, message.clone());
-            let patient = self.refusals < PATIENCE;
-            self.shared.refused(session, id, refusal, patient);
-            self.retry_at = Some(Instant::now() + self.registering.next());
+            self.refused(session, id, status, message.clone());
         }
         if let Some((Purpose::AddRegion(id), true)) = self.shared.control.purpose(seq) {
             let reason = format!("the daemon refused region {id}: {message}");
             self.shared.lose(session.number, status, &reason);
         }
-        self.shared
-            .control
-            .answer(seq, Reply::Failed { status, message });
+        let reply = Reply::Failed { status, message };
+        self.step_answered(session, seq, &reply)?;
+        self.shared.control.answer(seq, reply);
+        Ok(())
+    }
+
+    /// The present daemon does not take a registration, which is tried again later.
+    fn refused(&mut self, session: &Session, id: u32, status: Status, message: String) {
+        // Another client may still hold the rank, or a limit: that can pass.
+        self.refusals += if may_pass(status) { 1 } else { PATIENCE };
+        let patient = self.refusals < PATIENCE;
+        let refusal = (status, message);
+        self.shared.refused(session, id, refusal, patient);
+        self.retry_at = Some(Instant::now() + self.registering.next());
+    }
+
+    /// Answers that are about a step on the way of a registration of device memory.
+    fn step_answered(&mut self, session: &Session, seq: u64, reply: &Reply) -> Result<(), Error> {
+        if !matches!(self.shared.control.purpose(seq), Some((Purpose::Device, _))) {
+            return Ok(());
+        }
+        let next = self.bringing.answered(&self.shared, session, reply);
+        self.pass_on(session, next)?;
+        self.bring(session)
+    }
+
+    /// Sends what registrations of device memory need, up to the next answer.
+    fn bring(&mut self, session: &Session) -> Result<(), Error> {
+        while !self.bringing.is_idle() {
+            let next = self.bringing.next(&self.shared, session);
+            if !self.pass_on(session, next)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a parcel, or notes why there is none; false if there is none and nothing to say.
+    fn pass_on(
+        &mut self,
+        session: &Session,
+        next: Result<Option<Parcel>, Refusal>,
+    ) -> Result<bool, Error> {
+        match next {
+            Ok(None) => Ok(false),
+            Ok(Some(parcel)) => {
+                let (purpose, message) = (parcel.purpose, parcel.message);
+                let fds: Vec<_> = parcel.fds.iter().map(AsFd::as_fd).collect();
+                self.send(session, purpose, &fds, message)?;
+                Ok(true)
+            }
+            Err(Refusal {
+                id,
+                status,
+                message,
+            }) => {
+                self.refused(session, id, status, message);
+                Ok(true)
+            }
+        }
     }
 
     fn reconnect(&mut self) {
         (self.retry_at, self.refusals) = (None, 0);
+        self.bringing.reset();
         if std::mem::take(&mut self.expects_successor) {
             self.backoff.hurry(SUCCESSION);
         }
@@ -270,7 +346,7 @@ impl Keeper {
     }
 
     /// Tells a fresh session about everything the engine has. The answers come one by one.
-    fn restore(&self, session: &Session, regions: &[Weak<HostRegion>]) -> Result<(), Error> {
+    fn restore(&mut self, session: &Session, regions: &[Weak<HostRegion>]) -> Result<(), Error> {
         for region in regions.iter().filter_map(Weak::upgrade) {
             let fds = [region.fd.as_fd()];
             self.send(session, Purpose::AddRegion(region.id), &fds, |seq| {
@@ -281,14 +357,21 @@ impl Keeper {
         self.register_missing(session)
     }
 
-    fn register_missing(&self, session: &Session) -> Result<(), Error> {
-        for (id, spec, uses_process_memory) in self.shared.missing_registrations() {
-            self.shared.prepare(session, uses_process_memory);
-            self.send(session, Purpose::Register(id), &[], |seq| {
-                register_message(seq, &spec)
-            })?;
+    fn register_missing(&mut self, session: &Session) -> Result<(), Error> {
+        for missing in self.shared.missing_registrations() {
+            let (id, protocol) = (missing.id, session.welcome.protocol);
+            if let Some((status, text)) = self.shared.is_beyond(id, protocol) {
+                self.refused(session, id, status, text);
+            } else if missing.device.is_some() {
+                self.bringing.add(missing);
+            } else {
+                self.shared.prepare(session, missing.uses_process_memory);
+                self.send(session, Purpose::Register(id), &[], |seq| {
+                    register_message(seq, &missing.spec)
+                })?;
+            }
         }
-        Ok(())
+        self.bring(session)
     }
 
     /// Tries refused registrations again when their pause is over.
@@ -308,7 +391,8 @@ impl Keeper {
         if waits || session.ending().is_some() {
             return;
         }
-        if !self.shared.control.has_background() && self.shared.announce(session) {
+        let is_idle = self.bringing.is_idle() && !self.shared.control.has_background();
+        if is_idle && self.shared.announce(session) {
             self.backoff.reset();
         }
     }
