@@ -41,7 +41,9 @@ UNSAFE_ALLOWED = (
     "tests/src/withheld.rs",
     "tools/src/bench/c_scheduler.rs",
     "tools/src/bench/memcpy.rs",
+    "tools/src/bench/gpu/cache.rs",
     "tools/src/doctor/probe.rs",
+    "tools/src/gpu/",
     "tools/src/replay/kv.rs",
 )
 

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use pegaflow_shm::paths;
 
+use crate::bench::gpu::{ENGINE_ARGUMENT, engine_main};
 use crate::bench::rings::{PEER_ARGUMENT, peer_main};
 use crate::bench::{self, BenchCommand};
 use crate::children;
@@ -105,6 +106,7 @@ pub fn main() -> ExitCode {
             Some(PEER_ARGUMENT) => Some(peer_main()),
             Some(SCHEDULER_ARGUMENT) => Some(scheduler_main()),
             Some(WORKER_ARGUMENT) => Some(worker_main()),
+            Some(ENGINE_ARGUMENT) => Some(engine_main()),
             Some(RUN_ARGUMENT) => Some(run_daemon(&rest)),
             _ => None,
         };

@@ -40,6 +40,8 @@ pub struct DaemonSpec {
     pub copy_threads: Option<u32>,
     /// `--checksum`; `None` takes the daemon's default.
     pub checksum: Option<String>,
+    /// Further arguments, as they are.
+    pub further: Vec<String>,
 }
 
 impl DaemonSpec {
@@ -53,6 +55,7 @@ impl DaemonSpec {
             admission: None,
             copy_threads: None,
             checksum: None,
+            further: Vec::new(),
         }
     }
 
@@ -89,6 +92,7 @@ impl DaemonSpec {
                 flag(name, value.into());
             }
         }
+        arguments.extend(self.further.iter().map(OsString::from));
         arguments
     }
 }

@@ -54,6 +54,9 @@ pub enum ToolError {
     /// A line of a trace.
     #[error(transparent)]
     Trace(#[from] TraceError),
+    /// A GPU of this process.
+    #[error(transparent)]
+    Gpu(#[from] crate::gpu::GpuError),
     /// The library refused something.
     #[error("{what}: {source}")]
     Client {

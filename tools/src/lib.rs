@@ -6,6 +6,7 @@
 //! | [`node`] | a node as its shared memory shows it |
 //! | [`status`], [`rings`], [`metrics`], [`top`] | tables and the live screen |
 //! | [`doctor`] | checks of the machine |
+//! | [`gpu`] | GPUs of this process: memory, streams, events |
 //! | [`replay`] | a workload through engine processes, every loaded byte checked |
 //! | [`mod@bench`] | latency and throughput against the machine's limits |
 //! | [`daemon`], [`children`] | processes of our own and their end |
@@ -17,6 +18,7 @@ pub mod daemon;
 pub mod doctor;
 pub mod domains;
 pub mod error;
+pub mod gpu;
 pub mod metrics;
 pub mod node;
 pub mod output;

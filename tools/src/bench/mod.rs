@@ -4,6 +4,7 @@
 
 #[allow(unsafe_code)]
 mod c_scheduler;
+pub mod gpu;
 #[allow(unsafe_code)]
 mod memcpy;
 pub mod query;
@@ -39,6 +40,8 @@ pub enum BenchCommand {
     Query(QueryArgs),
     /// Save until sealed, and load, against memcpy with the daemon's number of copy threads
     Save(SaveArgs),
+    /// Save and load of GPU memory, against one large copy of the same run (needs an NVIDIA GPU)
+    Gpu(gpu::GpuArgs),
     /// Restart of a killed daemon over its full pool, until the first query is a hit
     Restart(RestartArgs),
 }
@@ -138,6 +141,7 @@ pub fn bench(
         BenchCommand::Rings(args) => rings_command(args, socket, place, as_json),
         BenchCommand::Query(args) => query::command(args, socket, place, as_json),
         BenchCommand::Save(args) => save::command(args, socket, place, as_json),
+        BenchCommand::Gpu(args) => gpu::command(args, socket, place, as_json),
         BenchCommand::Restart(args) => restart::command(args, socket, place, as_json),
     }
 }

@@ -230,7 +230,7 @@ fn xxh3_gbps(bytes: u64, page_bytes: u64) -> f64 {
 }
 
 /// CPU time of all threads of a process in nanoseconds, by the scheduler's account.
-fn cpu_ns(pid: u32) -> Option<u64> {
+pub(super) fn cpu_ns(pid: u32) -> Option<u64> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
     let mut sum = 0_u64;
     for task in tasks.flatten() {

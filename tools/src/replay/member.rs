@@ -5,7 +5,9 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use pegaflow::{Client, Completion, Error, Mode, NamespaceSpec, Options, Registration};
+use pegaflow::{
+    Client, Completion, Error, GroupMemory, Mode, NamespaceSpec, Options, Registration,
+};
 use pegaflow::{RegistrationId, RequestId};
 use pegaflow_shm::BlockHash;
 use pegaflow_shm::status::Status;
@@ -119,6 +121,29 @@ impl Member {
             },
             kv,
         ))
+    }
+
+    /// A worker over memory of its own, which it keeps as long as this value.
+    ///
+    /// # Errors
+    /// The daemon does not answer or refuses.
+    pub fn over(
+        identity: &Identity,
+        rank: u32,
+        groups: Vec<GroupMemory>,
+    ) -> Result<Member, ToolError> {
+        let client = identity.connect(&format!("rank {rank}"))?;
+        let registration = Registration {
+            groups,
+            ..identity.registration(Some(rank), None)
+        };
+        let registration = client
+            .register(&registration)
+            .map_err(ToolError::client("registering KV memory"))?;
+        Ok(Member {
+            client,
+            registration,
+        })
     }
 
     /// Waits until all ranks have registered.

@@ -1,0 +1,215 @@
+//! `bench gpu`: saves and loads of GPU memory through daemon and library, by engines in processes
+//! of their own, each figure beside one large copy of the same run.
+
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)]
+mod cache;
+mod case;
+mod compute;
+mod engine;
+mod report;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use bytesize::ByteSize;
+use clap::Args;
+use rustix::fs::statvfs;
+
+pub use engine::{ENGINE_ARGUMENT, engine_main};
+
+use self::case::{Case, Compute, cases};
+use self::engine::{Answer, Figures, Order, Slowdown};
+use self::report::Report;
+use crate::daemon::{DaemonInUse, DaemonSpec};
+use crate::error::ToolError;
+use crate::gpu::{Gpu, GpuError};
+use crate::node::NodePlace;
+use crate::replay::pipe::{self, Started};
+
+/// Flags of `bench gpu`.
+#[derive(Clone, Debug, Args)]
+pub struct GpuArgs {
+    /// GPUs, by their numbers in this process; several are measured one by one and at once
+    #[arg(long, value_delimiter = ',', value_name = "N", default_value = "0")]
+    pub gpus: Vec<u32>,
+    /// GPU memory of an engine
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    pub memory: ByteSize,
+    /// Pool of the daemon [default: 12 GiB, or half of the shared memory that is free]
+    #[arg(long, value_name = "SIZE")]
+    pub pool_size: Option<ByteSize>,
+    /// Saves and loads of each case; small cases take more
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub rounds: u8,
+    /// Only cases whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    pub only: Option<String>,
+    /// What the copies cost an engine that computes meanwhile (needs cuBLAS)
+    #[arg(long)]
+    pub interference: bool,
+    /// Further argument of the daemon, such as --daemon-arg=--pin=background
+    #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
+    pub daemon_arg: Vec<String>,
+}
+
+const USUAL_POOL: u64 = 12 << 30;
+/// Blocks of all cases together, with room.
+const MAX_BLOCKS: u64 = 2 << 20;
+/// The cases beside which computations are measured.
+const INTERFERING: [&str; 2] = ["2-MiB pages", "16-KiB"];
+
+/// An engine in a process of its own.
+struct Engine {
+    gpu: u32,
+    process: Started,
+}
+
+impl Engine {
+    fn start(gpu: u32) -> Result<Engine, ToolError> {
+        let process = pipe::start(&format!("the engine on GPU {gpu}"), ENGINE_ARGUMENT)?;
+        Ok(Engine { gpu, process })
+    }
+
+    fn tell(&mut self, order: &Order) -> Result<(), ToolError> {
+        self.process.1.send(order)
+    }
+
+    fn answer(&mut self) -> Result<Answer, ToolError> {
+        match self.process.2.expect()? {
+            Answer::Failed(what) => Err(ToolError::Child {
+                process: format!("the engine on GPU {}", self.gpu),
+                what,
+            }),
+            answer => Ok(answer),
+        }
+    }
+
+    fn ask(&mut self, order: &Order) -> Result<Answer, ToolError> {
+        self.tell(order)?;
+        self.answer()
+    }
+
+    fn unexpected(&self, answer: &Answer) -> ToolError {
+        ToolError::Child {
+            process: format!("the engine on GPU {}", self.gpu),
+            what: format!("answers {answer:?}"),
+        }
+    }
+}
+
+/// `pegactl bench gpu`.
+///
+/// # Errors
+/// There is no GPU, or a daemon or a process keeps it from finishing.
+pub fn command(
+    args: &GpuArgs,
+    socket: Option<&Path>,
+    place: &NodePlace,
+    as_json: bool,
+) -> Result<(), ToolError> {
+    let count = Gpu::count()?;
+    if let Some(ordinal) = args.gpus.iter().copied().find(|gpu| *gpu >= count) {
+        return Err(GpuError::NoDevice { ordinal, count }.into());
+    }
+    let mut spec = DaemonSpec::with_pool(pool_bytes(args, place));
+    spec.max_blocks = Some(MAX_BLOCKS);
+    spec.further.clone_from(&args.daemon_arg);
+    let mut daemon = DaemonInUse::new(socket, place, &spec)?;
+    let report = run(args, &daemon).map_err(|error| daemon.explain(error))?;
+    if as_json {
+        crate::output::print_json(&report);
+    } else {
+        println!("{}", report.render());
+    }
+    Ok(())
+}
+
+fn pool_bytes(args: &GpuArgs, place: &NodePlace) -> u64 {
+    if let Some(size) = args.pool_size {
+        return size.as_u64();
+    }
+    let folder = place.shm_dir.ancestors().find(|folder| folder.exists());
+    let free = folder.and_then(|folder| statvfs(folder).ok());
+    let free = free.map_or(USUAL_POOL, |space| space.f_bavail * space.f_frsize);
+    USUAL_POOL.min(free / 2)
+}
+
+fn run(args: &GpuArgs, daemon: &DaemonInUse) -> Result<Report, ToolError> {
+    let mut report = Report::default();
+    let mut engines = Vec::new();
+    for gpu in &args.gpus {
+        let mut engine = Engine::start(*gpu)?;
+        match engine.ask(&Order::Open { gpu: *gpu })? {
+            Answer::Opened {
+                name,
+                out_gbps,
+                in_gbps,
+            } => report.add_gpu(*gpu, name, (out_gbps, in_gbps)),
+            other => return Err(engine.unexpected(&other)),
+        }
+        engines.push(engine);
+    }
+    let wanted = |case: &Case| {
+        let only = args.only.as_deref();
+        only.is_none_or(|text| case.name.contains(text))
+    };
+    let all = cases(args.memory.as_u64() as usize, usize::from(args.rounds));
+    for case in all.iter().filter(|case| wanted(case)) {
+        for engine in &mut engines {
+            let gpu = engine.gpu;
+            let figures = measure(std::slice::from_mut(engine), daemon, case)?;
+            report.add_case(case, &figures);
+            if args.interference && INTERFERING.iter().any(|name| case.name.contains(name)) {
+                for compute in Compute::ALL {
+                    let slowdown = interfere(engine, compute)?;
+                    report.add_slowdown(gpu, case, compute, &slowdown);
+                }
+            }
+        }
+        if engines.len() > 1 {
+            report.add_case(case, &measure(&mut engines, daemon, case)?);
+        }
+    }
+    Ok(report)
+}
+
+/// Measures a case on several GPUs at once.
+fn measure(
+    engines: &mut [Engine],
+    daemon: &DaemonInUse,
+    case: &Case,
+) -> Result<BTreeMap<u32, Figures>, ToolError> {
+    for engine in engines.iter_mut() {
+        let salt = format!("{}-{}", engine.gpu, crate::output::unix_now_ms());
+        let order = Order::Prepare {
+            socket: daemon.socket().to_owned(),
+            salt,
+            case: case.clone(),
+        };
+        match engine.ask(&order)? {
+            Answer::Ready => {}
+            other => return Err(engine.unexpected(&other)),
+        }
+    }
+    let daemon = daemon.view()?.header.pid;
+    for engine in engines.iter_mut() {
+        engine.tell(&Order::Go { daemon })?;
+    }
+    let mut all = BTreeMap::new();
+    for engine in engines.iter_mut() {
+        match engine.answer()? {
+            Answer::Figures(figures) => all.insert(engine.gpu, figures),
+            other => return Err(engine.unexpected(&other)),
+        };
+    }
+    Ok(all)
+}
+
+fn interfere(engine: &mut Engine, compute: Compute) -> Result<Slowdown, ToolError> {
+    match engine.ask(&Order::Interfere { compute })? {
+        Answer::Slowdown(slowdown) => Ok(slowdown),
+        other => Err(engine.unexpected(&other)),
+    }
+}
