@@ -25,6 +25,8 @@ UNSAFE_ALLOWED = (
     "engine/src/copy/",
     "engine/src/device/cuda.rs",
     "engine/src/device/driver.rs",
+    "engine/src/device/slot.rs",
+    "engine/src/device/side.rs",
     "engine/src/isolation/peer_groups.rs",
     "engine/src/pool/mapping.rs",
     "engine/src/pool/memory.rs",

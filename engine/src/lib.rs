@@ -7,7 +7,7 @@ pub mod config;
 pub mod control;
 pub mod copy;
 pub mod daemon;
-#[allow(dead_code, reason = "the threads that copy come next")]
+#[allow(dead_code, reason = "pinning and news to the sessions come next")]
 pub mod device;
 pub mod fault;
 #[cfg(any(test, fuzzing))]

@@ -44,7 +44,6 @@ pub(crate) struct DeviceTarget {
     regions: Vec<Arc<DeviceRegion>>,
 }
 
-#[allow(dead_code, reason = "the threads that copy come next")]
 impl DeviceTarget {
     /// The device.
     pub(crate) fn card(&self) -> &Arc<Card> {

@@ -86,7 +86,7 @@ unsafe fn page_checksum(pool: &PoolMemory, offset: u64, bytes: u64) -> u64 {
 /// # Safety
 ///
 /// As for [`verify`].
-pub(super) unsafe fn take(pool: &PoolMemory, page_bytes: u64, pages: &mut [PageCopy]) {
+pub(crate) unsafe fn take(pool: &PoolMemory, page_bytes: u64, pages: &mut [PageCopy]) {
     for page in pages {
         if page.checksum != NO_CHECKSUM {
             // SAFETY: the caller's promise.
@@ -100,7 +100,7 @@ pub(super) unsafe fn take(pool: &PoolMemory, page_bytes: u64, pages: &mut [PageC
 /// # Safety
 ///
 /// Every page lies in the pool, and no thread of this process writes to it meanwhile.
-pub(super) unsafe fn verify(
+pub(crate) unsafe fn verify(
     pool: &PoolMemory,
     page_bytes: u64,
     pages: &[PageCopy],

@@ -10,14 +10,15 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use super::backend::CopyBackend;
 use super::error::CopyError;
-use super::task::{CopyDone, CopyTask};
+use super::results::Results;
+use super::task::CopyTask;
 use super::workers::{CopyOptions, finished, run_task};
 
 /// A crew's thread has little to keep: a backend's lists lie on the heap.
@@ -35,55 +36,22 @@ pub(super) struct CrewOffice {
     pub(super) spin: Duration,
     /// How long it sleeps before it ends.
     pub(super) idle: Duration,
-    results: Mutex<VecDeque<CopyDone>>,
-    /// Length of `results`, to be looked at without the lock.
-    waiting: AtomicUsize,
-    notify: Arc<dyn Fn() + Send + Sync>,
+    results: Arc<Results>,
 }
 
 impl CrewOffice {
     pub(super) fn new(
         new_backend: NewBackend,
         options: &CopyOptions,
-        notify: Arc<dyn Fn() + Send + Sync>,
+        results: Arc<Results>,
     ) -> Arc<Self> {
         Arc::new(Self {
             new_backend,
             threads: options.crew_threads,
             spin: options.spin,
             idle: options.crew_idle,
-            results: Mutex::default(),
-            waiting: AtomicUsize::new(0),
-            notify,
+            results,
         })
-    }
-
-    fn put(&self, done: CopyDone) {
-        let mut results = lock(&self.results);
-        results.push_back(done);
-        self.waiting.store(results.len(), Ordering::Relaxed);
-        drop(results);
-        // SYNC: copy-done. Pairs with the lane's fence between setting its parked flag and its
-        // last `has_done`: either it sees the result, or `notify` sees the flag.
-        fence(Ordering::SeqCst);
-        (self.notify)();
-    }
-
-    /// The next result of any crew.
-    #[inline]
-    pub(super) fn pop(&self) -> Option<CopyDone> {
-        if !self.has_some() {
-            return None;
-        }
-        let mut results = lock(&self.results);
-        let done = results.pop_front();
-        self.waiting.store(results.len(), Ordering::Relaxed);
-        done
-    }
-
-    #[inline]
-    pub(super) fn has_some(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) > 0
     }
 }
 
@@ -223,7 +191,9 @@ impl Inner {
         drop(state);
         for task in tasks {
             let outcome = (Err(CopyError::NoThread { errno }), 0);
-            self.office.put(finished(task, outcome, Duration::ZERO));
+            self.office
+                .results
+                .put(finished(task, outcome, Duration::ZERO));
         }
     }
 
@@ -233,7 +203,7 @@ impl Inner {
             let done = run_task(&mut backend, &*self.office.new_backend, task);
             // Before the result is out: whoever has it may count on an idle thread.
             self.lock().threads.insert(number, None);
-            self.office.put(done);
+            self.office.results.put(done);
         }
         self.gone.notify_all();
     }

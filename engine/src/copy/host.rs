@@ -99,7 +99,7 @@ impl HostBackend {
 }
 
 /// Refuses a list that names a page outside the pool or a block the group does not have.
-fn check_pages(pool: &PoolMemory, task: &CopyTask) -> Result<(), CopyError> {
+pub(crate) fn check_pages(pool: &PoolMemory, task: &CopyTask) -> Result<(), CopyError> {
     let (pool_bytes, layout) = (pool.bytes(), task.target.layout());
     let num_blocks = layout.num_blocks();
     for (

@@ -20,7 +20,9 @@ use super::crew::{Crew, CrewOffice};
 use super::error::CopyError;
 use super::host::HostBackend;
 use super::memory::PoolMemory;
+use super::results::Results;
 use super::task::{CopyDone, CopyTask};
+use crate::device::Devices;
 
 /// How long [`CopyWorkers::stop`] waits for copies of process memory. They are short or, if their
 /// process wants it so, endless.
@@ -74,6 +76,9 @@ pub struct CopyWorkers {
     office: Arc<CrewOffice>,
     /// By session.
     crews: HashMap<u64, Crew>,
+    /// Results of crews and devices.
+    results: Arc<Results>,
+    devices: Devices,
 }
 
 struct Shared {
@@ -132,11 +137,15 @@ impl CopyWorkers {
         });
         let new_backend = Arc::new(new_backend);
         let for_crews = Arc::clone(&new_backend);
+        let results = Arc::new(Results::new(notify));
+        let for_crews = Arc::new(move || Box::new(for_crews()) as Box<dyn CopyBackend>);
         let mut workers = Self {
             shared: Arc::clone(&shared),
             threads: Vec::new(),
-            office: CrewOffice::new(Arc::new(move || Box::new(for_crews())), &options, notify),
+            office: CrewOffice::new(for_crews, &options, Arc::clone(&results)),
             crews: HashMap::new(),
+            results,
+            devices: Devices::none(),
         };
         for number in 0..options.threads {
             let (shared, new_backend) = (Arc::clone(&shared), Arc::clone(&new_backend));
@@ -148,8 +157,15 @@ impl CopyWorkers {
         Ok(workers)
     }
 
+    /// Serves the memory of these devices, too, each by a thread of its own, between them and
+    /// `pool`.
+    pub fn serve_devices(&mut self, devices: Devices, pool: PoolMemory) {
+        devices.serve(pool, Arc::clone(&self.results));
+        self.devices = devices;
+    }
+
     /// Queues `task`, or gives it back when `max_tasks` are unfinished or the threads were stopped.
-    /// A task of process memory always finds room.
+    /// A task of process or GPU memory always finds room.
     pub fn submit(&mut self, task: CopyTask) -> Result<(), CopyTask> {
         let shared = &*self.shared;
         if shared.stopping.load(Ordering::Relaxed) {
@@ -160,6 +176,15 @@ impl CopyWorkers {
             let crew = self.crews.entry(task.session);
             crew.or_insert_with_key(|session| Crew::new(Arc::clone(office), *session))
                 .submit(task);
+            return Ok(());
+        }
+        if let Some(target) = task.target.device() {
+            let card = Arc::clone(target.card());
+            if let Err(task) = card.submit(task) {
+                let device = card.info().uuid;
+                let outcome = (Err(CopyError::DeviceReset { device }), 0);
+                self.results.put(finished(task, outcome, Duration::ZERO));
+            }
             return Ok(());
         }
         // SYNC: copy-room. See `pop_done`.
@@ -182,7 +207,7 @@ impl CopyWorkers {
     /// The next finished task, if any.
     pub fn pop_done(&self) -> Option<CopyDone> {
         let Some(done) = self.shared.done.pop() else {
-            return self.office.pop();
+            return self.results.pop();
         };
         // SYNC: copy-room. Pairs with `submit`: its push finds the place that this pop made.
         self.shared.unfinished.fetch_sub(1, Ordering::Release);
@@ -191,7 +216,7 @@ impl CopyWorkers {
 
     /// Whether [`CopyWorkers::pop_done`] has something.
     pub fn has_done(&self) -> bool {
-        !self.shared.done.is_empty() || self.office.has_some()
+        !self.shared.done.is_empty() || self.results.has_some()
     }
 
     /// Tasks of shared regions between `submit` and `pop_done`.
@@ -205,7 +230,8 @@ impl CopyWorkers {
     }
 
     /// Tells of each session one of whose copies has been running for longer than `bound`: what it
-    /// waits for is up to the session's process.
+    /// waits for is up to the session's process. Those that wait for an event of a GPU are told of
+    /// after a bound of the device's own.
     pub fn stuck(&self, bound: Duration, mut tell: impl FnMut(StuckCopies)) {
         for (session, crew) in &self.crews {
             if let Some((since, tasks)) = crew.longest()
@@ -214,6 +240,9 @@ impl CopyWorkers {
                 let session = *session;
                 tell(StuckCopies { session, tasks });
             }
+        }
+        for card in self.devices.cards() {
+            card.stuck().into_iter().for_each(&mut tell);
         }
     }
 
@@ -232,6 +261,9 @@ impl CopyWorkers {
             }
         }
         let deadline = Instant::now() + CREW_STOP_LIMIT;
+        for card in self.devices.cards() {
+            card.stop();
+        }
         for crew in self.crews.values() {
             crew.end();
         }
@@ -243,6 +275,12 @@ impl CopyWorkers {
                     tasks,
                     "copies that their process holds up are left behind"
                 );
+            }
+        }
+        for card in self.devices.cards() {
+            if !card.ended_by(deadline) {
+                let device = card.info().uuid;
+                tracing::warn!(%device, "copies that a GPU does not end are left behind");
             }
         }
     }
@@ -373,7 +411,7 @@ pub(super) fn run_task<B: CopyBackend>(
 }
 
 /// The result of a task that is over.
-pub(super) fn finished(
+pub(crate) fn finished(
     task: CopyTask,
     (result, pages_done): (Result<u64, CopyError>, u32),
     busy: Duration,

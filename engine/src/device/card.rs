@@ -4,18 +4,24 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak, mpsc};
-use std::thread::Builder;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak, mpsc};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
 use pegaflow_shm::control::DeviceUuid;
 use tokio::sync::mpsc::UnboundedSender;
 
+use crate::copy::{CopyError, CopyTask, Direction, PoolMemory, Results, StuckCopies};
+
 use super::driver::{ChunkError, Context, DevicePtr, Driver, Event};
 use super::error::{DeviceError, DriverError};
 use super::events::DeviceEvents;
+use super::inbox::Inbox;
 use super::info::DeviceInfo;
 use super::options::DeviceOptions;
+use super::pin_map::PinMap;
 use super::region::{DeviceRegion, Mapping, ShareHandle};
+use super::thread;
 
 /// What the sessions that have memory on a device must be told of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +65,19 @@ pub(crate) struct Card {
     regions: AtomicUsize,
     closer: Mutex<Option<mpsc::Sender<(u64, Leftover)>>>,
     news: UnboundedSender<DeviceNews>,
+    /// Where copies come from and go to; set once the pool is there.
+    place: OnceLock<Arc<Workplace>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    inbox: Inbox,
+    /// Sessions that wait for an event that does not happen, as of the last look.
+    stuck: Mutex<Vec<StuckCopies>>,
+}
+
+/// What the threads of all devices share.
+pub(crate) struct Workplace {
+    pub(crate) pool: PoolMemory,
+    pub(crate) pins: Arc<PinMap>,
+    pub(crate) results: Arc<Results>,
 }
 
 impl fmt::Debug for Card {
@@ -84,6 +103,10 @@ impl Card {
             regions: AtomicUsize::new(0),
             closer: Mutex::default(),
             news,
+            place: OnceLock::new(),
+            thread: Mutex::default(),
+            inbox: Inbox::default(),
+            stuck: Mutex::default(),
         })
     }
 
@@ -139,7 +162,128 @@ impl Card {
             tracing::info!(%device, ordinal, name, free, total, "GPU context opened");
         }
         *life = Life::Open(context);
+        drop(life);
+        self.start_thread()
+    }
+
+    /// Says where copies come from and go to.
+    pub(super) fn serve(&self, place: Arc<Workplace>) {
+        if self.place.set(place).is_err() {
+            tracing::error!(device = %self.info.uuid, "a device serves one pool only");
+        }
+    }
+
+    /// Starts the copy thread in an open context, unless it runs or has nothing to serve yet.
+    fn start_thread(self: &Arc<Self>) -> Result<(), DeviceError> {
+        let mut thread = lock(&self.thread);
+        let (Some(place), None) = (self.place.get().cloned(), &*thread) else {
+            return Ok(());
+        };
+        let life = self.life.read().unwrap_or_else(PoisonError::into_inner);
+        let Life::Open(context) = &*life else {
+            return Ok(());
+        };
+        let opened = (context.clone(), self.generation());
+        drop(life);
+        let card = self.clone();
+        let started = Builder::new()
+            .name(format!("gpu{}-copy", self.info.ordinal))
+            .spawn(move || thread::run(&card, &place, opened));
+        *thread = Some(started.map_err(|error| DeviceError::Thread {
+            device: self.info.uuid,
+            reason: error.to_string(),
+        })?);
         Ok(())
+    }
+
+    /// Queues a task whose target lies on this device, or gives it back: then no thread serves it.
+    pub(crate) fn submit(self: &Arc<Self>, task: CopyTask) -> Result<(), CopyTask> {
+        if lock(&self.thread).is_none() {
+            if let Err(error) = self.start_thread() {
+                tracing::error!(%error, "copies of a GPU's memory fail");
+            }
+            if lock(&self.thread).is_none() {
+                return Err(task);
+            }
+        }
+        self.inbox.push(task);
+        Ok(())
+    }
+
+    pub(super) fn inbox(&self) -> &Inbox {
+        &self.inbox
+    }
+
+    /// Lets the thread end when its tasks have, those that wait for events at once.
+    pub(crate) fn stop(&self) {
+        self.inbox.stop();
+    }
+
+    /// Waits until the thread has ended; false when it has not by `deadline`.
+    pub(crate) fn ended_by(&self, deadline: Instant) -> bool {
+        const PAUSE: Duration = Duration::from_millis(1);
+        let Some(thread) = lock(&self.thread).take() else {
+            return true;
+        };
+        while !thread.is_finished() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(PAUSE);
+        }
+        // It ends the process where it panics.
+        thread.join().is_ok()
+    }
+
+    pub(super) fn note_stuck(&self, found: Vec<StuckCopies>) {
+        *lock(&self.stuck) = found;
+    }
+
+    /// Sessions whose copies wait for an event that does not happen.
+    pub(crate) fn stuck(&self) -> Vec<StuckCopies> {
+        lock(&self.stuck).clone()
+    }
+
+    pub(super) fn copy_error(&self, direction: Direction, error: DriverError) -> CopyError {
+        CopyError::Device {
+            device: self.info.uuid,
+            direction,
+            error,
+        }
+    }
+
+    /// The device has failed: tells the sessions, and ends the context. When it returns nothing
+    /// that was started in the context touches any memory.
+    pub(super) fn go_down(&self, context: &dyn Context, error: DriverError) {
+        let device = self.info.uuid;
+        let reason = error.to_string();
+        tracing::error!(%device, reason, "GPU down: its sessions are told, others go on");
+        let message = format!("GPU {device} failed: {reason}");
+        // Nobody listens when the daemon stops.
+        let _ = self.news.send(DeviceNews::Down { device, message });
+        let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
+        *life = Life::Down { reason };
+        if let Err(error) = context.reset() {
+            tracing::warn!(%device, %error, "ending the failed context");
+        }
+    }
+
+    /// A new context after a fault. The device is up once [`Card::come_up`] is called.
+    pub(super) fn reopen(&self) -> Result<(Arc<dyn Context>, u64), DriverError> {
+        let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
+        let context = self.driver.open(self.info.ordinal)?;
+        let generation = self.generation.fetch_add(1, Ordering::Release) as u64 + 1;
+        *life = Life::Open(context.clone());
+        Ok((context, generation))
+    }
+
+    /// The thread serves the context with this number.
+    pub(super) fn come_up(&self, generation: u64) {
+        if generation > 1 {
+            let device = self.info.uuid;
+            tracing::info!(%device, generation, "GPU up again");
+            let _ = self.news.send(DeviceNews::Up { device });
+        }
     }
 
     /// Makes calls in the context, bound to this thread, which is not reset meanwhile.

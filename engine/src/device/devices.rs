@@ -7,14 +7,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pegaflow_shm::control::DeviceUuid;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::card::{Card, DeviceNews};
+use crate::copy::{PoolMemory, Results};
+
+use super::card::{Card, DeviceNews, Workplace};
 use super::cuda::{Cuda, version_text};
 use super::driver::Driver;
 use super::error::DeviceError;
 use super::events::DeviceEvents;
 use super::info::DeviceState;
 use super::options::DeviceOptions;
+use super::pin_map::PinMap;
 use super::region::{DeviceRegion, ShareHandle};
+
+/// The pool is pinned in ranges of this many bytes: a few hundredths of a second each.
+const PIN_RANGE_BYTES: u64 = 1 << 30;
 
 /// The GPUs, or the reason why there are none. A handle: clones name the same.
 #[derive(Clone)]
@@ -109,6 +115,20 @@ impl Devices {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         news.take()
+    }
+
+    /// Says between which memory and the devices copies go, and who is told when they are done.
+    /// Once, before the first task.
+    pub(crate) fn serve(&self, pool: PoolMemory, results: Arc<Results>) {
+        let pins = Arc::new(PinMap::new(pool.bytes(), PIN_RANGE_BYTES));
+        let place = Arc::new(Workplace {
+            pool,
+            pins,
+            results,
+        });
+        for card in self.cards() {
+            card.serve(place.clone());
+        }
     }
 
     pub(crate) fn cards(&self) -> &[Arc<Card>] {

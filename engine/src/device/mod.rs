@@ -15,6 +15,12 @@
 //! | `card` | one device: its context, its threads, its faults |
 //! | `region`, `events` | what was imported |
 //! | `part` | a layout's part as the kernels read it |
+//! | `plan` | how a task's bytes go over the bus, a chunk at a time |
+//! | `pin_map` | which of the pool's memory is pinned |
+//! | `inbox` | tasks on their way to a device's thread |
+//! | `turns`, `job` | whose turn it is; how far each task is |
+//! | `slot`, `side` | a stream with a chunk under way; a direction's two of them |
+//! | `worker`, `thread` | a device's thread: its work; its sleeps and new beginnings |
 //! | `info` | names and places of the devices |
 //! | `error` | errors |
 
@@ -24,10 +30,22 @@ mod devices;
 mod driver;
 mod error;
 mod events;
+mod inbox;
 mod info;
+mod job;
 mod options;
 mod part;
+mod pin_map;
+mod plan;
 mod region;
+mod side;
+mod slot;
+mod thread;
+mod turns;
+mod worker;
+
+#[cfg(test)]
+mod tests;
 
 pub use devices::Devices;
 pub use error::{DeviceError, DriverError};

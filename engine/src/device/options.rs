@@ -11,6 +11,11 @@ pub struct DeviceOptions {
     pub staging_bytes: u64,
     /// Most bytes a second that saves read from one device; `None` for no limit.
     pub d2h_limit: Option<u64>,
+    /// Pieces of this many bytes on average are copied each on their own, smaller ones through
+    /// staging.
+    pub crossover_bytes: u64,
+    /// Most blocks of a kernel; `None` for one on each multiprocessor.
+    pub kernel_blocks: Option<u32>,
 }
 
 impl Default for DeviceOptions {
@@ -19,6 +24,8 @@ impl Default for DeviceOptions {
             enabled: true,
             staging_bytes: 32 << 20,
             d2h_limit: None,
+            crossover_bytes: 256 << 10,
+            kernel_blocks: None,
         }
     }
 }

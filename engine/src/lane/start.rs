@@ -70,7 +70,7 @@ pub struct StartedLane {
 /// The pool does not fit, its files cannot be made, or a thread cannot be started.
 pub fn start(
     options: LaneOptions,
-    _devices: &Devices,
+    devices: &Devices,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<StartedLane, LaneStartError> {
     let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
@@ -83,7 +83,7 @@ pub fn start(
     let opened = open_cache(&options, threads, progress)?;
     let wake = Arc::new(LaneWake::new()?);
     let copy_wake = wake.clone();
-    let workers = CopyWorkers::start(
+    let mut workers = CopyWorkers::start(
         CopyOptions {
             threads: threads.get(),
             crew_threads: threads.get(),
@@ -94,6 +94,7 @@ pub fn start(
         opened.pool_memory.clone(),
         move || copy_wake.wake_if_parked(),
     )?;
+    workers.serve_devices(devices.clone(), opened.pool_memory.clone());
     let parts = MachineParts::<RealMachine> {
         clock: SystemClock,
         workers,

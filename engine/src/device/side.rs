@@ -1,0 +1,249 @@
+//! One direction over the bus: whose turn it is, its slots, and when their chunks should be done.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::copy::{self, ByteCopier, Direction};
+
+use super::card::{Card, Workplace};
+use super::driver::{Context, Way};
+use super::error::DriverError;
+use super::job::Job;
+use super::plan::{Limits, Source};
+use super::slot::{Cargo, Flight, Kernels, Slot};
+use super::turns::Turns;
+
+/// What the bus is taken to do until chunks have shown it, in bytes a microsecond.
+const FIRST_BYTES_PER_US: f64 = 50_000.0;
+/// What a chunk takes beside its bytes.
+const CHUNK_OVERHEAD: Duration = Duration::from_micros(12);
+/// Chunks of less say little about the bus.
+const TELLING_BYTES: u64 = 4 << 20;
+/// A chunk that should be done this soon is waited for awake, when nothing is queued behind it.
+const SOON: Duration = Duration::from_micros(60);
+/// For how long past its time a chunk is waited for awake.
+const LATE: Duration = Duration::from_micros(100);
+/// How long to sleep when a chunk is later than that.
+const LATE_PAUSE: Duration = Duration::from_micros(25);
+
+/// What both directions use.
+pub(super) struct Gear {
+    pub(super) card: Arc<Card>,
+    pub(super) place: Arc<Workplace>,
+    pub(super) context: Arc<dyn Context>,
+    pub(super) kernels: Kernels,
+    pub(super) limits: Limits,
+    pub(super) copier: ByteCopier,
+}
+
+/// One direction.
+pub(super) struct Side {
+    direction: Direction,
+    way: Way,
+    pub(super) turns: Turns,
+    slots: Vec<Slot>,
+    /// When the chunks under way should all be done.
+    busy_until: Instant,
+    /// When the last chunk was seen to be done.
+    last_done: Instant,
+    bytes_per_us: f64,
+    /// Most bytes a second.
+    limit: Option<u64>,
+    /// Under a limit: when the next chunk may start.
+    pub(super) allowed_at: Instant,
+}
+
+impl Side {
+    pub(super) fn new(
+        direction: Direction,
+        slots: Vec<Slot>,
+        limit: Option<u64>,
+        now: Instant,
+    ) -> Side {
+        Side {
+            direction,
+            way: match direction {
+                Direction::Load => Way::ToDevice,
+                Direction::Save => Way::ToHost,
+            },
+            turns: Turns::default(),
+            slots,
+            busy_until: now,
+            last_done: now,
+            bytes_per_us: FIRST_BYTES_PER_US,
+            limit: limit.filter(|limit| *limit > 0),
+            allowed_at: now,
+        }
+    }
+
+    /// A slot in which nothing is under way.
+    pub(super) fn free_slot(&self) -> Option<usize> {
+        self.slots.iter().position(|slot| slot.flight.is_none())
+    }
+
+    /// A chunk that is done, by its job; its slot is free from now on.
+    pub(super) fn take_done(
+        &mut self,
+        gear: &Gear,
+        now: Instant,
+    ) -> Result<Option<usize>, DriverError> {
+        for slot in &mut self.slots {
+            let Some(flight) = slot.flight else {
+                continue;
+            };
+            // SAFETY: a flight's chunk was started in this slot; its job holds pages and layout,
+            // and the workplace the pool.
+            let done =
+                unsafe { slot.is_done(&*gear.context, self.way, &gear.place.pool, gear.copier) }?;
+            if done {
+                slot.flight = None;
+                let bytes = slot.chunk.bytes;
+                self.note_done(bytes, flight, now);
+                return Ok(Some(flight.job));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Starts the next chunk of a job in a free slot. After an error that is not the device's end,
+    /// the job has failed from the chunk on; the chunk is under way all the same.
+    pub(super) fn start(
+        &mut self,
+        gear: &Gear,
+        (slot, number): (usize, usize),
+        job: &mut Job,
+        now: Instant,
+    ) -> Result<(), DriverError> {
+        let target = job.task.target.clone();
+        let Some(device) = target.device() else {
+            return Ok(());
+        };
+        let source = Source {
+            parts: device.parts(),
+            page_bytes: target.layout().page_bytes(),
+            pages: &job.task.pages[..job.sound],
+            pins: &gear.place.pins,
+        };
+        let mut limits = gear.limits;
+        limits.chunk_bytes = self.paced(limits.chunk_bytes);
+        let slot = &mut self.slots[slot];
+        limits.plan(&source, job.next, &mut slot.chunk);
+        let cargo = Cargo {
+            way: self.way,
+            target: &target,
+            parts: device.parts(),
+            pages: &job.task.pages,
+        };
+        // SAFETY: pages and blocks were checked when the task came, and the layout's generation is
+        // that of the context; the lane gives pages and blocks to nobody else before the task comes
+        // back, which is after the chunk; the job keeps the layout alive, and the workplace the
+        // pool. The slot is free.
+        let (queued, recorded) = unsafe {
+            slot.start(
+                &*gear.context,
+                &gear.kernels,
+                cargo,
+                &gear.place.pool,
+                gear.copier,
+            )
+        };
+        recorded?;
+        let bytes = slot.chunk.bytes;
+        let started = job.next;
+        job.next = slot.chunk.to;
+        job.in_flight += 1;
+        let expected = {
+            let bus = Duration::from_nanos((bytes as f64 * 1e3 / self.bytes_per_us) as u64);
+            // Chunks queued before it go first; what they take at the start overlaps.
+            self.busy_until = (self.busy_until + bus).max(now + bus + CHUNK_OVERHEAD);
+            self.busy_until
+        };
+        slot.flight = Some(Flight {
+            job: number,
+            started: now,
+            expected,
+        });
+        if let Some(limit) = self.limit {
+            let pause = Duration::from_nanos((bytes as f64 * 1e9 / limit as f64) as u64);
+            self.allowed_at = self.allowed_at.max(now) + pause;
+        }
+        if let Err(error) = queued {
+            if error.is_sticky() {
+                return Err(error);
+            }
+            job.fail(started, gear.card.copy_error(self.direction, error));
+        }
+        Ok(())
+    }
+
+    /// Under a limit chunks are short, so that the bytes go evenly.
+    fn paced(&self, chunk_bytes: u64) -> u64 {
+        /// Chunks a second at least.
+        const CHUNKS: u64 = 200;
+        /// Chunks this short are not cut further.
+        const LEAST_BYTES: u64 = 256 << 10;
+        match self.limit {
+            Some(limit) => chunk_bytes.min((limit / CHUNKS).max(LEAST_BYTES)),
+            None => chunk_bytes,
+        }
+    }
+
+    fn note_done(&mut self, bytes: u64, flight: Flight, now: Instant) {
+        let since = self.last_done.max(flight.started);
+        let micros = now.saturating_duration_since(since).as_secs_f64() * 1e6;
+        if bytes >= TELLING_BYTES && micros > 1.0 {
+            let seen = (bytes as f64 / micros).clamp(100.0, 1e6);
+            self.bytes_per_us += (seen - self.bytes_per_us) / 4.0;
+        }
+        self.last_done = now;
+    }
+
+    /// The jobs whose chunks are under way, with where those begin. All slots are free afterwards:
+    /// their context is gone.
+    pub(super) fn abandon(&mut self) -> Vec<(usize, super::plan::Cursor)> {
+        let flights = self.slots.drain(..).filter_map(|slot| {
+            let flight = slot.flight?;
+            Some((flight.job, slot.chunk.from))
+        });
+        flights.collect()
+    }
+
+    /// When to look at the slots again: `None` when nothing is under way.
+    pub(super) fn next_look(&self, now: Instant) -> Option<Instant> {
+        let flights = self.slots.iter().filter_map(|slot| slot.flight);
+        let first = flights.clone().map(|flight| flight.expected).min()?;
+        if flights.count() > 1 {
+            // The bus has the next chunk already: nobody waits for this one to be noticed.
+            let late = now.saturating_duration_since(first);
+            return Some(if late.is_zero() {
+                first
+            } else {
+                now + LATE_PAUSE
+            });
+        }
+        if now > first + LATE {
+            return Some(now + LATE_PAUSE);
+        }
+        let soon = first.checked_sub(SOON).unwrap_or(now);
+        Some(soon.max(now))
+    }
+}
+
+/// Looks at the pages' checksums before anything of a load is copied.
+pub(super) fn verify(gear: &Gear, job: &mut Job) {
+    let page_bytes = job.task.target.layout().page_bytes();
+    // SAFETY: the pages were found inside the pool; a load's pages belong to sealed blocks that a
+    // lease holds: nobody writes to them.
+    (job.sound, job.corrupt) =
+        unsafe { copy::verify_checksums(&gear.place.pool, page_bytes, &job.task.pages) };
+}
+
+/// Takes the checksums of the pages that a save has brought in.
+pub(super) fn take_checksums(gear: &Gear, job: &mut Job) {
+    let pages_done = job.pages_done();
+    let page_bytes = job.task.target.layout().page_bytes();
+    let pages = &mut job.task.pages[..pages_done];
+    // SAFETY: the pages were found inside the pool, and are this save's alone, whose copies are
+    // done.
+    unsafe { copy::take_checksums(&gear.place.pool, page_bytes, pages) };
+}
