@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -98,6 +99,30 @@ pub fn send<M: Serialize>(
     }
 }
 
+/// Room for the longest message, kept by its thread from one message to the next: a peer that sends
+/// many short ones must not make this side clear so much memory for each.
+struct Room(Vec<u8>);
+
+thread_local! {
+    static SPARE_ROOM: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+impl Room {
+    fn take() -> Room {
+        // A thread that is ending has none.
+        let mut bytes = SPARE_ROOM.try_with(Cell::take).unwrap_or_default();
+        bytes.resize(MAX_MESSAGE_BYTES, 0);
+        Room(bytes)
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let bytes = std::mem::take(&mut self.0);
+        let _ = SPARE_ROOM.try_with(|spare| spare.set(bytes));
+    }
+}
+
 /// Receives one message and its descriptors (close-on-exec).
 ///
 /// # Errors
@@ -105,12 +130,12 @@ pub fn send<M: Serialize>(
 pub fn receive<M: DeserializeOwned>(
     socket: BorrowedFd<'_>,
 ) -> Result<(M, Vec<OwnedFd>), PacketError> {
-    let mut text = vec![0u8; MAX_MESSAGE_BYTES];
+    let mut text = Room::take();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut reset = false;
     let received = loop {
-        let mut slices = [IoSliceMut::new(&mut text)];
+        let mut slices = [IoSliceMut::new(&mut text.0)];
         match recvmsg(socket, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
             Ok(received) => break received,
             Err(Errno::INTR) => {}
@@ -131,7 +156,7 @@ pub fn receive<M: DeserializeOwned>(
     if received.bytes == 0 {
         return Err(PacketError::Closed);
     }
-    Ok((serde_json::from_slice(&text[..received.bytes])?, fds))
+    Ok((serde_json::from_slice(&text.0[..received.bytes])?, fds))
 }
 
 /// Throws away a packet that waits, with its descriptors, without waiting for one. False if there
