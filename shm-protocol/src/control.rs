@@ -109,9 +109,10 @@ pub enum ClientMessage {
         /// The region.
         region: u32,
     },
-    /// Shares the interprocess events that order copies after the engine's work on a device: once
-    /// for each device, before the first registration that has memory on it. Descriptors name them
-    /// by their place in the list. From [`PROTOCOL_DEVICES`] on.
+    /// Shares interprocess events, which order copies after the engine's work on a device, behind
+    /// those that were shared before. Some have to be there before the first registration that has
+    /// memory there. Descriptors name them by their place in the list. From [`PROTOCOL_DEVICES`]
+    /// on.
     AddEvents {
         /// Request number.
         seq: u64,

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
+use pegaflow_shm::control::DeviceUuid;
 use tokio::sync::mpsc;
 
 use crate::lane::api::{LaneEvent, SessionId};
@@ -21,6 +22,18 @@ pub(super) enum Notice {
     Draining {
         /// In milliseconds.
         limit_ms: u64,
+    },
+    /// A GPU has failed.
+    DeviceDown {
+        /// Which.
+        device: DeviceUuid,
+        /// What happened, and the way out.
+        message: String,
+    },
+    /// A GPU can be used again.
+    DeviceUp {
+        /// Which.
+        device: DeviceUuid,
     },
     /// The daemon stops: close.
     Stop,

@@ -15,6 +15,7 @@
 //! | `handshake` | Hello, segments, bells, Welcome |
 //! | `session` | one session's messages and its end |
 //! | `regions` | the session's KV memory |
+//! | `gpu` | the part of it that lies on GPUs, and the events there |
 //! | `register` | checks of a registration |
 //! | `links` | `sessions/<id>.c2d` and `.d2c` |
 //! | `users` | how many connections each user has |
@@ -24,6 +25,7 @@
 
 #![forbid(unsafe_code)]
 
+pub(crate) mod gpu;
 pub(crate) mod handshake;
 mod hub;
 mod links;
@@ -45,6 +47,7 @@ pub(crate) mod fake_lane;
 #[cfg(test)]
 mod tests;
 
+pub use gpu::{MAX_AWAITED_CHUNKS, MAX_DEVICE_BYTES, MAX_DEVICE_REGIONS, MAX_SESSION_CHUNKS};
 pub use handshake::hex;
 pub use hub::MAX_WAITING_NOTICES;
 pub use packet::{MAX_WAITING_MESSAGES, Overflow};
@@ -64,7 +67,7 @@ use pegaflow_shm::status::Status;
 use serde::de::IgnoredAny;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use crate::device::Devices;
+use crate::device::{DeviceNews, Devices};
 use crate::isolation::DomainRules;
 use crate::isolation::share::may_take;
 use crate::lane::api::{LaneEvent, LaneHandle, Refusal, SessionId};
@@ -111,6 +114,8 @@ struct Shared {
     hub: hub::Hub,
     session_ids: AtomicU64,
     places: Arc<Semaphore>,
+    /// Descriptors of physical allocations that may be held.
+    awaited_chunks: Arc<Semaphore>,
     /// Connections of each user.
     users: users::Users,
     refusals: Arc<Semaphore>,
@@ -143,6 +148,7 @@ impl Control {
                 hub,
                 session_ids,
                 places,
+                awaited_chunks: Arc::new(Semaphore::new(MAX_AWAITED_CHUNKS)),
                 users: users::Users::default(),
                 refusals,
                 refusal_lines: Mutex::default(),
@@ -168,10 +174,17 @@ impl Control {
         }
     }
 
-    /// Passes the lane's events on until the lane has ended.
+    /// Passes the lane's events, and what befalls the devices, on until the lane has ended.
     pub async fn deliver(&self, events: &mut mpsc::UnboundedReceiver<LaneEvent>) {
-        while let Some(event) = events.recv().await {
-            self.shared.hub.deliver(event);
+        let mut news = self.shared.options.devices.take_news();
+        loop {
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => self.shared.hub.deliver(event),
+                    None => return,
+                },
+                told = next_news(&mut news) => self.shared.hub.tell_all(&told),
+            }
         }
     }
 
@@ -232,6 +245,25 @@ impl Control {
 struct Place {
     _permit: OwnedSemaphorePermit,
     _user: users::Entry,
+}
+
+/// What befalls a device next; never, where there are none.
+async fn next_news(news: &mut Option<mpsc::UnboundedReceiver<DeviceNews>>) -> hub::Notice {
+    let told = match news {
+        Some(news) => news.recv().await,
+        None => None,
+    };
+    match told {
+        Some(DeviceNews::Down { device, message }) => {
+            tracing::warn!(%device, reason = %message, "GPU down");
+            hub::Notice::DeviceDown { device, message }
+        }
+        Some(DeviceNews::Up { device }) => {
+            tracing::info!(%device, "GPU up again");
+            hub::Notice::DeviceUp { device }
+        }
+        None => std::future::pending().await,
+    }
 }
 
 async fn connect(shared: Arc<Shared>, connection: OwnedFd, peer: Peer, place: Place) {

@@ -69,6 +69,21 @@ impl Peer {
             pidfd,
         })
     }
+
+    /// Namespaces that matter to shared GPU memory and in which the process is apart from the
+    /// daemon, as far as they can be seen.
+    pub(super) fn foreign_namespaces(&self) -> Vec<&'static str> {
+        let link =
+            |process: &str, kind: &str| fs::read_link(format!("/proc/{process}/ns/{kind}")).ok();
+        let is_foreign = |kind: &&str| {
+            let theirs = link(&self.pid.to_string(), kind);
+            theirs.is_some_and(|theirs| link("self", kind).is_some_and(|own| own != theirs))
+        };
+        ["ipc", "pid", "user"]
+            .into_iter()
+            .filter(is_foreign)
+            .collect()
+    }
 }
 
 fn system(call: &str, errno: NixErrno) -> Refusal {
@@ -114,6 +129,7 @@ mod tests {
         let peer = Peer::identify(left.as_fd(), &rules).unwrap();
         assert_eq!((peer.pid, peer.uid), (std::process::id() as i32, own));
         assert_eq!(peer.domain.name(), format!("uid-{own}"));
+        assert!(peer.foreign_namespaces().is_empty());
     }
 
     #[test]

@@ -7,12 +7,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use bytesize::ByteSize;
-use pegaflow_shm::control::MemoryRef;
+use pegaflow_shm::control::{DeviceUuid, MemoryRef};
 use pegaflow_shm::status::Status;
 use tokio::task::spawn_blocking;
 
+use super::gpu::Gpu;
 use super::peer::Peer;
 use crate::copy::{ClientMemory, MemoryError, ProcessMemory, RegionMapping};
+use crate::device::DeviceRegion;
 use crate::lane::api::Refusal;
 
 /// Most regions of one session.
@@ -20,18 +22,47 @@ pub const MAX_REGIONS: usize = 256;
 /// Most bytes of one session's regions; all sessions together then fit the address space.
 pub const MAX_REGION_BYTES: u64 = 256 << 30;
 
-struct Region {
-    mapping: Arc<RegionMapping>,
+/// What a session calls by one number.
+pub(super) struct Region {
+    mapping: Backing,
+    bytes: u64,
     /// Registrations that use it.
-    users: usize,
+    pub(super) users: usize,
+}
+
+enum Backing {
+    Memfd(Arc<RegionMapping>),
+    Device(Arc<DeviceRegion>),
+}
+
+impl Region {
+    pub(super) fn on_device(region: Arc<DeviceRegion>, bytes: u64) -> Region {
+        let mapping = Backing::Device(region);
+        Region {
+            mapping,
+            bytes,
+            users: 0,
+        }
+    }
+
+    /// The GPU that it lies on, if on any.
+    pub(super) fn device(&self) -> Option<DeviceUuid> {
+        match &self.mapping {
+            Backing::Memfd(_) => None,
+            Backing::Device(region) => Some(region.device()),
+        }
+    }
 }
 
 /// What a session may copy from and to.
 #[derive(Default)]
 pub(crate) struct Memory {
-    regions: HashMap<u32, Region>,
+    pub(super) regions: HashMap<u32, Region>,
+    /// Bytes of the memfds.
     bytes: u64,
     process: Option<Arc<ProcessMemory>>,
+    /// Regions of device memory, and the events on devices.
+    pub(super) gpu: Gpu,
 }
 
 impl Memory {
@@ -44,12 +75,8 @@ impl Memory {
             );
             return Err(Refusal::new(Status::InvalidArgument, text));
         };
-        if self.regions.contains_key(&region) {
-            let text =
-                format!("region {region} exists already: remove it first, or choose another id");
-            return Err(Refusal::new(Status::InvalidArgument, text));
-        }
-        if self.regions.len() >= MAX_REGIONS {
+        self.check_new(region)?;
+        if self.regions.len() - self.gpu.regions() >= MAX_REGIONS {
             let text = format!("the session has {MAX_REGIONS} regions, no more fit: remove some");
             return Err(Refusal::new(Status::Limit, text));
         }
@@ -64,12 +91,30 @@ impl Memory {
         }
         let mapping = RegionMapping::map(fd.as_fd(), bytes).map_err(refuse_memory)?;
         self.bytes += bytes;
-        self.regions.insert(region, Region { mapping, users: 0 });
+        let added = Region {
+            mapping: Backing::Memfd(mapping),
+            bytes,
+            users: 0,
+        };
+        self.regions.insert(region, added);
+        Ok(())
+    }
+
+    /// Refuses a number that is taken.
+    pub(super) fn check_new(&self, region: u32) -> Result<(), Refusal> {
+        if self.regions.contains_key(&region) || self.gpu.awaits(region) {
+            let text =
+                format!("region {region} exists already: remove it first, or choose another id");
+            return Err(Refusal::new(Status::InvalidArgument, text));
+        }
         Ok(())
     }
 
     /// Takes a region back.
     pub(crate) fn remove(&mut self, region: u32) -> Result<(), Refusal> {
+        if self.gpu.stop_awaiting(region) {
+            return Ok(());
+        }
         let Some(found) = self.regions.get(&region) else {
             let text = format!("there is no region {region} in this session");
             return Err(Refusal::new(Status::InvalidArgument, text));
@@ -81,14 +126,17 @@ impl Memory {
             );
             return Err(Refusal::new(Status::InvalidArgument, text));
         }
-        self.bytes -= found.mapping.bytes();
+        match found.mapping {
+            Backing::Memfd(_) => self.bytes -= found.bytes,
+            Backing::Device(_) => self.gpu.forget(region),
+        }
         self.regions.remove(&region);
         Ok(())
     }
 
     /// Size of a region in bytes.
     pub(crate) fn region_bytes(&self, region: u32) -> Option<u64> {
-        self.regions.get(&region).map(|found| found.mapping.bytes())
+        self.regions.get(&region).map(|found| found.bytes)
     }
 
     /// Counts a registration that uses these regions in (or out).
@@ -109,7 +157,10 @@ impl Memory {
         match memory {
             MemoryRef::Region(region) => {
                 let found = self.regions.get(&region)?;
-                Some(ClientMemory::Region(found.mapping.clone()))
+                Some(match &found.mapping {
+                    Backing::Memfd(mapping) => ClientMemory::Region(mapping.clone()),
+                    Backing::Device(region) => ClientMemory::Device(region.clone()),
+                })
             }
             MemoryRef::Process => self.process.clone().map(ClientMemory::Process),
         }

@@ -55,10 +55,11 @@ pub(crate) fn check(
             });
         regions.extend(used);
     }
+    let events = memory.device_events(&spec)?;
     let registration = NewRegistration {
         spec,
         groups,
-        events: None,
+        events,
     };
     Ok(Checked {
         registration,

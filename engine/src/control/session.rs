@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use pegaflow_shm::control::{
-    ClientMessage, DaemonMessage, PROTOCOL_DEVICES, PROTOCOL_DRAINING, RegisterSpec,
+    ClientMessage, DaemonMessage, DeviceUuid, PROTOCOL_DEVICES, PROTOCOL_DRAINING, RegisterSpec,
 };
 use pegaflow_shm::mapping::Mapping;
 use pegaflow_shm::segment::{STATE_OFFSET, SessionState};
@@ -21,6 +21,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Shared;
+use super::gpu::Import;
 use super::hub::Notice;
 use super::links::SegmentLinks;
 use super::pace::Pace;
@@ -145,7 +146,7 @@ impl Session {
                     Err(PacketError::Closed) => Err(self.left_or_died()),
                     Err(error) => Err(End::Faulted(error.to_string())),
                 },
-                notice = self.notices.recv() => self.take_notice(notice),
+                notice = self.notices.recv() => self.take_notice(notice).await,
                 _ = process.readable() => Err(End::Died),
                 () = self.socket.writable(), if self.socket.is_waiting() => {
                     self.socket.flush();
@@ -200,11 +201,40 @@ impl Session {
                     .add(region, bytes, &fds)
                     .map(|()| DaemonMessage::Done { seq }),
             ),
-            ClientMessage::AddDeviceRegion { seq, .. }
-            | ClientMessage::AddDeviceChunks { seq, .. }
-            | ClientMessage::AddEvents { seq, .. } => {
-                let text = "this daemon does not reach GPU memory: register host memory";
-                (seq, Err(Refusal::new(Status::DeviceUnavailable, text)))
+            ClientMessage::AddDeviceRegion {
+                seq,
+                region,
+                bytes,
+                device,
+                handle,
+            } => {
+                let places = &self.shared.awaited_chunks;
+                let what = (region, bytes, device);
+                let begun = self.memory.begin_device_region(what, handle, fds, places);
+                (
+                    seq,
+                    self.import(begun)
+                        .await
+                        .map(|()| DaemonMessage::Done { seq }),
+                )
+            }
+            ClientMessage::AddDeviceChunks { seq, region } => {
+                let begun = self.memory.add_device_chunks(region, fds);
+                (
+                    seq,
+                    self.import(begun)
+                        .await
+                        .map(|()| DaemonMessage::Done { seq }),
+                )
+            }
+            ClientMessage::AddEvents {
+                seq,
+                device,
+                handles,
+            } => {
+                let devices = &self.shared.options.devices;
+                let added = self.memory.add_events(device, handles, devices, &self.peer);
+                (seq, added.await.map(|()| DaemonMessage::Done { seq }))
             }
             ClientMessage::RemoveRegion { seq, region } => (
                 seq,
@@ -231,6 +261,13 @@ impl Session {
             }
         });
         Ok(self.socket.send(answer)?)
+    }
+
+    /// Maps device memory, once all that belongs to it has come.
+    async fn import(&mut self, begun: Result<Option<Import>, Refusal>) -> Result<(), Refusal> {
+        let Some(import) = begun? else { return Ok(()) };
+        let devices = &self.shared.options.devices;
+        self.memory.import(import, devices, &self.peer).await
     }
 
     async fn register(&mut self, spec: RegisterSpec) -> Result<u32, Refusal> {
@@ -266,7 +303,30 @@ impl Session {
         Ok(())
     }
 
-    fn take_notice(&mut self, notice: Option<Notice>) -> Result<(), End> {
+    /// A device has failed: what the session has there ends. The lane says when no copy touches it
+    /// any more.
+    async fn lose_device(&mut self, device: DeviceUuid, message: String) -> Result<(), End> {
+        let lost = self.memory.regions_on(device);
+        let registrations = self.registrations.iter();
+        let lies_there = |used: &[u32]| used.iter().any(|region| lost.contains(region));
+        let ended: Vec<u32> = registrations
+            .filter(|(_, used)| lies_there(used))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in ended {
+            if let Err(refusal) = self.unregister(id).await {
+                let session = self.id;
+                tracing::error!(session, registration = id, %refusal, "it stays after its GPU");
+            }
+        }
+        if self.memory.lose_device(device) && self.protocol >= PROTOCOL_DEVICES {
+            self.socket
+                .send(DaemonMessage::DeviceDown { device, message })?;
+        }
+        Ok(())
+    }
+
+    async fn take_notice(&mut self, notice: Option<Notice>) -> Result<(), End> {
         match notice {
             Some(Notice::Lane(LaneEvent::Ready {
                 registration,
@@ -284,6 +344,13 @@ impl Session {
                 self.show(SessionState::Draining);
                 if self.protocol >= PROTOCOL_DRAINING {
                     self.socket.send(DaemonMessage::Draining { limit_ms })?;
+                }
+                Ok(())
+            }
+            Some(Notice::DeviceDown { device, message }) => self.lose_device(device, message).await,
+            Some(Notice::DeviceUp { device }) => {
+                if self.memory.regain_device(device) {
+                    self.socket.send(DaemonMessage::DeviceUp { device })?;
                 }
                 Ok(())
             }

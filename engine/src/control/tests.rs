@@ -1,5 +1,6 @@
 //! A client that talks to the control side over a real socket, with a lane that only pretends.
 
+mod devices;
 mod domains;
 mod versions;
 

@@ -2,13 +2,15 @@
 
 #![forbid(unsafe_code)]
 
+use crate::control::MAX_AWAITED_CHUNKS;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Descriptors of one session: socket, pidfds, `/proc/<pid>/mem`, segments, bells, and room for a
 /// message's.
 const PER_SESSION: u64 = 16;
-/// Descriptors of the daemon itself: files, epolls, HTTP, index files.
-const OWN: u64 = 256;
+/// Descriptors of the daemon itself: files, epolls, HTTP, index files, and physical allocations of
+/// GPUs on their way in.
+const OWN: u64 = 256 + MAX_AWAITED_CHUNKS as u64;
 
 /// Raises the soft limit of descriptors as far as the sessions may need, and says so if that is too
 /// little.

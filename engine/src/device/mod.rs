@@ -55,6 +55,5 @@ pub use options::DeviceOptions;
 pub use region::{DeviceRegion, ShareHandle};
 
 pub(crate) use card::Card;
-#[allow(unused_imports, reason = "the sessions are told next")]
 pub(crate) use card::DeviceNews;
 pub(crate) use part::DevicePart;

@@ -7,16 +7,20 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use pegaflow_shm::control::{
-    ClientMessage, DaemonMessage, GroupLayout, MAX_MESSAGE_BYTES, MAX_WORLD_SIZE, MemoryRef,
-    RegisterSpec,
+    ClientMessage, DaemonMessage, DeviceHandle, GroupLayout, MAX_MESSAGE_BYTES, MAX_MESSAGE_CHUNKS,
+    MAX_WORLD_SIZE, MemoryRef, RegisterSpec,
 };
 use pegaflow_shm::mapping::create_segment;
 use pegaflow_shm::segment::{C2D_MAGIC, D2C_MAGIC, SegmentHeader, SegmentShape};
 use pegaflow_shm::status::Status;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use rustix::process::{PidfdFlags, getpid, pidfd_open};
+use rustix::process::{PidfdFlags, geteuid, getpid, pidfd_open};
+
+use tokio::sync::Semaphore;
 
 use super::input::Input;
+use crate::control::MAX_AWAITED_CHUNKS;
+use crate::control::gpu::Import;
 use crate::control::handshake::check_hello;
 use crate::control::packet::bounded;
 use crate::control::peer::Peer;
@@ -84,6 +88,7 @@ struct Session {
     registrations: HashMap<u32, (InstanceId, Vec<u32>)>,
     last_registration: u32,
     region_file: OwnedFd,
+    places: Arc<Semaphore>,
 }
 
 impl Session {
@@ -96,7 +101,7 @@ impl Session {
         Session {
             peer: Peer {
                 pid: getpid().as_raw_nonzero().get(),
-                uid: 1000,
+                uid: geteuid().as_raw(),
                 domain: Arc::new(IsolationDomain::of_user(1000)),
                 pidfd,
             },
@@ -105,6 +110,7 @@ impl Session {
             registrations: HashMap::new(),
             last_registration: 0,
             region_file,
+            places: Arc::new(Semaphore::new(MAX_AWAITED_CHUNKS)),
         }
     }
 
@@ -121,9 +127,23 @@ impl Session {
                 assert_eq!(self.memory.region_bytes(region), Some(bytes));
                 Ok(())
             }
-            ClientMessage::AddDeviceRegion { .. }
-            | ClientMessage::AddDeviceChunks { .. }
-            | ClientMessage::AddEvents { .. } => {
+            ClientMessage::AddDeviceRegion {
+                region,
+                bytes,
+                device,
+                handle,
+                ..
+            } => {
+                let what = (region, bytes, device);
+                let begun = self
+                    .memory
+                    .begin_device_region(what, handle, fds, &self.places);
+                no_device(begun)
+            }
+            ClientMessage::AddDeviceChunks { region, .. } => {
+                no_device(self.memory.add_device_chunks(region, fds))
+            }
+            ClientMessage::AddEvents { .. } => {
                 let text = "no device here";
                 Err(Refusal::new(Status::DeviceUnavailable, text))
             }
@@ -180,6 +200,14 @@ impl Session {
     }
 }
 
+/// What a daemon without GPUs answers where all has come that a region needs.
+fn no_device(begun: Result<Option<Import>, Refusal>) -> Result<(), Refusal> {
+    match begun? {
+        Some(_) => Err(Refusal::new(Status::DeviceUnavailable, "no device here")),
+        None => Ok(()),
+    }
+}
+
 fn daemon_side(input: &mut Input<'_>) {
     let header = patched(C2D_MAGIC, input);
     let mut session = Session::new();
@@ -232,8 +260,21 @@ fn descriptors(message: &ClientMessage, header: &SegmentHeader, session: &Sessio
             let fd = session.region_file.as_fd().try_clone_to_owned();
             vec![fd.expect("a descriptor is left")]
         }
+        // As many as are due of a small region, and too few of a large one.
+        ClientMessage::AddDeviceRegion {
+            handle: DeviceHandle::Vmm { chunks },
+            ..
+        } => some_descriptors(chunks.len()),
+        ClientMessage::AddDeviceChunks { region, .. } => some_descriptors(*region as usize),
         _ => Vec::new(),
     }
+}
+
+/// At most as many descriptors as a message takes.
+fn some_descriptors(count: usize) -> Vec<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC;
+    let one = |_| memfd_create("chunk", flags).expect("a descriptor is left");
+    (0..count.min(MAX_MESSAGE_CHUNKS)).map(one).collect()
 }
 
 /// A layout that was accepted, in wide numbers.

@@ -8,8 +8,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use pegaflow_shm::control::{
-    ClientMessage, DaemonMessage, DeviceUuid, GroupLayout, Hello, MemoryRef, Mode, PROTOCOL_MAX,
-    RegisterSpec, SegmentLayout, Welcome,
+    ClientMessage, DaemonMessage, DeviceHandle, DeviceUuid, GroupLayout, Hello, IpcHandle,
+    MemoryRef, Mode, PROTOCOL_MAX, RegisterSpec, SegmentLayout, Welcome,
 };
 use pegaflow_shm::namespace::NamespaceSpec;
 use pegaflow_shm::status::Status;
@@ -224,6 +224,7 @@ pub(super) fn control_seeds() -> Vec<Vec<u8>> {
         seed = packet(seed, &ClientMessage::RemoveRegion { seq: 8, region: 0 });
         seeds.push(seed.0);
     }
+    seeds.push(device_seed());
     let mut seed = Seed::default().u8(0).u8(0);
     for message in daemon_messages() {
         seeds.push(packet(Seed::default().u8(0).u8(0), &message).0);
@@ -231,6 +232,32 @@ pub(super) fn control_seeds() -> Vec<Vec<u8>> {
     }
     seeds.push(seed.0);
     seeds
+}
+
+/// GPU memory by handle and in chunks, events, and a registration over them.
+fn device_seed() -> Vec<u8> {
+    let device = DeviceUuid([0x5a; 16]);
+    let add = |seq, region, bytes, handle| ClientMessage::AddDeviceRegion {
+        seq,
+        region,
+        bytes,
+        device,
+        handle,
+    };
+    let handle = IpcHandle([7; 64]);
+    let mut seed = packet(Seed::default().u8(1).u8(0), &{
+        add(1, 1, 1 << 20, DeviceHandle::Ipc { handle })
+    });
+    let chunks = vec![1 << 21; 70];
+    seed = packet(seed, &add(2, 6, 70 << 21, DeviceHandle::Vmm { chunks }));
+    seed = packet(seed, &ClientMessage::AddDeviceChunks { seq: 3, region: 6 });
+    let handles = vec![handle; 2];
+    let events = ClientMessage::AddEvents {
+        seq: 4,
+        device,
+        handles,
+    };
+    packet(seed, &events).0
 }
 
 /// Segments as engines have them: K and V apart, together, blocks first, two memories.
