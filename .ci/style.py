@@ -27,6 +27,8 @@ UNSAFE_ALLOWED = (
     "engine/src/device/driver.rs",
     "engine/src/device/slot.rs",
     "engine/src/device/side.rs",
+    "engine/src/device/tests/fake.rs",
+    "engine/src/device/tests/rig.rs",
     "engine/src/isolation/peer_groups.rs",
     "engine/src/pool/mapping.rs",
     "engine/src/pool/memory.rs",

@@ -532,6 +532,17 @@ impl Card {
     }
 }
 
+#[cfg(test)]
+impl Card {
+    /// The context that is open.
+    pub(super) fn opened_for_tests(&self) -> (Arc<dyn Context>, u64) {
+        match &*self.life.read().unwrap_or_else(PoisonError::into_inner) {
+            Life::Open(context) => (context.clone(), self.generation()),
+            _ => panic!("no context is open"),
+        }
+    }
+}
+
 /// The closing thread: undoes imports until the device is gone.
 fn close_all(card: &Weak<Card>, leftovers: &mpsc::Receiver<(u64, Leftover)>) {
     while let Ok((generation, leftover)) = leftovers.recv() {

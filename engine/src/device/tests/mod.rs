@@ -1,1 +1,4 @@
+mod fake;
 mod plan;
+mod rig;
+mod worker;
