@@ -23,7 +23,7 @@ UNSAFE_ALLOWED = (
     "client-c/src/shared/process.rs",
     "client-c/tests/",
     "engine/src/copy/",
-    "engine/src/device/cuda.rs",
+    "engine/src/device/cuda/",
     "engine/src/device/driver.rs",
     "engine/src/device/slot.rs",
     "engine/src/device/side.rs",

@@ -1,270 +1,47 @@
-//! The CUDA driver, loaded when the daemon starts.
-//!
-//! Types come from `cudarc`; the calls are looked up here and answer with plain numbers, because a
-//! newer driver may answer with one that the bindings' enumeration does not have.
+//! A context of the CUDA driver.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUipcEventHandle, CUipcMemHandle,
-    CUmemAccessDesc, CUmemAllocationProp, CUmemGenericAllocationHandle, CUmemLocation,
-    CUmemcpyAttributes, CUmodule, CUstream, CUuuid,
-};
-use pegaflow_shm::control::DeviceUuid;
-
-use super::driver::{
-    BusCopy, ChunkError, Context, DevicePtr, Driver, Event, Kernel, KernelArgs, PinnedBuffer,
-    Stream, Way,
-};
-use super::error::DriverError;
-use super::info::{DeviceInfo, numa_node};
-
-/// The oldest driver interface that serves: 12.0, of driver 525.
-const OLDEST: u32 = 12_000;
-/// Both kernels, compiled from `kernels/copy.cu`.
-const KERNELS: &str = concat!(include_str!("kernels/copy.ptx"), "\0");
-
-/// Declares the table of calls: a field for each, filled from the library by its name.
-macro_rules! calls {
-    ($($name:ident($($argument:ty),*);)*) => {
-        #[allow(non_snake_case, reason = "the driver's names")]
-        struct Calls {
-            $($name: unsafe extern "C" fn($($argument),*) -> c_int,)*
-            cuMemcpyBatchAsync: Option<BatchCall>,
-        }
-
-        impl Calls {
-            /// Looks all calls up in the library, which is there.
-            fn load() -> Result<Calls, NoDriver> {
-                // SAFETY: the caller found the library, which stays loaded from here on; each type
-                // is that of cuda.h for the name.
-                unsafe {
-                    let library = sys::culib();
-                    Ok(Calls {
-                        $($name: *library
-                            .get(concat!(stringify!($name), "\0").as_bytes())
-                            .map_err(|_| NoDriver::MissingCall(stringify!($name)))?,)*
-                        cuMemcpyBatchAsync: library
-                            .get(b"cuMemcpyBatchAsync\0")
-                            .ok()
-                            .map(|symbol| *symbol),
-                    })
-                }
-            }
-        }
-    };
-}
-
-/// `cuMemcpyBatchAsync` as of CUDA 12.8; CUDA 13 keeps it under this name.
-type BatchCall = unsafe extern "C" fn(
-    *mut CUdeviceptr,
-    *mut CUdeviceptr,
-    *mut usize,
-    usize,
-    *mut CUmemcpyAttributes,
-    *mut usize,
-    usize,
-    *mut usize,
+    self, CUcontext, CUdevice, CUevent, CUfunction, CUipcEventHandle, CUipcMemHandle,
+    CUmemAccessDesc, CUmemAllocationProp, CUmemGenericAllocationHandle, CUmemLocation, CUmodule,
     CUstream,
-) -> c_int;
+};
 
-calls! {
-    cuInit(c_uint);
-    cuDriverGetVersion(*mut c_int);
-    cuGetErrorName(c_int, *mut *const c_char);
-    cuDeviceGetCount(*mut c_int);
-    cuDeviceGet(*mut CUdevice, c_int);
-    cuDeviceGetName(*mut c_char, c_int, CUdevice);
-    cuDeviceGetUuid_v2(*mut CUuuid, CUdevice);
-    cuDeviceGetPCIBusId(*mut c_char, c_int, CUdevice);
-    cuDeviceTotalMem_v2(*mut usize, CUdevice);
-    cuDeviceGetAttribute(*mut c_int, c_uint, CUdevice);
-    cuDevicePrimaryCtxRetain(*mut CUcontext, CUdevice);
-    cuDevicePrimaryCtxRelease_v2(CUdevice);
-    cuDevicePrimaryCtxReset_v2(CUdevice);
-    cuCtxSetCurrent(CUcontext);
-    cuStreamCreateWithPriority(*mut CUstream, c_uint, c_int);
-    cuEventCreate(*mut CUevent, c_uint);
-    cuEventRecord(CUevent, CUstream);
-    cuEventQuery(CUevent);
-    cuEventDestroy_v2(CUevent);
-    cuMemGetInfo_v2(*mut usize, *mut usize);
-    cuMemAlloc_v2(*mut CUdeviceptr, usize);
-    cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
-    cuMemHostGetDevicePointer_v2(*mut CUdeviceptr, *mut c_void, c_uint);
-    cuMemHostRegister_v2(*mut c_void, usize, c_uint);
-    cuMemHostUnregister(*mut c_void);
-    cuMemcpyDtoHAsync_v2(*mut c_void, CUdeviceptr, usize, CUstream);
-    cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream);
-    cuModuleLoadData(*mut CUmodule, *const c_void);
-    cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);
-    cuLaunchKernel(
-        CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream,
-        *mut *mut c_void, *mut *mut c_void
-    );
-    cuIpcOpenMemHandle_v2(*mut CUdeviceptr, CUipcMemHandle, c_uint);
-    cuIpcCloseMemHandle(CUdeviceptr);
-    cuIpcOpenEventHandle(*mut CUevent, CUipcEventHandle);
-    cuMemGetAddressRange_v2(*mut CUdeviceptr, *mut usize, CUdeviceptr);
-    cuPointerGetAttribute(*mut c_void, c_uint, CUdeviceptr);
-    cuMemImportFromShareableHandle(*mut CUmemGenericAllocationHandle, *mut c_void, c_uint);
-    cuMemGetAllocationPropertiesFromHandle(*mut CUmemAllocationProp, CUmemGenericAllocationHandle);
-    cuMemAddressReserve(*mut CUdeviceptr, usize, usize, CUdeviceptr, c_ulonglong);
-    cuMemAddressFree(CUdeviceptr, usize);
-    cuMemMap(CUdeviceptr, usize, usize, CUmemGenericAllocationHandle, c_ulonglong);
-    cuMemUnmap(CUdeviceptr, usize);
-    cuMemSetAccess(CUdeviceptr, usize, *const CUmemAccessDesc, usize);
-    cuMemRelease(CUmemGenericAllocationHandle);
-}
+use super::batch::{self, Batch};
+use super::calls::{Calls, call, number};
+use crate::device::driver::{
+    BusCopy, ChunkError, Context, DevicePtr, Event, Kernel, KernelArgs, PinnedBuffer, Stream, Way,
+};
+use crate::device::error::DriverError;
 
-/// Numbers of cuda.h.
-mod number {
-    use std::ffi::{c_int, c_uint};
+/// Both kernels, compiled from `kernels/copy.cu`.
+const KERNELS: &str = concat!(include_str!("../kernels/copy.ptx"), "\0");
 
-    pub(super) const SUCCESS: c_int = 0;
-    pub(super) const NOT_READY: c_int = 600;
-    pub(super) const ATTRIBUTE_MULTIPROCESSORS: c_uint = 16;
-    pub(super) const STREAM_NON_BLOCKING: c_uint = 1;
-    pub(super) const EVENT_DISABLE_TIMING: c_uint = 2;
-    pub(super) const HOST_ALLOC_PORTABLE_MAPPED: c_uint = 1 | 2;
-    pub(super) const HOST_REGISTER_PORTABLE: c_uint = 1;
-    pub(super) const IPC_LAZY_PEER_ACCESS: c_uint = 1;
-    pub(super) const POINTER_DEVICE_ORDINAL: c_uint = 9;
-    pub(super) const HANDLE_POSIX_DESCRIPTOR: c_uint = 1;
-}
-
-/// Runs one driver call and names it in the error.
-macro_rules! call {
-    ($calls:expr, $name:ident($($argument:expr),* $(,)?)) => {
-        // SAFETY: see the block that uses it.
-        $calls.check(stringify!($name), ($calls.$name)($($argument),*))
-    };
-}
-
-/// Why no driver is used.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum NoDriver {
-    #[error(
-        "libcuda.so.1 is not there: install the NVIDIA driver, or start the container with its \
-         GPUs (--gpus all)"
-    )]
-    Library,
-    #[error("libcuda.so.1 has no {0}: install driver 525 or newer")]
-    MissingCall(&'static str),
-    #[error("the driver serves CUDA {}: install driver 525 (CUDA 12.0) or newer", version_text(*.0))]
-    TooOld(u32),
-    #[error("{0}: `nvidia-smi` must work for this user; in a container, see --gpus")]
-    Refused(DriverError),
-}
-
-/// The loaded library.
-pub(super) struct Cuda {
+/// The primary context of a device, with the kernels in it.
+pub(super) struct CudaContext {
     calls: Arc<Calls>,
-    version: u32,
+    batch: Option<Batch>,
+    ordinal: u32,
+    device: CUdevice,
+    context: CUcontext,
+    module: CUmodule,
+    ended: AtomicBool,
 }
 
-impl Cuda {
-    /// Loads and initialises the driver; the reason and the way out where that fails.
-    pub(super) fn load() -> Result<Cuda, NoDriver> {
-        // SAFETY: loading the library runs its initialisers, which is what was asked for.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(NoDriver::Library);
-        }
-        let calls = Calls::load()?;
-        let mut version: c_int = 0;
-        // SAFETY: writes one number; needs no initialisation.
-        unsafe { call!(calls, cuDriverGetVersion(&mut version)) }.map_err(NoDriver::Refused)?;
-        let version = version.unsigned_abs();
-        if version < OLDEST {
-            return Err(NoDriver::TooOld(version));
-        }
-        // SAFETY: takes no argument but flags, which are zero.
-        unsafe { call!(calls, cuInit(0)) }.map_err(NoDriver::Refused)?;
-        let calls = Arc::new(calls);
-        Ok(Cuda { calls, version })
-    }
+// SAFETY: the driver's handles may be used from any thread to which the context is bound.
+unsafe impl Send for CudaContext {}
+// SAFETY: as above; the driver locks what its calls share.
+unsafe impl Sync for CudaContext {}
 
-    fn device_info(&self, ordinal: u32) -> Result<DeviceInfo, DriverError> {
-        let calls = &self.calls;
-        let mut device: CUdevice = 0;
-        let (mut name, mut bus) = ([0 as c_char; 256], [0 as c_char; 32]);
-        let mut uuid = CUuuid { bytes: [0; 16] };
-        let mut memory = 0usize;
-        // SAFETY: every pointer is to a local of the size that is given along or that cuda.h says.
-        unsafe {
-            call!(calls, cuDeviceGet(&mut device, ordinal as c_int))?;
-            call!(calls, cuDeviceGetName(name.as_mut_ptr(), 255, device))?;
-            call!(calls, cuDeviceGetUuid_v2(&mut uuid, device))?;
-            call!(calls, cuDeviceGetPCIBusId(bus.as_mut_ptr(), 31, device))?;
-            call!(calls, cuDeviceTotalMem_v2(&mut memory, device))?;
-        }
-        let pci_bus_id = text(&bus).to_ascii_lowercase();
-        Ok(DeviceInfo {
-            uuid: DeviceUuid(uuid.bytes.map(|byte| byte as u8)),
-            name: text(&name),
-            ordinal,
-            numa_node: numa_node(Path::new("/sys"), &pci_bus_id),
-            pci_bus_id,
-            memory_bytes: memory as u64,
-        })
-    }
-}
-
-/// CUDA's number for a version in words.
-pub(super) fn version_text(version: u32) -> String {
-    format!("{}.{}", version / 1000, version % 1000 / 10)
-}
-
-fn text(bytes: &[c_char]) -> String {
-    let bytes: Vec<u8> = bytes.iter().map(|byte| *byte as u8).collect();
-    CStr::from_bytes_until_nul(&bytes).map_or_else(
-        |_| String::from_utf8_lossy(&bytes).into_owned(),
-        |text| text.to_string_lossy().into_owned(),
-    )
-}
-
-impl Calls {
-    fn check(&self, call: &'static str, code: c_int) -> Result<(), DriverError> {
-        if code == number::SUCCESS {
-            return Ok(());
-        }
-        let mut name: *const c_char = std::ptr::null();
-        // SAFETY: writes a pointer to a text of the library's own, which stays loaded.
-        let named = unsafe { (self.cuGetErrorName)(code, &mut name) };
-        let name = if named == number::SUCCESS && !name.is_null() {
-            // SAFETY: as above; the text ends with a zero byte and never changes.
-            unsafe { CStr::from_ptr::<'static>(name) }
-                .to_str()
-                .unwrap_or("an error")
-        } else {
-            "an error without name"
-        };
-        Err(DriverError { call, code, name })
-    }
-}
-
-impl Driver for Cuda {
-    fn version(&self) -> u32 {
-        self.version
-    }
-
-    fn devices(&self) -> Result<Vec<DeviceInfo>, DriverError> {
-        let mut count: c_int = 0;
-        // SAFETY: writes one number.
-        unsafe { call!(self.calls, cuDeviceGetCount(&mut count)) }?;
-        (0..count.unsigned_abs())
-            .map(|ordinal| self.device_info(ordinal))
-            .collect()
-    }
-
-    fn open(&self, ordinal: u32) -> Result<Arc<dyn Context>, DriverError> {
-        let calls = self.calls.clone();
+impl CudaContext {
+    /// Opens the primary context, loads the kernels, and tries what may not work.
+    pub(super) fn open(calls: Arc<Calls>, ordinal: u32) -> Result<CudaContext, DriverError> {
         let (mut device, mut context) = (0, null_mut());
         // SAFETY: both calls write one handle each.
         unsafe {
@@ -272,6 +49,7 @@ impl Driver for Cuda {
             call!(calls, cuDevicePrimaryCtxRetain(&mut context, device))?;
         }
         let mut opened = CudaContext {
+            batch: calls.cuMemcpyBatchAsync.map(Batch::new),
             calls,
             ordinal,
             device,
@@ -286,29 +64,54 @@ impl Driver for Cuda {
             call!(
                 opened.calls,
                 cuModuleLoadData(&mut module, KERNELS.as_ptr().cast())
-            )
-        }?;
+            )?;
+        }
         opened.module = module;
-        Ok(Arc::new(opened))
+        if opened.batch.is_some() && !batch::works(&opened)? {
+            tracing::warn!(
+                ordinal,
+                "batched copies of this driver do not work: copies go one by one, which costs the \
+                 daemon more CPU"
+            );
+            opened.batch = None;
+        }
+        Ok(opened)
     }
-}
 
-/// The primary context of a device, with the kernels in it.
-struct CudaContext {
-    calls: Arc<Calls>,
-    ordinal: u32,
-    device: CUdevice,
-    context: CUcontext,
-    module: CUmodule,
-    ended: AtomicBool,
-}
+    /// Queues copies by one call.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Context::copy`].
+    pub(super) unsafe fn copy_batch(
+        &self,
+        way: Way,
+        copies: &[BusCopy],
+        stream: Stream,
+    ) -> Result<(), DriverError> {
+        let Some(batch) = &self.batch else {
+            return Ok(());
+        };
+        // SAFETY: the caller's promise.
+        let code = unsafe { batch.copy(way, copies, stream.0 as CUstream) };
+        self.calls.check("cuMemcpyBatchAsync", code)
+    }
 
-// SAFETY: the driver's handles may be used from any thread to which the context is bound.
-unsafe impl Send for CudaContext {}
-// SAFETY: as above; the driver locks what its calls share.
-unsafe impl Sync for CudaContext {}
+    pub(super) fn free(&self, at: DevicePtr) -> Result<(), DriverError> {
+        // SAFETY: the caller allocated it and uses it no more.
+        unsafe { call!(self.calls, cuMemFree_v2(at)) }
+    }
 
-impl CudaContext {
+    pub(super) fn free_pinned(&self, buffer: PinnedBuffer) -> Result<(), DriverError> {
+        // SAFETY: the caller allocated it and uses it no more.
+        unsafe { call!(self.calls, cuMemFreeHost(buffer.host.as_ptr().cast())) }
+    }
+
+    pub(super) fn destroy_stream(&self, stream: Stream) -> Result<(), DriverError> {
+        // SAFETY: the caller made it and uses it no more.
+        unsafe { call!(self.calls, cuStreamDestroy_v2(stream.0 as CUstream)) }
+    }
+
     unsafe fn copy_one(
         &self,
         way: Way,
@@ -508,6 +311,20 @@ impl Context for CudaContext {
     }
 
     unsafe fn copy(&self, way: Way, copies: &[BusCopy], stream: Stream) -> Result<(), DriverError> {
+        if copies.len() > 1
+            && let Some(batch) = self.batch.as_ref().filter(|batch| batch.is_good())
+        {
+            // SAFETY: the caller's promise.
+            match unsafe { self.copy_batch(way, copies, stream) } {
+                Err(error) if !error.is_sticky() => {
+                    // Copied again one by one: the same bytes to the same places.
+                    batch.give_up();
+                    let ordinal = self.ordinal;
+                    tracing::warn!(ordinal, %error, "batched copies are given up on this GPU");
+                }
+                queued => return queued,
+            }
+        }
         let stream = stream.0 as CUstream;
         for copy in copies {
             // SAFETY: the caller's promise.
