@@ -25,6 +25,7 @@ UNSAFE_ALLOWED = (
     "engine/src/copy/",
     "engine/src/device/cuda/",
     "engine/src/device/driver.rs",
+    "engine/src/device/pin.rs",
     "engine/src/device/slot.rs",
     "engine/src/device/side.rs",
     "engine/src/device/tests/fake.rs",

@@ -33,6 +33,12 @@ pub(super) const MAX_BLOCKS: u32 = if index::MAX_ENTRIES < MAX_CAPACITY {
 };
 /// Longest path that a Unix socket address holds, without the closing zero.
 const MAX_SOCKET_PATH_BYTES: usize = 107;
+/// Less would be no room for a page of many layers in each slot.
+const MIN_STAGING_BYTES: u64 = 16 << 20;
+/// A slot's places have 31 bits.
+const MAX_STAGING_BYTES: u64 = 4 << 30;
+/// Slowest copying, in bytes a second.
+const MIN_RATE: u64 = 1 << 20;
 const SHORTEST_TTL: Duration = Duration::from_millis(100);
 const LONGEST_TTL: Duration = Duration::from_secs(24 * 3600);
 const LONGEST_DRAIN: Duration = Duration::from_secs(3600);
@@ -54,6 +60,7 @@ pub(super) fn check(config: &mut Config) -> (Vec<Problem>, Vec<String>) {
     check_counts(config, &mut problems);
     check_times(config, &mut problems);
     check_http(config, &mut problems);
+    check_devices(config, &mut problems);
     (problems.0, notes)
 }
 
@@ -207,6 +214,25 @@ fn check_times(config: &Config, problems: &mut Problems) {
             humantime::format_duration(config.lease_ttl_max)
         );
         problems.add("lease-ttl", text);
+    }
+}
+
+fn check_devices(config: &Config, problems: &mut Problems) {
+    let staging = config.device_staging;
+    if staging != 0 && !(MIN_STAGING_BYTES..=MAX_STAGING_BYTES).contains(&staging) {
+        let text = format!(
+            "give 0, or {} to {}",
+            ByteSize(MIN_STAGING_BYTES),
+            ByteSize(MAX_STAGING_BYTES)
+        );
+        problems.add("device-staging", text);
+    }
+    if config.d2h_limit.is_some_and(|limit| limit < MIN_RATE) {
+        let text = format!(
+            "saves would hardly move: give off, or at least {} a second",
+            ByteSize(MIN_RATE)
+        );
+        problems.add("d2h-limit", text);
     }
 }
 

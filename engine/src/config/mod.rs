@@ -13,12 +13,14 @@
 //! | `load` | the four layers on top of each other |
 //! | `check` | ranges, contradictions, values that follow from others |
 //! | `domains` | the `[[domain]]` tables of the file |
+//! | `devices` | GPUs by UUID, rates |
 //! | `ids` | users and groups by number or by name |
 
 #![forbid(unsafe_code)]
 
 mod check;
 mod cli;
+mod devices;
 mod domains;
 mod ids;
 mod load;

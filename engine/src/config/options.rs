@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use pegaflow_shm::paths;
 
+use super::devices::{Gpus, Rate};
 use super::domains::DomainRule;
 use super::ids::{Gids, Uids};
 use super::value::{
@@ -16,6 +17,7 @@ use super::value::{
     LogLevel, Path, PoolStart, Size, Span, Switch, Text,
 };
 use crate::copy::ChecksumMode;
+use crate::device::{DeviceChoice, DeviceOptions, PinMode, STAGING_SLOTS};
 use crate::isolation::DomainRules;
 use crate::policy::{AdmissionKind, PolicyKind};
 
@@ -159,6 +161,18 @@ options! {
     pool: PoolStart, Choice<PoolStart>, Single, PoolStart::Adopt, "",
         "pool", "PEGAFLOW_POOL", "START",
         "The previous daemon's pool of this node: adopt takes its sealed blocks over (and starts empty, with a warning, if it does not fit), fresh throws it away";
+    devices: DeviceChoice, Gpus, Single, DeviceChoice::Auto, "",
+        "devices", "PEGAFLOW_DEVICES", "GPUS",
+        "GPUs whose memory engines may share: auto takes all that the driver shows, off does not look for any; or UUIDs as nvidia-smi -L prints them, separated by commas";
+    pin: PinMode, Choice<PinMode>, Single, PinMode::Background, "",
+        "pin", "PEGAFLOW_PIN", "MODE",
+        "When the pool is pinned for GPUs, about 0.05 s for each GiB: start, before the daemon is ready; background, from the first engine with GPU memory on, whose copies are slower meanwhile; or off";
+    device_staging: u64, Size, Single, 128 << 20, "",
+        "device-staging", "PEGAFLOW_DEVICE_STAGING", "SIZE",
+        "Memory of each GPU in which small segments are gathered, taken with the first engine on it, in bytes or with a unit; 0 copies every segment on its own";
+    d2h_limit: Option<u64>, Rate, Single, None, "",
+        "d2h-limit", "PEGAFLOW_D2H_LIMIT", "RATE",
+        "Most bytes a second that saves read from one GPU, with or without a unit (20GB), or off";
     drain_timeout: Duration, Span, Single, Duration::from_secs(30), "",
         "drain-timeout", "PEGAFLOW_DRAIN_TIMEOUT", "TIME",
         "How long a stop waits for running requests, such as 30s";
@@ -197,6 +211,17 @@ impl Config {
         if unset("copy-threads") {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             self.copy_threads = cores.min(4) as u32;
+        }
+    }
+
+    /// How the GPUs are used.
+    pub fn device_options(&self) -> DeviceOptions {
+        DeviceOptions {
+            choice: self.devices.clone(),
+            pin: self.pin,
+            staging_bytes: self.device_staging / STAGING_SLOTS,
+            d2h_limit: self.d2h_limit,
+            ..DeviceOptions::default()
         }
     }
 

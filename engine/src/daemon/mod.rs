@@ -38,7 +38,7 @@ use crate::config::{Config, Hugepages, Loaded};
 use crate::control::listener::{ListenError, SocketClaim};
 use crate::control::node_dir::{NodeDir, NodeDirError};
 use crate::control::{Control, ControlOptions, HELLO_TIMEOUT, hex};
-use crate::device::{DeviceOptions, DeviceState, Devices};
+use crate::device::{DeviceState, Devices};
 use crate::fault::{self, CrashPoint};
 use crate::isolation::DomainRules;
 use crate::lane::{self, LaneOptions, LaneStartError, StartedLane};
@@ -148,7 +148,7 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
         tracing::info!(address = %http.address(), "HTTP pages /metrics and /health");
         tokio::spawn(http.serve(node.reader(), health.clone()));
     }
-    let devices = open_devices();
+    let devices = open_devices(&config);
     let prepared = Prepared {
         config,
         node_dir,
@@ -166,8 +166,8 @@ async fn serve(config: Arc<Config>) -> Result<(), DaemonError> {
 }
 
 /// Looks for GPUs and says what there is. Loads a library and asks it for names: no context yet.
-fn open_devices() -> Devices {
-    let devices = Devices::open(DeviceOptions::default());
+fn open_devices(config: &Config) -> Devices {
+    let devices = Devices::open(config.device_options());
     match devices.state() {
         DeviceState::Absent { reason } => tracing::info!(reason, "no GPU is used"),
         DeviceState::Present { driver, devices } => {

@@ -19,7 +19,7 @@ use super::events::DeviceEvents;
 use super::inbox::Inbox;
 use super::info::DeviceInfo;
 use super::options::DeviceOptions;
-use super::pin_map::PinMap;
+use super::pin::Pinning;
 use super::region::{DeviceRegion, Mapping, ShareHandle};
 use super::thread;
 
@@ -76,7 +76,7 @@ pub(crate) struct Card {
 /// What the threads of all devices share.
 pub(crate) struct Workplace {
     pub(crate) pool: PoolMemory,
-    pub(crate) pins: Arc<PinMap>,
+    pub(crate) pins: Arc<Pinning>,
     pub(crate) results: Arc<Results>,
 }
 
@@ -163,7 +163,16 @@ impl Card {
         }
         *life = Life::Open(context);
         drop(life);
-        self.start_thread()
+        self.start_thread()?;
+        self.pin_pool();
+        Ok(())
+    }
+
+    /// Has the pool pinned, now that there is a context.
+    fn pin_pool(self: &Arc<Self>) {
+        if let Some(place) = self.place.get() {
+            place.pins.context_opened(self);
+        }
     }
 
     /// Says where copies come from and go to.
@@ -263,17 +272,22 @@ impl Card {
         let _ = self.news.send(DeviceNews::Down { device, message });
         let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
         *life = Life::Down { reason };
+        if let Some(place) = self.place.get() {
+            place.pins.withdraw(self.info.ordinal);
+        }
         if let Err(error) = context.reset() {
             tracing::warn!(%device, %error, "ending the failed context");
         }
     }
 
     /// A new context after a fault. The device is up once [`Card::come_up`] is called.
-    pub(super) fn reopen(&self) -> Result<(Arc<dyn Context>, u64), DriverError> {
+    pub(super) fn reopen(self: &Arc<Self>) -> Result<(Arc<dyn Context>, u64), DriverError> {
         let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
         let context = self.driver.open(self.info.ordinal)?;
         let generation = self.generation.fetch_add(1, Ordering::Release) as u64 + 1;
         *life = Life::Open(context.clone());
+        drop(life);
+        self.pin_pool();
         Ok((context, generation))
     }
 

@@ -14,13 +14,10 @@ use super::cuda::{Cuda, version_text};
 use super::driver::Driver;
 use super::error::DeviceError;
 use super::events::DeviceEvents;
-use super::info::DeviceState;
-use super::options::DeviceOptions;
-use super::pin_map::PinMap;
+use super::info::{DeviceInfo, DeviceState};
+use super::options::{DeviceChoice, DeviceOptions, PinMode};
+use super::pin::Pinning;
 use super::region::{DeviceRegion, ShareHandle};
-
-/// The pool is pinned in ranges of this many bytes: a few hundredths of a second each.
-const PIN_RANGE_BYTES: u64 = 1 << 30;
 
 /// The GPUs, or the reason why there are none. A handle: clones name the same.
 #[derive(Clone)]
@@ -32,6 +29,7 @@ struct Inner {
     state: DeviceState,
     cards: Vec<Arc<Card>>,
     news: Mutex<Option<UnboundedReceiver<DeviceNews>>>,
+    pin: PinMode,
 }
 
 impl fmt::Debug for Devices {
@@ -52,6 +50,7 @@ impl Devices {
                 state: DeviceState::Absent { reason },
                 cards: Vec::new(),
                 news: Mutex::default(),
+                pin: PinMode::Off,
             }),
         }
     }
@@ -59,7 +58,7 @@ impl Devices {
     /// Loads the driver and looks at its devices; [`Devices::state`] says what was found. No
     /// context is opened and no GPU memory used before the first import.
     pub fn open(options: DeviceOptions) -> Devices {
-        if !options.enabled {
+        if options.choice == DeviceChoice::Off {
             return Devices::absent("they are switched off by the configuration".into());
         }
         match Cuda::load() {
@@ -78,6 +77,10 @@ impl Devices {
             Ok(found) => found,
             Err(error) => return Devices::absent(format!("the driver cannot be asked: {error}")),
         };
+        let found = match choose(found, &options.choice) {
+            Ok(found) => found,
+            Err(error) => return Devices::absent(error.to_string()),
+        };
         for info in found.iter().filter(|info| info.is_emulated()) {
             tracing::warn!(
                 name = info.name,
@@ -87,7 +90,14 @@ impl Devices {
         let (sender, news) = unbounded_channel();
         let cards = found
             .iter()
-            .map(|info| Card::new(info.clone(), driver.clone(), options, sender.clone()))
+            .map(|info| {
+                Card::new(
+                    info.clone(),
+                    driver.clone(),
+                    options.clone(),
+                    sender.clone(),
+                )
+            })
             .collect();
         Devices {
             inner: Arc::new(Inner {
@@ -97,6 +107,7 @@ impl Devices {
                 },
                 cards,
                 news: Mutex::new(Some(news)),
+                pin: options.pin,
             }),
         }
     }
@@ -118,9 +129,9 @@ impl Devices {
     }
 
     /// Says between which memory and the devices copies go, and who is told when they are done.
-    /// Once, before the first task.
+    /// Once, before the first task. With [`PinMode::Start`] the pool is pinned before it returns.
     pub(crate) fn serve(&self, pool: PoolMemory, results: Arc<Results>) {
-        let pins = Arc::new(PinMap::new(pool.bytes(), PIN_RANGE_BYTES));
+        let pins = Pinning::new(pool.clone(), self.inner.pin);
         let place = Arc::new(Workplace {
             pool,
             pins,
@@ -128,6 +139,10 @@ impl Devices {
         });
         for card in self.cards() {
             card.serve(place.clone());
+        }
+        if self.inner.pin == PinMode::Start {
+            // One pins for all; another is asked only where a device permits nothing.
+            self.cards().iter().any(|card| place.pins.pin_now(card));
         }
     }
 
@@ -188,6 +203,33 @@ impl Devices {
     }
 }
 
+/// `--devices` leaves none.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("--devices names none of those that the driver shows: {shown}")]
+struct NoneChosen {
+    shown: String,
+}
+
+/// Those of the devices that the configuration wants.
+fn choose(found: Vec<DeviceInfo>, choice: &DeviceChoice) -> Result<Vec<DeviceInfo>, NoneChosen> {
+    let DeviceChoice::Only(wanted) = choice else {
+        return Ok(found);
+    };
+    let shown = found.iter().map(|info| info.uuid.to_string());
+    let shown = shown.collect::<Vec<_>>().join(", ");
+    for uuid in wanted {
+        if !found.iter().any(|info| info.uuid == *uuid) {
+            tracing::warn!(%uuid, shown, "--devices names a GPU that the driver does not show");
+        }
+    }
+    let chosen = found.into_iter().filter(|info| wanted.contains(&info.uuid));
+    let chosen: Vec<DeviceInfo> = chosen.collect();
+    if chosen.is_empty() {
+        return Err(NoneChosen { shown });
+    }
+    Ok(chosen)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,9 +246,30 @@ mod tests {
     }
 
     #[test]
+    fn only_the_named_devices_are_used_and_none_is_a_reason() {
+        let info = |byte| DeviceInfo {
+            uuid: DeviceUuid([byte; 16]),
+            name: "a GPU".into(),
+            ordinal: u32::from(byte),
+            pci_bus_id: String::new(),
+            numa_node: None,
+            memory_bytes: 1,
+        };
+        let only = |bytes: &[u8]| {
+            let wanted = bytes.iter().map(|byte| DeviceUuid([*byte; 16])).collect();
+            choose(vec![info(1), info(2)], &DeviceChoice::Only(wanted))
+        };
+        assert_eq!(only(&[2, 9]), Ok(vec![info(2)]));
+        let shown = only(&[9]).expect_err("none is there").shown;
+        assert!(shown.contains(&DeviceUuid([1; 16]).to_string()), "{shown}");
+        let all = choose(vec![info(1), info(2)], &DeviceChoice::Auto);
+        assert_eq!(all.map(|all| all.len()), Ok(2));
+    }
+
+    #[test]
     fn switched_off_devices_are_absent_with_that_reason() {
         let options = DeviceOptions {
-            enabled: false,
+            choice: DeviceChoice::Off,
             ..DeviceOptions::default()
         };
         let DeviceState::Absent { reason } = Devices::open(options).state() else {

@@ -16,7 +16,7 @@
 //! | `region`, `events` | what was imported |
 //! | `part` | a layout's part as the kernels read it |
 //! | `plan` | how a task's bytes go over the bus, a chunk at a time |
-//! | `pin_map` | which of the pool's memory is pinned |
+//! | `pin`, `pin_map` | pinning of the pool, and which of it is pinned |
 //! | `inbox` | tasks on their way to a device's thread |
 //! | `turns`, `job` | whose turn it is; how far each task is |
 //! | `slot`, `side` | a stream with a chunk under way; a direction's two of them |
@@ -35,6 +35,7 @@ mod info;
 mod job;
 mod options;
 mod part;
+mod pin;
 mod pin_map;
 mod plan;
 mod region;
@@ -51,7 +52,7 @@ pub use devices::Devices;
 pub use error::{DeviceError, DriverError};
 pub use events::{AfterEvent, DeviceEvents};
 pub use info::{DeviceInfo, DeviceState};
-pub use options::DeviceOptions;
+pub use options::{DeviceChoice, DeviceOptions, PinMode, STAGING_SLOTS};
 pub use region::{DeviceRegion, ShareHandle};
 
 pub(crate) use card::Card;

@@ -122,7 +122,7 @@ impl Side {
             parts: device.parts(),
             page_bytes: target.layout().page_bytes(),
             pages: &job.task.pages[..job.sound],
-            pins: &gear.place.pins,
+            pins: gear.place.pins.map(),
         };
         let mut limits = gear.limits;
         limits.chunk_bytes = self.paced(limits.chunk_bytes);

@@ -71,7 +71,7 @@ impl Worker {
         now: Instant,
     ) -> Result<Worker, DriverError> {
         context.bind()?;
-        let options = *card.options();
+        let options = card.options().clone();
         let kernels = Kernels {
             gather: context.kernel(c"pega_gather")?,
             scatter: context.kernel(c"pega_scatter")?,
