@@ -16,7 +16,7 @@ use super::error::DeviceError;
 use super::events::DeviceEvents;
 use super::info::{DeviceInfo, DeviceState};
 use super::options::{DeviceChoice, DeviceOptions, PinMode};
-use super::pin::Pinning;
+use super::pin::{Pinning, RANGE_BYTES};
 use super::region::{DeviceRegion, ShareHandle};
 
 /// The GPUs, or the reason why there are none. A handle: clones name the same.
@@ -131,7 +131,7 @@ impl Devices {
     /// Says between which memory and the devices copies go, and who is told when they are done.
     /// Once, before the first task. With [`PinMode::Start`] the pool is pinned before it returns.
     pub(crate) fn serve(&self, pool: PoolMemory, results: Arc<Results>) {
-        let pins = Pinning::new(pool.clone(), self.inner.pin);
+        let pins = Pinning::new(pool.clone(), RANGE_BYTES, self.inner.pin);
         let place = Arc::new(Workplace {
             pool,
             pins,

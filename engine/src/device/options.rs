@@ -57,8 +57,8 @@ impl Default for DeviceOptions {
             pin: PinMode::default(),
             staging_bytes: 32 << 20,
             d2h_limit: None,
-            // Measured, see docs/gpu.md: from 64 KiB on a batch of copies does 88 to 99 % of the link
-            // without taking time slices from the engine; 32 blocks are as fast as all of them.
+            // Measured, see docs/gpu.md: from 64 KiB on a batch of copies does 88 to 99 % of the
+            // link and takes no time slices of the engine; 32 blocks are as fast as all of them.
             crossover_bytes: 64 << 10,
             kernel_blocks: Some(32),
         }

@@ -20,7 +20,7 @@ use crate::copy::PoolMemory;
 
 /// About what one call pins, in bytes: 12 ms of the driver, which meanwhile keeps other calls
 /// waiting, and few enough borders for copies to stop at.
-const RANGE_BYTES: u64 = 256 << 20;
+pub(super) const RANGE_BYTES: u64 = 256 << 20;
 /// Threads that pin. The driver does most of the work one call at a time: four take a tenth off.
 const THREADS: usize = 4;
 /// How long other devices' chunks, of tens of MiB at most, are given to end before the context that
@@ -56,10 +56,10 @@ struct Outcome {
 }
 
 impl Pinning {
-    /// Nothing is pinned yet.
-    pub(super) fn new(pool: PoolMemory, mode: PinMode) -> Arc<Pinning> {
+    /// Nothing is pinned yet; ranges of [`RANGE_BYTES`] outside of tests.
+    pub(super) fn new(pool: PoolMemory, range_bytes: u64, mode: PinMode) -> Arc<Pinning> {
         Arc::new(Pinning {
-            map: PinMap::new(pool.bytes(), RANGE_BYTES),
+            map: PinMap::new(pool.bytes(), range_bytes),
             pool,
             mode,
             work: Mutex::default(),
@@ -258,7 +258,7 @@ mod tests {
         let bytes = ranges * RANGE_BYTES - (64 << 20);
         // SAFETY: nothing of these tests reads or writes through the address.
         let pool = unsafe { PoolMemory::new(NonNull::dangling(), bytes, keep) };
-        Pinning::new(pool, PinMode::Background)
+        Pinning::new(pool, RANGE_BYTES, PinMode::Background)
     }
 
     fn refusal() -> DeviceError {

@@ -8,9 +8,10 @@ use pegaflow_shm::control::{GroupLayout, MemoryRef, SegmentLayout};
 
 use super::fake::{FakeDriver, uuid};
 use crate::copy::*;
+use crate::device::PinMode;
 use crate::device::card::{Card, DeviceNews, Workplace};
 use crate::device::error::DriverError;
-use crate::device::pin_map::PinMap;
+use crate::device::pin::Pinning;
 use crate::device::worker::{Wait, Worker};
 use crate::device::{AfterEvent, DeviceEvents, DeviceOptions, DeviceRegion, Devices, ShareHandle};
 use crate::layout::ValidLayout;
@@ -54,8 +55,8 @@ impl Rig {
         let base = std::ptr::NonNull::new(pool.as_ptr() as *mut u8).unwrap();
         // SAFETY: the vector is kept by the handle; tests read it only between turns.
         let memory = unsafe { PoolMemory::new(base, POOL_BYTES as u64, pool.clone()) };
-        let pins = Arc::new(PinMap::new(POOL_BYTES as u64, 1 << 20));
-        (0..pins.ranges()).for_each(|number| pins.set(number, pinned));
+        let pins = Pinning::new(memory.clone(), 1 << 20, PinMode::Off);
+        (0..pins.map().ranges()).for_each(|number| pins.map().set(number, pinned));
         let place = Arc::new(Workplace {
             pool: memory,
             pins,
