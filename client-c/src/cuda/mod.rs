@@ -24,6 +24,8 @@ mod region;
 pub(crate) mod fake;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod wire_tests;
 
 pub use driver::CudaError;
 pub use order::Order;

@@ -6,6 +6,7 @@
 
 #![allow(dead_code)]
 
+pub mod gpu;
 mod serve;
 mod store;
 
@@ -77,6 +78,8 @@ pub struct World {
     pub hold: AtomicBool,
     /// A session has seen that.
     held: AtomicBool,
+    /// Devices.
+    pub gpu: Mutex<gpu::Gpu>,
     pub sessions: AtomicU64,
     pub submissions: AtomicU64,
     /// Sessions whose end the fake has taken notice of.
@@ -131,6 +134,7 @@ impl Fake {
             drain: AtomicBool::new(false),
             hold: AtomicBool::new(false),
             held: AtomicBool::new(false),
+            gpu: Mutex::default(),
             sessions: AtomicU64::new(0),
             submissions: AtomicU64::new(0),
             left: AtomicU64::new(0),

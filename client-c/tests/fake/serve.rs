@@ -22,6 +22,7 @@ use pegaflow_shm::seqpacket::{receive, send};
 use pegaflow_shm::status::Status;
 use rustix::net::sockopt::socket_peercred;
 
+use super::gpu::Seen;
 use super::store::{ClientMemory, NAMESPACE};
 use super::{Rudeness, World, wait_readable};
 
@@ -198,6 +199,9 @@ impl Session {
             self.said_draining = true;
             self.reply(&DaemonMessage::Draining { limit_ms: 1000 });
         }
+        for notice in std::mem::take(&mut self.world.gpu.lock().unwrap().notices) {
+            self.reply(&notice);
+        }
         let hold = self.world.hold.load(Ordering::Relaxed);
         self.world.held.store(hold, Ordering::Relaxed);
         while !self.frozen && !hold && start.elapsed() < Duration::from_micros(200) {
@@ -277,16 +281,19 @@ impl Session {
                 self.world.regions.fetch_add(1, Ordering::Relaxed);
                 self.reply(&DaemonMessage::Done { seq });
             }
-            ClientMessage::AddDeviceRegion { seq, .. }
-            | ClientMessage::AddDeviceChunks { seq, .. }
-            | ClientMessage::AddEvents { seq, .. } => self.reply(&DaemonMessage::Failed {
-                seq,
-                status: Status::DeviceUnavailable,
-                message: "the fake has no device".into(),
-            }),
+            ClientMessage::AddDeviceRegion { .. }
+            | ClientMessage::AddDeviceChunks { .. }
+            | ClientMessage::AddEvents { .. } => {
+                let answer = self.world.gpu.lock().unwrap().answer(&message, fds.len());
+                answer.iter().for_each(|answer| self.reply(answer));
+            }
             ClientMessage::RemoveRegion { seq, region } => {
-                self.memory.regions.remove(&region);
-                self.world.regions.fetch_sub(1, Ordering::Relaxed);
+                if self.memory.regions.remove(&region).is_some() {
+                    self.world.regions.fetch_sub(1, Ordering::Relaxed);
+                } else {
+                    let mut gpu = self.world.gpu.lock().unwrap();
+                    gpu.seen.push(Seen::Remove(region));
+                }
                 self.reply(&DaemonMessage::Done { seq });
             }
             ClientMessage::Register { seq, registration } => self.register(seq, *registration),
@@ -309,7 +316,10 @@ impl Session {
         }
         let segments = spec.groups.iter().flat_map(|group| &group.segments);
         let unknown = segments.clone().find(|segment| match segment.memory {
-            MemoryRef::Region(region) => !self.memory.regions.contains_key(&region),
+            MemoryRef::Region(region) => {
+                let gpu = self.world.gpu.lock().unwrap();
+                !self.memory.regions.contains_key(&region) && !gpu.regions.contains(&region)
+            }
             MemoryRef::Process => false,
         });
         if let Some(segment) = unknown {
@@ -318,6 +328,15 @@ impl Session {
                 status: Status::BadLayout,
                 message: format!("there is no {:?} in this session", segment.memory),
             });
+        }
+        let used: Vec<u32> = device_regions(&spec, &self.world).collect();
+        if !used.is_empty() {
+            self.world
+                .gpu
+                .lock()
+                .unwrap()
+                .seen
+                .push(Seen::Register(used));
         }
         let number = self.world.registrations.fetch_add(1, Ordering::Relaxed);
         let registration = 100 + number;
@@ -361,6 +380,15 @@ impl Session {
             open.hashes.len().max(open.blocks.len())
         );
         let mut completion = Completion::new(op, submission.request_id, Status::Ok);
+        let spec = self.registrations.get(&submission.registration);
+        let is_on_device = spec.is_some_and(|spec| device_regions(spec, &self.world).count() > 0);
+        if is_on_device && matches!(op, Op::Save | Op::Load) {
+            completion.count = submission.total;
+            let mut gpu = self.world.gpu.lock().unwrap();
+            gpu.seen.push(Seen::After(submission.after()));
+            drop(gpu);
+            return self.post(completion, rudeness);
+        }
         match op {
             Op::Query if submission.group == 0 => self.query(&submission, &open, &mut completion),
             Op::Query => self.membership(&submission, &open, &mut completion),
@@ -502,4 +530,17 @@ impl Session {
             let _ = self.pipe.ring();
         }
     }
+}
+
+/// Regions of device memory that a registration names, each once.
+fn device_regions(spec: &RegisterSpec, world: &World) -> impl Iterator<Item = u32> + use<> {
+    let known = world.gpu.lock().unwrap().regions.clone();
+    let segments = spec.groups.iter().flat_map(|group| &group.segments);
+    let named = segments.filter_map(|segment| match segment.memory {
+        MemoryRef::Region(region) => Some(region),
+        MemoryRef::Process => None,
+    });
+    let used: std::collections::BTreeSet<u32> = named.collect();
+    used.into_iter()
+        .filter(move |region| known.contains(region))
 }
