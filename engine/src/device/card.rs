@@ -16,6 +16,7 @@ use crate::copy::{CopyError, CopyTask, Direction, PoolMemory, Results, StuckCopi
 use super::driver::{ChunkError, Context, DevicePtr, Driver, Event};
 use super::error::{DeviceError, DriverError};
 use super::events::DeviceEvents;
+use super::flights::Flights;
 use super::inbox::Inbox;
 use super::info::DeviceInfo;
 use super::options::DeviceOptions;
@@ -39,6 +40,10 @@ pub(super) enum Leftover {
     Events(Vec<Event>),
 }
 
+/// How long copies of other devices may take to end before memory is unpinned: the longest chunk,
+/// many times.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+
 /// Whether the device can be used.
 enum Life {
     /// Nobody has needed it yet.
@@ -52,6 +57,8 @@ enum Life {
 /// A device of the daemon.
 pub(crate) struct Card {
     info: DeviceInfo,
+    /// Its place among the daemon's devices.
+    number: usize,
     driver: Arc<dyn Driver>,
     options: DeviceOptions,
     /// Written to by whoever opens or resets the context, read by whoever makes calls in it that
@@ -78,6 +85,7 @@ pub(crate) struct Workplace {
     pub(crate) pool: PoolMemory,
     pub(crate) pins: Arc<Pinning>,
     pub(crate) results: Arc<Results>,
+    pub(crate) flights: Flights,
 }
 
 impl fmt::Debug for Card {
@@ -88,13 +96,14 @@ impl fmt::Debug for Card {
 
 impl Card {
     pub(super) fn new(
-        info: DeviceInfo,
+        (number, info): (usize, DeviceInfo),
         driver: Arc<dyn Driver>,
         options: DeviceOptions,
         news: UnboundedSender<DeviceNews>,
     ) -> Arc<Card> {
         Arc::new(Card {
             info,
+            number,
             driver,
             options,
             life: RwLock::new(Life::Unused),
@@ -112,6 +121,11 @@ impl Card {
 
     pub(crate) fn info(&self) -> &DeviceInfo {
         &self.info
+    }
+
+    /// Its place among the daemon's devices.
+    pub(super) fn number(&self) -> usize {
+        self.number
     }
 
     pub(super) fn options(&self) -> &DeviceOptions {
@@ -272,11 +286,19 @@ impl Card {
         let _ = self.news.send(DeviceNews::Down { device, message });
         let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
         *life = Life::Down { reason };
-        if let Some(place) = self.place.get() {
-            place.pins.withdraw(self.info.ordinal);
+        let place = self.place.get();
+        // The context's end unpins what it has pinned for all: not under another device's copies.
+        if let Some(place) = place
+            && place.pins.withdraw(self.info.ordinal)
+            && !place.flights.drained(self.number, DRAIN_LIMIT)
+        {
+            tracing::error!(%device, "another GPU does not end its copies: they may go astray");
         }
         if let Err(error) = context.reset() {
             tracing::warn!(%device, %error, "ending the failed context");
+        }
+        if let Some(place) = place {
+            place.flights.end_all(self.number);
         }
     }
 

@@ -14,6 +14,7 @@ use super::cuda::{Cuda, version_text};
 use super::driver::Driver;
 use super::error::DeviceError;
 use super::events::DeviceEvents;
+use super::flights::Flights;
 use super::info::{DeviceInfo, DeviceState};
 use super::options::{DeviceChoice, DeviceOptions, PinMode};
 use super::pin::{Pinning, RANGE_BYTES};
@@ -90,9 +91,10 @@ impl Devices {
         let (sender, news) = unbounded_channel();
         let cards = found
             .iter()
-            .map(|info| {
+            .enumerate()
+            .map(|(number, info)| {
                 Card::new(
-                    info.clone(),
+                    (number, info.clone()),
                     driver.clone(),
                     options.clone(),
                     sender.clone(),
@@ -136,6 +138,7 @@ impl Devices {
             pool,
             pins,
             results,
+            flights: Flights::new(self.cards().len()),
         });
         for card in self.cards() {
             card.serve(place.clone());

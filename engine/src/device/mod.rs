@@ -17,6 +17,7 @@
 //! | `part` | a layout's part as the kernels read it |
 //! | `plan` | how a task's bytes go over the bus, a chunk at a time |
 //! | `pin`, `pin_map` | pinning of the pool, and which of it is pinned |
+//! | `flights` | chunks under way over pinned memory, which must not be unpinned under them |
 //! | `inbox` | tasks on their way to a device's thread |
 //! | `turns`, `job` | whose turn it is; how far each task is |
 //! | `slot`, `side` | a stream with a chunk under way; a direction's two of them |
@@ -30,6 +31,7 @@ mod devices;
 mod driver;
 mod error;
 mod events;
+mod flights;
 mod inbox;
 mod info;
 mod job;

@@ -23,9 +23,6 @@ use crate::copy::PoolMemory;
 pub(super) const RANGE_BYTES: u64 = 256 << 20;
 /// Threads that pin. The driver does most of the work one call at a time: four take a tenth off.
 const THREADS: usize = 4;
-/// How long other devices' chunks, of tens of MiB at most, are given to end before the context that
-/// pinned their pages does: a hundred times what a chunk takes.
-const DRAIN: Duration = Duration::from_millis(100);
 /// Distance of two lines in the log.
 const LOG_EVERY: Duration = Duration::from_secs(5);
 
@@ -104,12 +101,11 @@ impl Pinning {
 
     /// Forgets what the context of the device with this ordinal has pinned, because it ends. Called
     /// while nobody makes calls in that context. When it returns, no copy that asks finds those
-    /// ranges pinned, and those that other devices had under way have had time to end.
-    pub(super) fn withdraw(&self, ordinal: u32) {
-        let pinned = self.map.pinned_bytes();
-        if self.forget(ordinal) && pinned > 0 {
-            thread::sleep(DRAIN);
-        }
+    /// ranges pinned; those that other devices have under way must end before the context does
+    /// (`Flights`). True when there was anything.
+    pub(super) fn withdraw(&self, ordinal: u32) -> bool {
+        let pinned_bytes = self.map.pinned_bytes();
+        self.forget(ordinal) && pinned_bytes > 0
     }
 
     /// True if it was this device that had pinned.

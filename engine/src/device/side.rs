@@ -97,6 +97,9 @@ impl Side {
                 unsafe { slot.is_done(&*gear.context, self.way, &gear.place.pool, gear.copier) }?;
             if done {
                 slot.flight = None;
+                if flight.pinned {
+                    gear.place.flights.end(gear.card.number());
+                }
                 let bytes = slot.chunk.bytes;
                 self.note_done(bytes, flight, now);
                 return Ok(Some(flight.job));
@@ -127,7 +130,13 @@ impl Side {
         let mut limits = gear.limits;
         limits.chunk_bytes = self.paced(limits.chunk_bytes);
         let slot = &mut self.slots[slot];
+        let (flights, device_number) = (&gear.place.flights, gear.card.number());
+        flights.begin(device_number);
         limits.plan(&source, job.next, &mut slot.chunk);
+        let pinned = !slot.chunk.bounced;
+        if !pinned {
+            flights.end(device_number);
+        }
         let cargo = Cargo {
             way: self.way,
             target: &target,
@@ -160,6 +169,7 @@ impl Side {
         };
         slot.flight = Some(Flight {
             job: number,
+            pinned,
             started: now,
             expected,
         });

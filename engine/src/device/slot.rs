@@ -48,6 +48,8 @@ pub(super) struct Cargo<'a> {
 pub(super) struct Flight {
     /// The job it belongs to.
     pub(super) job: usize,
+    /// Its copies touch pinned memory of the pool.
+    pub(super) pinned: bool,
     pub(super) started: Instant,
     /// When it should be done.
     pub(super) expected: Instant,

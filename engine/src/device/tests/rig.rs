@@ -11,6 +11,7 @@ use crate::copy::*;
 use crate::device::PinMode;
 use crate::device::card::{Card, DeviceNews, Workplace};
 use crate::device::error::DriverError;
+use crate::device::flights::Flights;
 use crate::device::pin::Pinning;
 use crate::device::worker::{Wait, Worker};
 use crate::device::{AfterEvent, DeviceEvents, DeviceOptions, DeviceRegion, Devices, ShareHandle};
@@ -61,6 +62,7 @@ impl Rig {
             pool: memory,
             pins,
             results: Arc::new(Results::new(Arc::new(|| ()))),
+            flights: Flights::new(1),
         });
         let mut rig = Rig {
             driver,
