@@ -152,6 +152,11 @@ chaos: build ## kill -9 of daemon and engines under load, CHAOS_KILLS=200 times 
 	$(CARGO) build --release -p pegaflow-tests --bin chaos
 	PEGAFLOW_BIN_DIR=$(abspath $(RELEASE)) $(RELEASE)/chaos $(ARGS)
 
+.PHONY: gpu-soak
+gpu-soak: build ## random saves and loads of GPU memory, engines killed, for GPU_SOAK_SECONDS=60
+	$(CARGO) build --release -p pegaflow-tests --bin gpu-soak --bin gpu-engine
+	PEGAFLOW_BIN_DIR=$(abspath $(RELEASE)) $(RELEASE)/gpu-soak
+
 .PHONY: sim
 sim: ## simulate daemon and clients with injected faults, SIM_SEEDS seeds; SIM_SEED=N replays one
 	SIM_SEEDS=$(or $(SIM_SEEDS),3000) SIM_SEED=$(SIM_SEED) \

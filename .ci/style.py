@@ -42,6 +42,7 @@ UNSAFE_ALLOWED = (
     "tests/emulated-cuda/src/mapping.rs",
     "tests/emulated-cuda/tests/",
     "tests/src/dying.rs",
+    "tests/src/gpu/rank.rs",
     "tests/src/memory.rs",
     "tests/src/withheld.rs",
     "tools/src/bench/c_scheduler.rs",

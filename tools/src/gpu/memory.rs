@@ -140,12 +140,11 @@ impl DeviceMemory {
     pub fn write_from(
         &self,
         offset: usize,
-        from: &PinnedMemory,
+        (from, from_offset): (&PinnedMemory, usize),
         bytes: usize,
         stream: &Stream,
     ) -> Result<(), GpuError> {
-        assert!(bytes <= from.bytes, "inside the memory");
-        let (to, from) = (self.at(offset, bytes), from.start.as_ptr());
+        let (to, from) = (self.at(offset, bytes), from.at(from_offset, bytes));
         // SAFETY: both ranges were checked; dropping either memory waits for the GPU.
         unsafe { cu!(cuMemcpyHtoDAsync_v2(to, from, bytes, stream.raw())) }
     }
@@ -160,12 +159,11 @@ impl DeviceMemory {
     pub fn read_to(
         &self,
         offset: usize,
-        to: &PinnedMemory,
+        (to, to_offset): (&PinnedMemory, usize),
         bytes: usize,
         stream: &Stream,
     ) -> Result<(), GpuError> {
-        assert!(bytes <= to.bytes, "inside the memory");
-        let (from, to) = (self.at(offset, bytes), to.start.as_ptr());
+        let (from, to) = (self.at(offset, bytes), to.at(to_offset, bytes));
         // SAFETY: as above.
         unsafe { cu!(cuMemcpyDtoHAsync_v2(to, from, bytes, stream.raw())) }
     }
@@ -213,6 +211,35 @@ impl PinnedMemory {
             Some(start) => Ok(PinnedMemory { start, bytes }),
             None => Err(GpuError::Library("cuMemHostAlloc gave no memory".into())),
         }
+    }
+
+    fn at(&self, offset: usize, bytes: usize) -> *mut c_void {
+        let end = offset.checked_add(bytes);
+        assert!(
+            end.is_some_and(|end| end <= self.bytes),
+            "inside the memory"
+        );
+        self.start.as_ptr().wrapping_byte_add(offset)
+    }
+
+    /// Copies in. Nothing may be copying from there.
+    ///
+    /// # Panics
+    /// The range does not lie inside.
+    pub fn put(&mut self, offset: usize, bytes: &[u8]) {
+        let to = self.at(offset, bytes.len()).cast::<u8>();
+        // SAFETY: `at` has checked the range, which is no part of what is borrowed.
+        unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    }
+
+    /// Copies out. Nothing may be copying to there.
+    ///
+    /// # Panics
+    /// The range does not lie inside.
+    pub fn get(&self, offset: usize, out: &mut [u8]) {
+        let from = self.at(offset, out.len()).cast::<u8>();
+        // SAFETY: as above.
+        unsafe { out.as_mut_ptr().copy_from_nonoverlapping(from, out.len()) };
     }
 
     /// Fills it with one byte. Nothing may be copying from it.

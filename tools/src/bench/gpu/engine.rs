@@ -190,8 +190,8 @@ fn raw_gbps() -> Result<(f64, f64), ToolError> {
         for (way, rates) in rates.iter_mut().enumerate() {
             start.record(&stream)?;
             match way {
-                0 => memory.read_to(0, &host, RAW_BYTES, &stream)?,
-                _ => memory.write_from(0, &host, RAW_BYTES, &stream)?,
+                0 => memory.read_to(0, (&host, 0), RAW_BYTES, &stream)?,
+                _ => memory.write_from(0, (&host, 0), RAW_BYTES, &stream)?,
             }
             end.record(&stream)?;
             end.synchronize()?;

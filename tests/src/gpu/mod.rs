@@ -3,7 +3,23 @@
 //! A process sees emulated GPUs only if it was started with [`Gpus::environment`]: the test itself
 //! does not, so engines with GPU memory are always processes of their own.
 
-#![forbid(unsafe_code)]
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`shape`] | random layouts of every kind |
+//! | [`rank`] | a client with GPU memory, and what every byte of it should be |
+//! | [`engine`] | that in a process of its own, driven by commands |
+//! | [`conductor`] | the soak run: engines that come and go, and are killed |
+//! | [`soak`] | what an engine does at random until it is stopped or killed |
+
+#![deny(unsafe_code)]
+
+pub mod conductor;
+pub mod engine;
+#[allow(unsafe_code)]
+pub mod rank;
+pub mod shape;
+pub mod soak;
 
 use std::path::Path;
 use std::process::Command;

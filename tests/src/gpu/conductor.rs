@@ -1,0 +1,232 @@
+//! The soak run: a daemon with a small pool, engines that come and go on all GPUs, some of them
+//! killed in the middle of whatever they do.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use serde::Serialize;
+
+use super::engine::{Engine, Task};
+use super::rank::GpuSpec;
+use super::soak::{Plan, Tally};
+use crate::binaries;
+use crate::content::Stream;
+use crate::daemon::{Config, Daemon};
+
+/// What is run.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How long.
+    pub seconds: f64,
+    /// Of all random choices.
+    pub seed: u64,
+    /// GPUs, by number.
+    pub gpus: Vec<u32>,
+    /// Engines at a time, on each GPU.
+    pub engines: usize,
+    /// GPU memory of an engine, about.
+    pub budget: usize,
+    /// Pool of the daemon.
+    pub pool: String,
+    /// Kill the daemon now and then, too.
+    pub kill_daemon: bool,
+    /// Environment of all processes.
+    pub environment: Vec<(String, String)>,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Summary {
+    /// Of the random choices.
+    pub seed: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// Engines that were started.
+    pub engines: u64,
+    /// Engines that were killed.
+    pub killed: u64,
+    /// Restarts of a killed daemon.
+    pub daemon_kills: u64,
+    /// What those that were not killed have told.
+    pub tally: Tally,
+    /// Faults of any kind, in words: bytes that differ, an engine or daemon that ended by itself.
+    pub faults: Vec<String>,
+}
+
+impl Summary {
+    /// No fault, and something was done.
+    pub fn is_good(&self) -> bool {
+        self.faults.is_empty() && self.tally.loads > 0
+    }
+}
+
+fn number<T: std::str::FromStr>(name: &str, default: T) -> anyhow::Result<T> {
+    match std::env::var(name) {
+        Ok(text) => text
+            .parse()
+            .ok()
+            .with_context(|| format!("{name}={text} is no number")),
+        Err(_) => Ok(default),
+    }
+}
+
+impl Settings {
+    /// As `GPU_SOAK_SECONDS`, `_SEED`, `_GPUS` (0,1), `_ENGINES`, `_BUDGET_MIB`, `_POOL` and
+    /// `_KILL_DAEMON` say.
+    ///
+    /// # Errors
+    /// One of them is no number.
+    pub fn from_environment() -> anyhow::Result<Settings> {
+        let gpus = std::env::var("GPU_SOAK_GPUS").unwrap_or_else(|_| "0".into());
+        let gpus = gpus.split(',').map(|gpu| gpu.trim().parse());
+        Ok(Settings {
+            seconds: number("GPU_SOAK_SECONDS", 60.0)?,
+            seed: number("GPU_SOAK_SEED", u64::from(std::process::id()))?,
+            gpus: gpus.collect::<Result<_, _>>().context("GPU_SOAK_GPUS")?,
+            engines: number("GPU_SOAK_ENGINES", 3)?,
+            budget: number("GPU_SOAK_BUDGET_MIB", 64_usize)? << 20,
+            pool: std::env::var("GPU_SOAK_POOL").unwrap_or_else(|_| "256MiB".into()),
+            kill_daemon: number("GPU_SOAK_KILL_DAEMON", 0_u8)? != 0,
+            environment: Vec::new(),
+        })
+    }
+
+    fn program(&self) -> PathBuf {
+        binaries::folder().join("gpu-engine")
+    }
+}
+
+/// An engine and when it is killed, if it is.
+struct Seat {
+    engine: Engine,
+    gpu: u32,
+    ends: Instant,
+    killed: bool,
+}
+
+struct Conductor<'a> {
+    settings: &'a Settings,
+    daemon: Daemon,
+    random: Stream,
+    summary: Summary,
+    until: Instant,
+}
+
+/// Does it.
+///
+/// # Errors
+/// An engine cannot be started.
+pub fn run(settings: &Settings) -> anyhow::Result<Summary> {
+    let config = Config {
+        pool: settings.pool.clone(),
+        environment: settings.environment.clone(),
+        ..Config::default()
+    };
+    let started = Instant::now();
+    let mut conductor = Conductor {
+        settings,
+        daemon: Daemon::start_with(config),
+        random: Stream::new(&[settings.seed]),
+        summary: Summary {
+            seed: settings.seed,
+            ..Summary::default()
+        },
+        until: started + Duration::from_secs_f64(settings.seconds),
+    };
+    let mut seats = Vec::new();
+    for gpu in &settings.gpus {
+        for _ in 0..settings.engines {
+            seats.push(conductor.seat(*gpu)?);
+        }
+    }
+    let mut next_daemon_kill = Instant::now() + Duration::from_secs(3);
+    while !seats.is_empty() {
+        std::thread::sleep(Duration::from_millis(5));
+        let now = Instant::now();
+        if settings.kill_daemon && now > next_daemon_kill && now < conductor.until {
+            conductor.daemon.kill();
+            conductor.daemon.launch();
+            conductor.summary.daemon_kills += 1;
+            next_daemon_kill = now + Duration::from_millis(2000 + conductor.random.below(3000));
+        }
+        if let Some(at) = seats.iter().position(|seat| seat.ends <= now) {
+            let seat = seats.swap_remove(at);
+            let gpu = seat.gpu;
+            conductor.end(seat);
+            if now < conductor.until && conductor.summary.faults.is_empty() {
+                seats.push(conductor.seat(gpu)?);
+            }
+        }
+    }
+    if !conductor.daemon.is_alive() {
+        let log = conductor.daemon.log();
+        conductor
+            .summary
+            .faults
+            .push(format!("the daemon ended: {log}"));
+    }
+    conductor.summary.seconds = started.elapsed().as_secs_f64();
+    Ok(conductor.summary)
+}
+
+/// Seeds of sizes that engines share, so that they load what others have saved.
+const SIZES: u64 = 14;
+const HASHES: u64 = 400;
+
+impl Conductor<'_> {
+    fn seat(&mut self, gpu: u32) -> anyhow::Result<Seat> {
+        let number = self.summary.engines;
+        self.summary.engines += 1;
+        let left = self.until.saturating_duration_since(Instant::now());
+        let ms = 500 + self.random.below(6000);
+        let seconds = (ms as f64 / 1e3).min(left.as_secs_f64().max(0.2));
+        let killed = self.random.below(2) == 0;
+        let sizes = self.random.below(SIZES);
+        let plan = Plan {
+            socket: self.daemon.socket(),
+            spec: GpuSpec {
+                gpu,
+                instance: format!("soak-{number}"),
+                salt: format!("sizes {sizes}"),
+                sizes,
+                arrangement: self.random.next(),
+                budget: self.settings.budget,
+                mapped: self.random.below(4) == 0,
+                ..GpuSpec::default()
+            },
+            seed: self.random.next() >> 32,
+            // One that is killed does not end by itself before.
+            seconds: if killed { seconds + 30.0 } else { seconds },
+            hashes: HASHES,
+        };
+        let mut command = Command::new(self.settings.program());
+        command.envs(self.settings.environment.iter().cloned());
+        let mut engine = Engine::spawn(command);
+        engine.tell(&Task::Soak(plan))?;
+        Ok(Seat {
+            engine,
+            gpu,
+            ends: Instant::now() + Duration::from_secs_f64(seconds),
+            killed,
+        })
+    }
+
+    fn end(&mut self, mut seat: Seat) {
+        if seat.killed && seat.engine.is_running() {
+            seat.engine.kill();
+            self.summary.killed += 1;
+            return;
+        }
+        match seat.engine.hear() {
+            Ok(reply) if reply.is_ok() => {
+                self.summary.tally.add(&reply.tally.unwrap_or_default());
+            }
+            Ok(reply) => self.summary.faults.push(reply.error),
+            Err(error) => self.summary.faults.push(format!("{error:#}")),
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! What an engine of the soak run does: saves, loads, cancels and forgotten leases at random over a
+//! random layout, every loaded byte compared, until its time is over or it is killed.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use pegaflow::{BlockHash, Completion, Error, RequestId, Status};
+use serde::{Deserialize, Serialize};
+
+use super::engine::options;
+use super::rank::{GpuSpec, Rank};
+use crate::content::{self, Stream};
+
+/// What an engine of the soak run is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Plan {
+    /// Socket of the daemon.
+    pub socket: PathBuf,
+    /// What to register.
+    pub spec: GpuSpec,
+    /// Of its random choices.
+    pub seed: u64,
+    /// How long.
+    pub seconds: f64,
+    /// Hashes that all engines of the same sizes share.
+    pub hashes: u64,
+}
+
+/// What it has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tally {
+    /// Saves that were answered with ok.
+    pub saves: u64,
+    /// Loads that were answered with ok, each compared byte by byte.
+    pub loads: u64,
+    /// Their bytes.
+    pub loaded_bytes: u64,
+    /// Requests that were cancelled.
+    pub cancels: u64,
+    /// Requests that were refused or failed (a daemon that was away, a lease that ended).
+    pub refused: u64,
+    /// Comparisons of all memory.
+    pub checks: u64,
+}
+
+impl Tally {
+    /// Adds another engine's.
+    pub fn add(&mut self, other: &Tally) {
+        self.saves += other.saves;
+        self.loads += other.loads;
+        self.loaded_bytes += other.loaded_bytes;
+        self.cancels += other.cancels;
+        self.refused += other.refused;
+        self.checks += other.checks;
+    }
+}
+
+/// Most requests of an engine that are under way at a time.
+const MOST_PENDING: usize = 6;
+/// Requests until all memory is compared.
+const ROUND: usize = 40;
+
+enum Kind {
+    Save,
+    Load(Vec<BlockHash>),
+}
+
+struct Pending {
+    request: RequestId,
+    group: u16,
+    blocks: Vec<u32>,
+    kind: Kind,
+}
+
+struct Soak {
+    rank: Rank,
+    random: Stream,
+    tally: Tally,
+    pending: Vec<Pending>,
+    /// Blocks of each group that no request uses.
+    free: Vec<Vec<u32>>,
+    hashes: u64,
+    key: u64,
+}
+
+/// Does it.
+///
+/// # Errors
+/// A byte differs, or the GPU fails.
+pub fn run(plan: &Plan) -> anyhow::Result<Tally> {
+    let rank = Rank::open(options(plan.socket.clone()), plan.spec.clone())?;
+    rank.client.wait_ready(rank.registration, crate::SOON)?;
+    let free = rank.groups.iter().map(|group| (0..group.blocks).collect());
+    let mut soak = Soak {
+        free: free.collect(),
+        rank,
+        random: Stream::new(&[plan.seed]),
+        tally: Tally::default(),
+        pending: Vec::new(),
+        hashes: plan.hashes,
+        key: plan.seed << 32,
+    };
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_secs_f64(plan.seconds) {
+        for _ in 0..ROUND {
+            soak.step()?;
+        }
+        while !soak.pending.is_empty() {
+            soak.finish()?;
+        }
+        // Nothing is under way: every byte is known, those that no block owns included.
+        soak.rank.check()?;
+        soak.tally.checks += 1;
+    }
+    Ok(soak.tally)
+}
+
+impl Soak {
+    fn step(&mut self) -> anyhow::Result<()> {
+        if self.pending.len() >= MOST_PENDING || self.random.below(3) == 0 {
+            if !self.pending.is_empty() {
+                self.finish()?;
+            }
+            return Ok(());
+        }
+        let position = self.random.below(self.free.len() as u64) as usize;
+        let group = self.rank.groups[position].group;
+        let most = self.free[position].len().min(48) as u64;
+        if most == 0 {
+            return Ok(());
+        }
+        let count = 1 + self.random.below(most) as usize;
+        // Runs are long in an engine that has just started, and short later.
+        if self.random.below(2) == 0 {
+            self.shuffle(position);
+        }
+        let first = self.random.below(self.hashes);
+        let hashes = content::hashes(first, count);
+        match self.random.below(2) {
+            0 => self.save(position, group, &hashes),
+            _ => self.load(position, group, hashes),
+        }
+    }
+
+    fn shuffle(&mut self, position: usize) {
+        let blocks = &mut self.free[position];
+        for at in (1..blocks.len()).rev() {
+            blocks.swap(at, self.random.below(at as u64 + 1) as usize);
+        }
+    }
+
+    fn take(&mut self, position: usize, count: usize) -> Vec<u32> {
+        let free = &mut self.free[position];
+        free.split_off(free.len() - count)
+    }
+
+    fn save(&mut self, position: usize, group: u16, hashes: &[BlockHash]) -> anyhow::Result<()> {
+        let blocks = self.take(position, hashes.len());
+        for (block, hash) in blocks.iter().zip(hashes) {
+            let page = self.rank.page_of(group, hash);
+            self.rank.put(group, *block, &page)?;
+        }
+        let after = self.rank.after_stream();
+        let (client, registration) = (&self.rank.client, self.rank.registration);
+        let started = client.save_after(registration, group, hashes, &blocks, after);
+        self.started(started, group, blocks, Kind::Save)
+    }
+
+    fn load(&mut self, position: usize, group: u16, hashes: Vec<BlockHash>) -> anyhow::Result<()> {
+        self.key += 1;
+        let (client, registration) = (&self.rank.client, self.rank.registration);
+        let asked = client.query(registration, group, self.key, &hashes, 0);
+        let answer = match asked.and_then(|request| self.rank.wait(request)) {
+            Ok(answer) if answer.lease != 0 => answer,
+            Ok(_) => return Ok(()),
+            Err(error) => return self.refused(&error),
+        };
+        if self.random.below(8) == 0 {
+            // Left to expire, as by an engine whose request was aborted.
+            return Ok(());
+        }
+        let hits: Vec<BlockHash> = match &answer.bitmap {
+            None => hashes[..answer.count as usize].to_vec(),
+            Some(bitmap) => {
+                let held = |at: &usize| bitmap[at / 64] >> (at % 64) & 1 == 1;
+                (0..hashes.len())
+                    .filter(held)
+                    .map(|at| hashes[at])
+                    .collect()
+            }
+        };
+        let blocks = self.take(position, hits.len());
+        let after = self.rank.after_stream();
+        let client = &self.rank.client;
+        let started = client.load_after(registration, group, answer.lease, 0, &blocks, after);
+        self.started(started, group, blocks, Kind::Load(hits))
+    }
+
+    fn started(
+        &mut self,
+        started: Result<RequestId, Error>,
+        group: u16,
+        blocks: Vec<u32>,
+        kind: Kind,
+    ) -> anyhow::Result<()> {
+        match started {
+            Ok(request) => {
+                if self.random.below(10) == 0 {
+                    let cancel = self.rank.client.cancel(request);
+                    let answer = cancel.and_then(|cancel| self.rank.wait(cancel));
+                    self.tally.cancels += u64::from(answer.is_ok());
+                }
+                self.pending.push(Pending {
+                    request,
+                    group,
+                    blocks,
+                    kind,
+                });
+                Ok(())
+            }
+            Err(error) => {
+                self.give_back(group, blocks);
+                self.refused(&error)
+            }
+        }
+    }
+
+    fn refused(&mut self, error: &Error) -> anyhow::Result<()> {
+        self.tally.refused += 1;
+        match error.status() {
+            // The request was wrong, and none here is.
+            Status::InvalidArgument => Err(anyhow::anyhow!("refused: {error}")),
+            _ => {
+                std::thread::sleep(Duration::from_millis(2));
+                Ok(())
+            }
+        }
+    }
+
+    fn give_back(&mut self, group: u16, blocks: Vec<u32>) {
+        let mut groups = self.rank.groups.iter();
+        let position = groups.position(|known| known.group == group);
+        self.free[position.expect("a group of the rank")].extend(blocks);
+    }
+
+    fn finish(&mut self) -> anyhow::Result<()> {
+        let at = self.random.below(self.pending.len() as u64) as usize;
+        let pending = self.pending.swap_remove(at);
+        let result = self.rank.wait(pending.request);
+        if let Err(error @ Error::Timeout { .. }) = &result {
+            anyhow::bail!("a request hangs: {error}");
+        }
+        let done = result.as_ref().is_ok_and(Completion::is_ok);
+        if !done {
+            self.tally.refused += 1;
+        }
+        match pending.kind {
+            Kind::Save if done => self.tally.saves += 1,
+            Kind::Save => {}
+            Kind::Load(hashes) => {
+                for (block, hash) in pending.blocks.iter().zip(&hashes) {
+                    let found = self.rank.page(pending.group, *block)?;
+                    if done {
+                        let page = self.rank.page_of(pending.group, hash);
+                        self.rank.expect(pending.group, *block, &page);
+                        let same = found == page;
+                        let spec = &self.rank.spec;
+                        anyhow::ensure!(
+                            same,
+                            "block {block} of {} differs: {spec:?}",
+                            pending.group
+                        );
+                    } else {
+                        // What a load that failed has left is nobody's to say.
+                        self.rank.expect(pending.group, *block, &found);
+                    }
+                }
+                if done {
+                    self.tally.loads += 1;
+                    let answer = result.context("a load that succeeded")?;
+                    self.tally.loaded_bytes += answer.bytes;
+                }
+            }
+        }
+        self.give_back(pending.group, pending.blocks);
+        Ok(())
+    }
+}

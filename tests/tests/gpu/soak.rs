@@ -1,0 +1,36 @@
+//! Everything at once, at random, for a few seconds (`make gpu-soak` for as long as is wanted).
+
+use pegaflow_tests::gpu::Gpus;
+use pegaflow_tests::gpu::conductor::{Settings, run};
+
+fn settings(gpus: &Gpus, count: u32, kill_daemon: bool) -> Settings {
+    Settings {
+        seconds: 6.0,
+        seed: 11,
+        gpus: (0..count).collect(),
+        engines: 2,
+        budget: 3 << 20,
+        pool: "24MiB".into(),
+        kill_daemon,
+        environment: gpus.environment(),
+    }
+}
+
+#[test]
+fn no_byte_differs_while_engines_come_and_go_and_are_killed() {
+    let gpus = Gpus::emulated(2);
+    let summary = run(&settings(&gpus, 2, false)).expect("engines start");
+    assert!(summary.is_good(), "{summary:#?}");
+    assert!(gpus.used_falls_to(0, 0) && gpus.used_falls_to(1, 0));
+}
+
+#[test]
+fn no_byte_differs_while_the_daemon_is_killed_as_well() {
+    let gpus = Gpus::emulated(1);
+    let summary = run(&settings(&gpus, 1, true)).expect("engines start");
+    assert!(
+        summary.is_good() && summary.daemon_kills > 0,
+        "{summary:#?}"
+    );
+    assert!(gpus.used_falls_to(0, 0));
+}
