@@ -48,7 +48,12 @@ pub struct PackedGroup {
     pub group: u16,
     /// Bytes of each segment.
     pub segment_bytes: Vec<u64>,
+    /// All ranks hold the same bytes, which are stored once.
+    pub replicated: bool,
 }
+
+/// In the digest's count of segments: the group is replicated.
+const REPLICATED: u64 = 1 << 63;
 
 /// A namespace field that cannot be accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -116,7 +121,9 @@ impl NamespaceSpec {
         for packed in sorted {
             hasher.update(&packed.rank.to_le_bytes());
             hasher.update(&packed.group.to_le_bytes());
-            hasher.update(&(packed.segment_bytes.len() as u64).to_le_bytes());
+            let mark = if packed.replicated { REPLICATED } else { 0 };
+            let segments = packed.segment_bytes.len() as u64 | mark;
+            hasher.update(&segments.to_le_bytes());
             for bytes in &packed.segment_bytes {
                 hasher.update(&bytes.to_le_bytes());
             }
@@ -157,11 +164,13 @@ mod tests {
                 rank: 0,
                 group: 0,
                 segment_bytes: vec![64, 64],
+                replicated: false,
             },
             PackedGroup {
                 rank: 1,
                 group: 0,
                 segment_bytes: vec![128],
+                replicated: false,
             },
         ]
     }
@@ -218,7 +227,8 @@ mod tests {
     #[test]
     fn every_part_of_every_ranks_layout_changes_the_digest() {
         let base = spec().digest(2, &groups());
-        let changes: [fn(&mut Vec<PackedGroup>); 6] = [
+        let changes: [fn(&mut Vec<PackedGroup>); 7] = [
+            |groups| groups[1].replicated = true,
             |groups| groups[0].segment_bytes[1] = 65,
             |groups| groups[0].segment_bytes.swap(0, 1),
             |groups| groups[1].segment_bytes.push(128),

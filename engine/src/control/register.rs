@@ -132,13 +132,6 @@ fn check_group_numbers(spec: &RegisterSpec) -> Result<(), Refusal> {
 
 fn check_group(group: &GroupLayout, memory: &Memory) -> Result<RegisteredGroup, Refusal> {
     let bad = |text: String| Refusal::new(Status::BadLayout, text);
-    if group.replicated {
-        return Err(bad(format!(
-            "group {} is replicated, which this daemon does not store once yet: register it as \
-             each rank's own",
-            group.group
-        )));
-    }
     let layout = ValidLayout::new(group, |region| memory.region_bytes(region))
         .map_err(|error| bad(error.to_string()))?;
     let target = BoundLayout::bind(Arc::new(layout), |place| memory.resolve(place))

@@ -178,10 +178,8 @@ impl Session {
             check_layout(layout, page_bytes, |id| self.memory.region_bytes(id));
         }
         let id = self.last_registration + 1;
-        let groups = checked.registration.groups.iter().map(|group| MemberGroup {
-            group: group.group,
-            segment_bytes: group.target.layout().segment_bytes().to_vec(),
-        });
+        let groups = checked.registration.groups.iter();
+        let groups = groups.map(|group| MemberGroup::of(group.target.layout()));
         let member = Member {
             session: 1,
             registration: id,

@@ -137,10 +137,7 @@ impl<M: Machine> Lane<M> {
             registration: id,
             groups: groups
                 .iter()
-                .map(|group| MemberGroup {
-                    group: group.group,
-                    segment_bytes: group.target.layout().segment_bytes().to_vec(),
-                })
+                .map(|group| MemberGroup::of(group.target.layout()))
                 .collect(),
         };
         let instance = self.registry.join(session.domain, &spec, member)?;

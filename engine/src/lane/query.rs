@@ -85,7 +85,7 @@ impl<M: Machine> Lane<M> {
             namespace,
             instance: registration.instance,
             group,
-            shards: place.shards,
+            loaders: place.ranks,
         })
     }
 
@@ -282,7 +282,7 @@ impl<M: Machine> Lane<M> {
             entries,
             query.bits.clone(),
             ttl,
-            u32::from(scope.shards),
+            u32::from(scope.loaders),
         );
         lease.place = session.1;
         let lease = self.leases.grant(lease);

@@ -113,7 +113,7 @@ pub(super) struct QueryScope {
     pub instance: u64,
     pub group: u16,
     /// Workers that may load from its lease.
-    pub shards: u16,
+    pub loaders: u16,
 }
 
 /// A load: first its block ids come in, then its copies run.

@@ -236,6 +236,7 @@ fn the_fingerprint_knows_sizes_and_order_but_not_places() {
             rank: 0,
             group: valid.group(),
             segment_bytes: valid.segment_bytes().to_vec(),
+            replicated: valid.is_replicated(),
         };
         NamespaceSpec::default().digest(1, &[packed])
     };

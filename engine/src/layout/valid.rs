@@ -36,6 +36,7 @@ pub struct ValidLayout {
     page_bytes: u64,
     parts: Vec<Part>,
     segment_bytes: Vec<u64>,
+    replicated: bool,
 }
 
 impl ValidLayout {
@@ -49,7 +50,7 @@ impl ValidLayout {
             group,
             num_blocks,
             ref segments,
-            ..
+            replicated,
         } = *layout;
         if segments.is_empty() {
             return Err(LayoutError::NoSegments { group });
@@ -83,6 +84,7 @@ impl ValidLayout {
             page_bytes,
             parts: merge(segments),
             segment_bytes: segments.iter().map(|s| s.bytes).collect(),
+            replicated,
         })
     }
 
@@ -104,6 +106,11 @@ impl ValidLayout {
     /// The copies that make up one page, in page order.
     pub fn parts(&self) -> &[Part] {
         &self.parts
+    }
+
+    /// All ranks hold the same bytes: they are stored once.
+    pub fn is_replicated(&self) -> bool {
+        self.replicated
     }
 
     /// The segments' sizes in bytes as registered, before merging.

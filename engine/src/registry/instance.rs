@@ -8,6 +8,7 @@ use pegaflow_shm::status::Status;
 
 use crate::cache::domain::DomainId;
 use crate::lane::api::Refusal;
+use crate::layout::ValidLayout;
 use crate::registry::{InstanceId, describe};
 
 /// A group as one rank registered it.
@@ -17,6 +18,19 @@ pub struct MemberGroup {
     pub group: u16,
     /// Segment sizes in packing order.
     pub segment_bytes: Vec<u64>,
+    /// All ranks hold the same bytes.
+    pub replicated: bool,
+}
+
+impl MemberGroup {
+    /// What others need to know of a group that was registered with this layout.
+    pub fn of(layout: &ValidLayout) -> MemberGroup {
+        MemberGroup {
+            group: layout.group(),
+            segment_bytes: layout.segment_bytes().to_vec(),
+            replicated: layout.is_replicated(),
+        }
+    }
 }
 
 /// A process that belongs to an instance.
@@ -35,10 +49,13 @@ pub struct Member {
 pub struct GroupPlace {
     /// Cache group.
     pub group: u16,
-    /// Position of this rank among the ranks that hold the group; 0 for a scheduler.
+    /// Position of this rank among the ranks that hold the group; 0 for a scheduler, and for every
+    /// rank if the group is replicated: whoever comes first saves the one shard, all load it.
     pub shard: u16,
-    /// Ranks that hold the group.
+    /// Shards of a block: the ranks that hold the group, or 1 if it is replicated.
     pub shards: u16,
+    /// Ranks that hold the group, each of which may load.
+    pub ranks: u16,
 }
 
 /// One replica of an inference engine.
@@ -101,6 +118,7 @@ impl Instance {
             self.schedulers.push(member);
             return Ok(());
         };
+        self.check_replicas(rank, &member)?;
         let Some(place) = self.ranks.get_mut(rank as usize) else {
             return Err(Refusal::new(
                 Status::InvalidArgument,
@@ -121,6 +139,37 @@ impl Instance {
             ));
         }
         *place = Some(member);
+        Ok(())
+    }
+
+    /// What one rank calls replicated, all that hold it do, with pages of the same shape: the bytes
+    /// that one of them saves are loaded by the others.
+    fn check_replicas(&self, rank: u32, member: &Member) -> Result<(), Refusal> {
+        for (other, held) in self.ranks() {
+            for theirs in &held.groups {
+                let ours = member.groups.iter().find(|ours| ours.group == theirs.group);
+                let Some(ours) = ours.filter(|ours| ours.replicated || theirs.replicated) else {
+                    continue;
+                };
+                if ours != theirs {
+                    let words = |group: &MemberGroup| match group.replicated {
+                        true => format!("replicated, of segments {:?}", group.segment_bytes),
+                        false => "each rank's own".to_owned(),
+                    };
+                    return Err(Refusal::new(
+                        Status::BadLayout,
+                        format!(
+                            "group {} of instance `{}`: rank {rank} says {}, rank {other} says {}: \
+                             all ranks must say the same of a replicated group",
+                            ours.group,
+                            self.name,
+                            words(ours),
+                            words(theirs)
+                        ),
+                    ));
+                }
+            }
+        }
         Ok(())
     }
 
@@ -175,11 +224,23 @@ impl Instance {
         groups
             .into_iter()
             .map(|group| {
-                let holders: Vec<u32> = self
-                    .ranks()
-                    .filter(|(_, member)| member.groups.iter().any(|g| g.group == group))
-                    .map(|(rank, _)| rank)
-                    .collect();
+                let mut holders = Vec::new();
+                let mut replicated = false;
+                for (rank, member) in self.ranks() {
+                    if let Some(held) = member.groups.iter().find(|held| held.group == group) {
+                        holders.push(rank);
+                        replicated |= held.replicated;
+                    }
+                }
+                let ranks = holders.len() as u16;
+                if replicated {
+                    return GroupPlace {
+                        group,
+                        shard: 0,
+                        shards: 1,
+                        ranks,
+                    };
+                }
                 let shard = holders
                     .iter()
                     .position(|holder| Some(*holder) == rank)
@@ -187,7 +248,8 @@ impl Instance {
                 GroupPlace {
                     group,
                     shard: shard as u16,
-                    shards: holders.len() as u16,
+                    shards: ranks,
+                    ranks,
                 }
             })
             .collect()
@@ -222,6 +284,7 @@ mod tests {
             .map(|group| MemberGroup {
                 group: *group,
                 segment_bytes: vec![64],
+                replicated: false,
             })
             .collect();
         Member {
@@ -277,6 +340,36 @@ mod tests {
     }
 
     #[test]
+    fn a_replicated_group_has_one_shard_and_all_ranks_must_agree_on_it() {
+        let mut registry = Registry::new(4);
+        let replicas = |session, bytes: u64| {
+            let mut member = member(session, &[0, 3]);
+            member.groups[0].replicated = true;
+            member.groups[0].segment_bytes = vec![bytes];
+            member
+        };
+        let id = registry.join(0, &spec(Some(0)), replicas(1, 64)).unwrap();
+        for other in [member(2, &[0]), replicas(2, 128)] {
+            let refused = registry.join(0, &spec(Some(1)), other).unwrap_err();
+            assert_eq!(refused.status, Status::BadLayout);
+            assert!(refused.message.contains("group 0"), "{}", refused.message);
+        }
+        registry.join(0, &spec(Some(1)), replicas(2, 64)).unwrap();
+        let instance = registry.get(id).unwrap();
+        for rank in [None, Some(0), Some(1)] {
+            let places = instance.places(rank);
+            let only = GroupPlace {
+                group: 0,
+                shard: 0,
+                shards: 1,
+                ranks: 2,
+            };
+            assert_eq!(places[0], only, "{rank:?}");
+            assert_eq!(places[1].shards, 2, "a group beside it has a shard of each");
+        }
+    }
+
+    #[test]
     fn shards_are_counted_among_the_ranks_that_hold_the_group() {
         let mut registry = Registry::new(4);
         let id = registry.join(0, &spec(Some(0)), member(1, &[0])).unwrap();
@@ -288,6 +381,7 @@ mod tests {
             group,
             shard,
             shards,
+            ranks: shards,
         };
         assert_eq!(
             instance.places(Some(1)),

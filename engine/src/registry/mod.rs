@@ -146,6 +146,7 @@ pub fn packed_groups(instance: &Instance) -> Vec<PackedGroup> {
                 rank,
                 group: group.group,
                 segment_bytes: group.segment_bytes.clone(),
+                replicated: group.replicated,
             })
         })
         .collect()

@@ -352,6 +352,7 @@ fn digest(namespace: &NamespacePlan) -> [u8; 32] {
                 rank: rank as u32,
                 group: *group,
                 segment_bytes: vec![first, page - first],
+                replicated: false,
             });
         }
     }

@@ -6,5 +6,6 @@ mod counters;
 mod drains;
 mod hostile;
 mod leases;
+mod replicas;
 mod restart;
 mod rig;

@@ -66,6 +66,8 @@ pub struct Memory {
     mapping: Mapping,
     region: Arc<RegionMapping>,
     pub page: u64,
+    /// Every rank that registers it says that all hold the same bytes.
+    pub replicated: bool,
 }
 
 pub fn hash(number: u64) -> BlockHash {
@@ -278,6 +280,7 @@ impl Memory {
             mapping,
             region,
             page,
+            replicated: false,
         }
     }
 
@@ -291,7 +294,7 @@ impl Memory {
                 block_stride: self.page,
                 bytes: self.page,
             }],
-            replicated: false,
+            replicated: self.replicated,
         };
         let valid = ValidLayout::new(&layout, |_| Some(self.region.bytes())).unwrap();
         let resolve = |_| Some(ClientMemory::Region(self.region.clone()));
