@@ -23,6 +23,8 @@ pub(super) const INVALID_VALUE: Code = 1;
 pub(super) const NOT_INITIALIZED: Code = 3;
 /// `CUDA_ERROR_DEINITIALIZED`.
 pub(super) const DEINITIALIZED: Code = 4;
+/// `CUDA_ERROR_INVALID_CONTEXT`.
+pub(super) const INVALID_CONTEXT: Code = 201;
 /// `CUDA_ERROR_NOT_READY`.
 const NOT_READY: Code = 600;
 

@@ -8,7 +8,7 @@ use std::os::fd::IntoRawFd;
 use std::ptr::without_provenance_mut;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::driver::{Code, Driver, Functions, Opaque};
+use super::driver::{Code, Driver, Functions, INVALID_CONTEXT, Opaque};
 
 /// Ordinals of this driver's devices are below.
 const DEVICES: i32 = 4;
@@ -60,6 +60,8 @@ static WORLD: Mutex<Option<World>> = Mutex::new(None);
 
 thread_local! {
     static CURRENT: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
+    /// The context that a test gave the thread; 0 for none.
+    static OWN: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
     static MODE: RefCell<c_uint> = const { RefCell::new(0) };
 }
 
@@ -150,9 +152,22 @@ pub(crate) fn set_capturing(stream: *mut c_void) {
     world().capturing.push(stream.addr());
 }
 
+/// Does something in a thread that has the primary context of a device.
+pub(crate) fn with_context<T>(ordinal: i32, work: impl FnOnce() -> T) -> T {
+    let own = primary(ordinal);
+    OWN.set(own);
+    CURRENT.with_borrow_mut(|stack| stack.push(own));
+    let done = work();
+    assert_eq!(CURRENT.with_borrow_mut(Vec::pop), Some(own));
+    OWN.set(0);
+    done
+}
+
 /// Nothing of this thread is left as the library must not leave it.
 pub(crate) fn is_undisturbed() -> bool {
-    CURRENT.with_borrow(Vec::is_empty) && MODE.with_borrow(|mode| *mode == 0)
+    let stack = CURRENT.with_borrow(Clone::clone);
+    let own: &[usize] = if OWN.get() == 0 { &[] } else { &[OWN.get()] };
+    stack == own && MODE.with_borrow(|mode| *mode == 0)
 }
 
 fn primary(ordinal: i32) -> usize {
@@ -261,6 +276,9 @@ unsafe extern "C" fn attributes(
     places: *mut *mut c_void,
     address: c_ulonglong,
 ) -> Code {
+    if context() == 0 {
+        return INVALID_CONTEXT;
+    }
     let found = world().find(address).cloned();
     for at in 0..count as usize {
         // SAFETY: the caller gives so many names and places of 8 bytes.
@@ -311,7 +329,7 @@ unsafe extern "C" fn range(base: *mut c_ulonglong, bytes: *mut usize, address: u
 
 unsafe extern "C" fn memory_handle(place: *mut [u8; 64], address: c_ulonglong) -> Code {
     if context() == 0 {
-        return 201;
+        return INVALID_CONTEXT;
     }
     let mut handle = [0; 64];
     handle[..8].copy_from_slice(&address.to_le_bytes());

@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use super::driver::{Context, DEINITIALIZED, Driver, HANDLE_POSIX_FD, NOT_INITIALIZED};
+use super::driver::{
+    Context, CudaError, DEINITIALIZED, Driver, HANDLE_POSIX_FD, INVALID_CONTEXT, NOT_INITIALIZED,
+};
 use crate::Error;
 
 const CONTEXT: u32 = 1;
@@ -89,22 +91,56 @@ impl fmt::Display for Span {
     }
 }
 
+/// What is asked about an address, in this order.
+const NAMES: [u32; 8] = [
+    MEMORY_TYPE,
+    IS_MANAGED,
+    DEVICE_ORDINAL,
+    IS_LEGACY_IPC_CAPABLE,
+    ALLOWED_HANDLE_TYPES,
+    MEMPOOL_HANDLE,
+    CONTEXT,
+    BUFFER_ID,
+];
+
+/// Attributes of an address, asked in the calling thread's context. Drivers that want one get,
+/// where the thread has none, the first primary context that exists: all of them see the same
+/// memory.
+fn attributes(driver: Driver, address: u64) -> Result<[u64; 8], CudaError> {
+    let outcome = driver
+        .enter(None)
+        .and_then(|_entered| driver.attributes(NAMES, address));
+    match outcome {
+        Err(ref error) if error.code == INVALID_CONTEXT => {}
+        other => return other,
+    }
+    for ordinal in 0.. {
+        // Beyond the last device.
+        let Ok((device, _)) = driver.device(ordinal) else {
+            break;
+        };
+        if !driver.has_primary(device)? {
+            continue;
+        }
+        let context = driver.retain_primary(device)?;
+        let entered = driver.enter(Some(context));
+        let outcome = entered.and_then(|_entered| driver.attributes(NAMES, address));
+        driver.release_primary(device)?;
+        return outcome;
+    }
+    outcome
+}
+
 pub(super) fn locate(driver: Driver, address: u64) -> Result<Location, Error> {
-    let _entered = driver.enter(None)?;
-    let names = [
-        MEMORY_TYPE,
-        IS_MANAGED,
-        DEVICE_ORDINAL,
-        IS_LEGACY_IPC_CAPABLE,
-        ALLOWED_HANDLE_TYPES,
-        MEMPOOL_HANDLE,
-        CONTEXT,
-        BUFFER_ID,
-    ];
-    let values = match driver.attributes(names, address) {
+    let values = match attributes(driver, address) {
         Ok(values) => values,
-        // Nothing was allocated through a driver that nobody has started.
-        Err(error) if matches!(error.code, NOT_INITIALIZED | DEINITIALIZED) => {
+        // Nothing was allocated through a driver that nobody has started, or without a context.
+        Err(error)
+            if matches!(
+                error.code,
+                NOT_INITIALIZED | DEINITIALIZED | INVALID_CONTEXT
+            ) =>
+        {
             return Ok(Location::Process);
         }
         Err(error) => return Err(error.into()),

@@ -56,6 +56,18 @@ fn memory_that_cuda_does_not_know_is_the_process_s_own() {
 }
 
 #[test]
+fn a_thread_with_a_context_of_its_own_keeps_it() {
+    let base = allocate(1, MIB, Kind::Plain);
+    let cuda = cuda();
+    let found = cuda.locate(base).unwrap();
+    let own = fake::with_context(2, || {
+        assert_eq!(cuda.locate(base).unwrap(), found);
+        share(&cuda, &[span(&cuda, base, MIB)]).map(drop)
+    });
+    own.unwrap();
+}
+
+#[test]
 fn pinned_memory_that_others_can_read_is_the_process_s_and_other_is_refused() {
     let bytes = [7u8; 16];
     let readable = std::ptr::from_ref(&bytes).addr() as u64;
