@@ -19,6 +19,7 @@ pub mod doctor;
 pub mod domains;
 pub mod error;
 pub mod gpu;
+pub mod gpus;
 pub mod metrics;
 pub mod node;
 pub mod output;

@@ -9,6 +9,7 @@ use pegaflow_shm::status::Status;
 use serde_json::{Value, json};
 
 use crate::domains::{domains_json, domains_line, domains_table};
+use crate::gpus::{gpus_json, gpus_table};
 use crate::node::{NodeView, ProcStat, label, miss_counters};
 use crate::output::{
     age, count, duration, facts, nanos, percent, print_json, printable, ratio, size, table,
@@ -55,6 +56,8 @@ pub fn status(view: &NodeView, as_json: bool) {
             "instances_ready": gauge(Gauge::InstancesReady),
             "namespaces": gauge(Gauge::Namespaces),
             "domains": domains_json(&view.reader.domains()),
+            "gpus": gpus_json(&view.reader.devices()),
+            "pool_pinned_bytes": gauge(Gauge::PoolPinnedBytes),
             "leases": gauge(Gauge::Leases),
             "blocks": gauge(Gauge::BlocksHeld),
             "blocks_max": gauge(Gauge::BlocksMax),
@@ -143,6 +146,9 @@ pub fn status(view: &NodeView, as_json: bool) {
         ),
     ];
     println!("{}", facts(rows));
+    if let Some(gpus) = gpus_table(&view.reader.devices()) {
+        println!("{gpus}");
+    }
 }
 
 fn session_json(row: &SessionRow) -> Value {

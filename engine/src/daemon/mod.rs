@@ -42,7 +42,7 @@ use crate::device::{DeviceState, Devices};
 use crate::fault::{self, CrashPoint};
 use crate::isolation::DomainRules;
 use crate::lane::{self, LaneOptions, LaneStartError, StartedLane};
-use crate::metrics::{Health, HttpError, HttpServer, Phase};
+use crate::metrics::{Health, HttpError, HttpServer, Phase, publish_devices};
 use progress::Progress;
 use signals::Signals;
 
@@ -286,6 +286,7 @@ async fn serve_sessions(
         health,
         devices,
     } = prepared;
+    let (publishing, publishing_to) = (devices.clone(), node.clone());
     let options = ControlOptions {
         node: config.node.clone(),
         boot_id,
@@ -302,6 +303,7 @@ async fn serve_sessions(
     health.set_phase(Phase::Ok);
     let (watched, beats) = (handle.clone(), health.clone());
     tokio::spawn(async move { beats.watch_lane(&watched).await });
+    tokio::spawn(publish_devices(publishing, publishing_to));
     let delivering = control.clone();
     let mut lane_ended = tokio::spawn(async move { delivering.deliver(&mut events).await });
     let status = format!(

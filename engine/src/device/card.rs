@@ -9,10 +9,12 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use pegaflow_shm::control::DeviceUuid;
+use pegaflow_shm::node::{DeviceRow, text_field};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::copy::{CopyError, CopyTask, Direction, PoolMemory, Results, StuckCopies};
 
+use super::counters::CardCounters;
 use super::driver::{ChunkError, Context, DevicePtr, Driver, Event};
 use super::error::{DeviceError, DriverError};
 use super::events::DeviceEvents;
@@ -74,6 +76,7 @@ pub(crate) struct Card {
     news: UnboundedSender<DeviceNews>,
     /// Where copies come from and go to; set once the pool is there.
     place: OnceLock<Arc<Workplace>>,
+    counters: CardCounters,
     thread: Mutex<Option<JoinHandle<()>>>,
     inbox: Inbox,
     /// Sessions that wait for an event that does not happen, as of the last look.
@@ -113,6 +116,7 @@ impl Card {
             closer: Mutex::default(),
             news,
             place: OnceLock::new(),
+            counters: CardCounters::default(),
             thread: Mutex::default(),
             inbox: Inbox::default(),
             stuck: Mutex::default(),
@@ -189,6 +193,45 @@ impl Card {
         }
     }
 
+    pub(super) fn counters(&self) -> &CardCounters {
+        &self.counters
+    }
+
+    /// What it is and has done. Its state is that of the last look while it is changing.
+    pub(super) fn row(&self) -> DeviceRow {
+        let state = match self.life.try_read().as_deref() {
+            Ok(Life::Unused) => 0,
+            Ok(Life::Open(_)) => 1,
+            // Who writes brings it up or down.
+            Ok(Life::Down { .. }) | Err(_) => 2,
+        };
+        let figures = self.counters.read();
+        DeviceRow {
+            used: 1,
+            state,
+            ordinal: self.info.ordinal,
+            regions: self.regions() as u32,
+            saved_bytes: figures.saved_bytes,
+            loaded_bytes: figures.loaded_bytes,
+            save_busy_nanos: figures.save_busy_nanos,
+            load_busy_nanos: figures.load_busy_nanos,
+            direct_bytes: figures.direct_bytes,
+            staged_bytes: figures.staged_bytes,
+            bounced_bytes: figures.bounced_bytes,
+            tasks: figures.tasks,
+            staging_bytes: figures.staging_bytes,
+            downs: figures.downs,
+            uuid: text_field(&self.info.uuid.to_string()),
+            name: text_field(&self.info.name),
+        }
+    }
+
+    /// Bytes of the pool that are pinned.
+    pub(super) fn pinned_bytes(&self) -> u64 {
+        let place = self.place.get();
+        place.map_or(0, |place| place.pins.map().pinned_bytes())
+    }
+
     /// Says where copies come from and go to.
     pub(super) fn serve(&self, place: Arc<Workplace>) {
         if self.place.set(place).is_err() {
@@ -229,6 +272,7 @@ impl Card {
                 return Err(task);
             }
         }
+        self.counters.task_in();
         self.inbox.push(task);
         Ok(())
     }
@@ -286,6 +330,7 @@ impl Card {
         let _ = self.news.send(DeviceNews::Down { device, message });
         let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
         *life = Life::Down { reason };
+        self.counters.went_down();
         let place = self.place.get();
         // The context's end unpins what it has pinned for all: not under another device's copies.
         if let Some(place) = place

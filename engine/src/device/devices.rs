@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pegaflow_shm::control::DeviceUuid;
+use pegaflow_shm::node::DeviceRow;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::copy::{PoolMemory, Results};
@@ -147,6 +148,16 @@ impl Devices {
             // One pins for all; another is asked only where a device permits nothing.
             self.cards().iter().any(|card| place.pins.pin_now(card));
         }
+    }
+
+    /// A row of the node file for each device.
+    pub fn rows(&self) -> Vec<DeviceRow> {
+        self.cards().iter().map(|card| card.row()).collect()
+    }
+
+    /// Bytes of the pool that are pinned for the devices.
+    pub fn pinned_bytes(&self) -> u64 {
+        self.cards().first().map_or(0, |card| card.pinned_bytes())
     }
 
     pub(crate) fn cards(&self) -> &[Arc<Card>] {

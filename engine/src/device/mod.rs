@@ -22,10 +22,12 @@
 //! | `turns`, `job` | whose turn it is; how far each task is |
 //! | `slot`, `side` | a stream with a chunk under way; a direction's two of them |
 //! | `worker`, `thread` | a device's thread: its work; its sleeps and new beginnings |
+//! | `counters` | what each device has done |
 //! | `info` | names and places of the devices |
 //! | `error` | errors |
 
 mod card;
+mod counters;
 mod cuda;
 mod devices;
 mod driver;

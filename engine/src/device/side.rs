@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::copy::{self, ByteCopier, Direction};
 
 use super::card::{Card, Workplace};
+use super::counters::ChunkPlan;
 use super::driver::{Context, Way};
 use super::error::DriverError;
 use super::job::Job;
@@ -101,7 +102,13 @@ impl Side {
                     gear.place.flights.end(gear.card.number());
                 }
                 let bytes = slot.chunk.bytes;
-                self.note_done(bytes, flight, now);
+                let plan = ChunkPlan {
+                    staged: slot.chunk.staged.is_some(),
+                    bounced: slot.chunk.bounced,
+                };
+                let busy = self.note_done(bytes, flight, now);
+                let counters = gear.card.counters();
+                counters.chunk_done(self.direction, plan, bytes, busy);
                 return Ok(Some(flight.job));
             }
         }
@@ -198,14 +205,17 @@ impl Side {
         }
     }
 
-    fn note_done(&mut self, bytes: u64, flight: Flight, now: Instant) {
+    /// Returns the time that the chunk had the bus for itself.
+    fn note_done(&mut self, bytes: u64, flight: Flight, now: Instant) -> Duration {
         let since = self.last_done.max(flight.started);
-        let micros = now.saturating_duration_since(since).as_secs_f64() * 1e6;
+        let busy = now.saturating_duration_since(since);
+        let micros = busy.as_secs_f64() * 1e6;
         if bytes >= TELLING_BYTES && micros > 1.0 {
             let seen = (bytes as f64 / micros).clamp(100.0, 1e6);
             self.bytes_per_us += (seen - self.bytes_per_us) / 4.0;
         }
         self.last_done = now;
+        busy
     }
 
     /// The jobs whose chunks are under way, with where those begin. All slots are free afterwards:

@@ -72,7 +72,8 @@ pub(super) struct Slot {
     bus: Vec<BusCopy>,
 }
 
-const PARTS_BYTES: usize = MAX_PARTS * size_of::<DevicePart>();
+/// Device memory of a slot beside its staging: the parts of a layout.
+pub(super) const PARTS_BYTES: usize = MAX_PARTS * size_of::<DevicePart>();
 const IDS_BYTES: usize = MAX_PAGES * size_of::<u32>();
 
 impl Slot {

@@ -107,6 +107,7 @@ fn reopen(card: &Arc<Card>, place: &Workplace) -> Option<(Arc<dyn Context>, u64)
         for task in tasks.drain(..) {
             let device = card.info().uuid;
             let outcome = (Err(CopyError::DeviceReset { device }), 0);
+            card.counters().task_out();
             place.results.put(finished(task, outcome, Duration::ZERO));
         }
         if card.inbox().is_stopping() {

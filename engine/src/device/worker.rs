@@ -23,7 +23,7 @@ use super::job::Job;
 use super::options::DeviceOptions;
 use super::plan::Limits;
 use super::side::{Gear, Side, take_checksums, verify};
-use super::slot::{BOUNCE_BYTES, Kernels, MAX_PAGES, Slot};
+use super::slot::{BOUNCE_BYTES, Kernels, MAX_PAGES, PARTS_BYTES, Slot};
 use super::turns::{Head, Turns};
 
 /// Slots of each side.
@@ -90,6 +90,8 @@ impl Worker {
                  when the engine takes the memory"
             );
         }
+        let slots_bytes = 2 * SLOTS as u64 * (staging_bytes + PARTS_BYTES as u64);
+        card.counters().set_staging(slots_bytes);
         let side = |direction, limit| {
             let slots = (0..SLOTS).map(|_| Slot::new(&*context, staging_bytes));
             let slots = slots.collect::<Result<Vec<Slot>, DriverError>>()?;
@@ -148,6 +150,7 @@ impl Worker {
         }
         if job.is_over() {
             // Refused, or an empty list.
+            self.gear.card.counters().task_out();
             self.gear.place.results.put(job.finish());
             return;
         }
@@ -204,6 +207,7 @@ impl Worker {
         if job.task.direction == Direction::Save {
             take_checksums(&self.gear, &mut job);
         }
+        self.gear.card.counters().task_out();
         self.gear.place.results.put(job.finish());
     }
 

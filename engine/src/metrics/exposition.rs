@@ -5,8 +5,8 @@
 use std::fmt;
 
 use pegaflow_shm::node::{
-    Counter, DomainRow, Gauge, Histogram, HistogramSnapshot, NamespaceRow, NodeReader, SessionRow,
-    bucket_end, field_text,
+    Counter, DeviceRow, DomainRow, Gauge, Histogram, HistogramSnapshot, NamespaceRow, NodeReader,
+    SessionRow, bucket_end, field_text,
 };
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
@@ -67,7 +67,8 @@ impl Collector for NodeCollector {
         encode_histograms(node, &mut encoder)?;
         encode_sessions(&node.sessions(), &mut encoder)?;
         encode_namespaces(node, &mut encoder)?;
-        encode_domains(&node.domains(), &mut encoder)
+        encode_domains(&node.domains(), &mut encoder)?;
+        encode_devices(&node.devices(), &mut encoder)
     }
 }
 
@@ -304,6 +305,103 @@ fn encode_namespaces(
                 labels,
                 value: value(row),
             }
+        });
+        encode_families(kind, samples, encoder)?;
+    }
+    Ok(())
+}
+
+type DeviceValue = fn(&DeviceRow) -> u64;
+
+fn encode_devices(
+    rows: &[DeviceRow],
+    encoder: &mut DescriptorEncoder<'_>,
+) -> Result<(), fmt::Error> {
+    let uuids: Vec<String> = rows.iter().map(|row| field_text(&row.uuid)).collect();
+    let copied = "Bytes copied between a GPU and the pool.";
+    let busy = "Time during which copies of a direction were under way on a GPU.";
+    let by_plan = "Bytes copied between a GPU and the pool, segment by segment or through staging by \
+                   a kernel; those that went through the CPU besides count as bounced, too.";
+    type Family = (
+        MetricType,
+        &'static str,
+        &'static str,
+        &'static [(&'static str, &'static str, DeviceValue)],
+    );
+    let families: [Family; 8] = [
+        (
+            MetricType::Counter,
+            "pegaflow_gpu_copied_bytes",
+            copied,
+            &[
+                ("direction", "save", |row| row.saved_bytes),
+                ("direction", "load", |row| row.loaded_bytes),
+            ],
+        ),
+        (
+            MetricType::Counter,
+            "pegaflow_gpu_busy_nanoseconds",
+            busy,
+            &[
+                ("direction", "save", |row| row.save_busy_nanos),
+                ("direction", "load", |row| row.load_busy_nanos),
+            ],
+        ),
+        (
+            MetricType::Counter,
+            "pegaflow_gpu_planned_bytes",
+            by_plan,
+            &[
+                ("plan", "direct", |row| row.direct_bytes),
+                ("plan", "staged", |row| row.staged_bytes),
+                ("plan", "bounced", |row| row.bounced_bytes),
+            ],
+        ),
+        (
+            MetricType::Counter,
+            "pegaflow_gpu_downs",
+            "Times a GPU went down.",
+            &[("", "", |row| row.downs)],
+        ),
+        (
+            MetricType::Gauge,
+            "pegaflow_gpu_up",
+            "Whether a GPU can be used: 0 while it is down.",
+            &[("", "", |row| u64::from(row.state < 2))],
+        ),
+        (
+            MetricType::Gauge,
+            "pegaflow_gpu_regions",
+            "Allocations of engines that the daemon has mapped.",
+            &[("", "", |row| u64::from(row.regions))],
+        ),
+        (
+            MetricType::Gauge,
+            "pegaflow_gpu_copy_tasks",
+            "Copy tasks handed to a GPU's thread and not done.",
+            &[("", "", |row| row.tasks)],
+        ),
+        (
+            MetricType::Gauge,
+            "pegaflow_gpu_staging_bytes",
+            "GPU memory that the daemon has taken beside its context.",
+            &[("", "", |row| row.staging_bytes)],
+        ),
+    ];
+    for (kind, family, help, values) in families {
+        let samples = rows.iter().zip(&uuids).flat_map(|(row, uuid)| {
+            values.iter().map(move |(key, label, value)| {
+                let mut labels = vec![("gpu", uuid.as_str())];
+                if !key.is_empty() {
+                    labels.push((key, label));
+                }
+                Sample {
+                    family,
+                    help,
+                    labels,
+                    value: value(row),
+                }
+            })
         });
         encode_families(kind, samples, encoder)?;
     }

@@ -5,12 +5,14 @@
 //!
 //! | file | what it does |
 //! | --- | --- |
+//! | `devices` | the GPUs' rows of the node file |
 //! | [`exposition`] | the text of `/metrics` |
 //! | [`health`] | phase of the daemon, age of the lane's last sign of life |
 //! | `server` | connections, bounded; routes |
 
 #![forbid(unsafe_code)]
 
+mod devices;
 pub mod exposition;
 pub mod health;
 mod server;
@@ -18,5 +20,6 @@ mod server;
 #[cfg(test)]
 mod tests;
 
+pub use devices::publish_devices;
 pub use health::{Health, Phase};
 pub use server::{HttpError, HttpServer, MAX_HTTP_CONNECTIONS};

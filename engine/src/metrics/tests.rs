@@ -4,7 +4,7 @@ use std::time::Duration;
 use bytemuck::Zeroable;
 use pegaflow_shm::mapping::Mapping;
 use pegaflow_shm::node::{
-    Counter, Gauge, Histogram, NodeHeader, NodeWriter, SessionRow, text_field,
+    Counter, DeviceRow, Gauge, Histogram, NodeHeader, NodeWriter, SessionRow, text_field,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -161,6 +161,42 @@ async fn pages_answer_by_phase_and_others_are_named() {
         "{other}"
     );
     task.abort();
+}
+
+#[test]
+fn a_gpu_has_its_families_under_its_uuid() {
+    let writer = node();
+    assert!(
+        !metrics_text(&writer.reader())
+            .unwrap()
+            .contains("pegaflow_gpu")
+    );
+    let row = DeviceRow {
+        used: 1,
+        state: 1,
+        loaded_bytes: 5,
+        staged_bytes: 3,
+        downs: 2,
+        uuid: text_field("u1"),
+        ..DeviceRow::zeroed()
+    };
+    writer.write_device(0, &row);
+    let down = DeviceRow {
+        state: 2,
+        uuid: text_field("u2"),
+        ..row
+    };
+    writer.write_device(1, &down);
+    let text = metrics_text(&writer.reader()).unwrap();
+    for line in [
+        "pegaflow_gpu_copied_bytes_total{gpu=\"u1\",direction=\"load\"} 5",
+        "pegaflow_gpu_planned_bytes_total{gpu=\"u1\",plan=\"staged\"} 3",
+        "pegaflow_gpu_downs_total{gpu=\"u2\"} 2",
+        "pegaflow_gpu_up{gpu=\"u1\"} 1",
+        "pegaflow_gpu_up{gpu=\"u2\"} 0",
+    ] {
+        assert!(text.contains(line), "{line} in {text}");
+    }
 }
 
 #[tokio::test]

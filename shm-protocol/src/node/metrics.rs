@@ -92,6 +92,7 @@ metrics! {
     Gauge;
     PoolBytes = "pegaflow_pool_bytes", ["state" = "total"], "Bytes of the RAM pool.";
     PoolUsedBytes = "pegaflow_pool_bytes", ["state" = "used"], "Bytes of the RAM pool.";
+    PoolPinnedBytes = "pegaflow_pool_pinned_bytes", [], "Bytes of the RAM pool that are pinned for GPUs.";
     PoolExtents = "pegaflow_pool_extents", ["state" = "total"], "Extents of the RAM pool.";
     PoolExtentsUsed = "pegaflow_pool_extents", ["state" = "used"], "Extents of the RAM pool.";
     BlocksMax = "pegaflow_blocks", ["state" = "max"], "Blocks the index can hold, holds sealed, holds unfinished, holds pinned.";

@@ -12,6 +12,7 @@
 //!         leases      LEASE_ROWS × (version, LeaseRow)
 //!         namespaces  NAMESPACE_ROWS × (version, NamespaceRow)
 //!         domains     DOMAIN_ROWS × (version, DomainRow)
+//!         devices     DEVICE_ROWS × (version, DeviceRow)
 //! ```
 //!
 //! Counters, gauges and buckets are single atomic words. A table row carries a version that is odd
@@ -23,8 +24,8 @@ mod view;
 
 pub use metrics::{Counter, Gauge, HISTOGRAM_BUCKETS, Histogram, bucket_end, bucket_of};
 pub use rows::{
-    DOMAIN_NAME_BYTES, DOMAIN_ROWS, DomainRow, LEASE_ROWS, LeaseRow, NAMESPACE_ROWS, NamespaceRow,
-    SESSION_ROWS, SessionRow, field_text, text_field,
+    DEVICE_ROWS, DOMAIN_NAME_BYTES, DOMAIN_ROWS, DeviceRow, DomainRow, LEASE_ROWS, LeaseRow,
+    NAMESPACE_ROWS, NamespaceRow, SESSION_ROWS, SessionRow, field_text, text_field,
 };
 pub use view::{HistogramSnapshot, NodeFault, NodeReader, NodeWriter};
 
@@ -35,7 +36,7 @@ use crate::BootId;
 /// First eight bytes of a node file.
 pub const NODE_MAGIC: u64 = u64::from_le_bytes(*b"PGFLONOD");
 /// Layout version; the tables' shape follows from it.
-pub const NODE_LAYOUT: u32 = 2;
+pub const NODE_LAYOUT: u32 = 3;
 
 /// What does not change while a daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]

@@ -1,4 +1,4 @@
-//! Rows of the node file's tables: sessions, leases, namespaces, isolation domains.
+//! Rows of the node file's tables: sessions, leases, namespaces, isolation domains, GPUs.
 //!
 //! Text fields are UTF-8, cut to the field and padded with zeros.
 
@@ -14,6 +14,8 @@ pub const LEASE_ROWS: usize = 1024;
 pub const NAMESPACE_ROWS: usize = 256;
 /// Isolation domains the table shows; also the most a daemon keeps.
 pub const DOMAIN_ROWS: usize = 64;
+/// GPUs the table shows.
+pub const DEVICE_ROWS: usize = 32;
 /// Longest name of an isolation domain in bytes.
 pub const DOMAIN_NAME_BYTES: usize = 32;
 
@@ -135,7 +137,57 @@ pub struct DomainRow {
     pub name: [u8; DOMAIN_NAME_BYTES],
 }
 
+/// A GPU that the daemon can use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct DeviceRow {
+    /// 1 when the row is in use.
+    pub used: u32,
+    /// 0: no engine has shared memory of it yet; 1: it serves; 2: it is down.
+    pub state: u32,
+    /// Its number in the daemon.
+    pub ordinal: u32,
+    /// Allocations of engines that are mapped.
+    pub regions: u32,
+    /// Bytes copied from it.
+    pub saved_bytes: u64,
+    /// Bytes copied to it.
+    pub loaded_bytes: u64,
+    /// Time during which copies from it were under way, in nanoseconds.
+    pub save_busy_nanos: u64,
+    /// Time during which copies to it were under way, in nanoseconds.
+    pub load_busy_nanos: u64,
+    /// Bytes copied segment by segment.
+    pub direct_bytes: u64,
+    /// Bytes gathered or scattered by a kernel.
+    pub staged_bytes: u64,
+    /// Of both, those that went through a pinned buffer and the CPU.
+    pub bounced_bytes: u64,
+    /// Copy tasks handed to it and not done.
+    pub tasks: u64,
+    /// Bytes of its memory that the daemon has taken beside the context.
+    pub staging_bytes: u64,
+    /// Times it went down.
+    pub downs: u64,
+    /// UUID, as `nvidia-smi -L` prints it behind `GPU-` or `MIG-`.
+    pub uuid: [u8; 40],
+    /// The driver's name for it.
+    pub name: [u8; 64],
+}
+
+impl DeviceRow {
+    /// [`DeviceRow::state`] in a word.
+    pub fn state_text(&self) -> &'static str {
+        match self.state {
+            0 => "unused",
+            1 => "up",
+            _ => "down",
+        }
+    }
+}
+
 const _: () = {
+    assert!(size_of::<DeviceRow>() == 200);
     assert!(size_of::<SessionRow>() == 232);
     assert!(size_of::<LeaseRow>() == 56);
     assert!(size_of::<NamespaceRow>() == 272);

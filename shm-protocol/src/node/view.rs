@@ -6,9 +6,9 @@ use std::sync::Arc;
 use bytemuck::Pod;
 
 use super::{
-    Counter, DOMAIN_ROWS, DomainRow, Gauge, HISTOGRAM_BUCKETS, Histogram, LEASE_ROWS, LeaseRow,
-    NAMESPACE_ROWS, NODE_LAYOUT, NODE_MAGIC, NamespaceRow, NodeHeader, SESSION_ROWS, SessionRow,
-    bucket_end, bucket_of,
+    Counter, DEVICE_ROWS, DOMAIN_ROWS, DeviceRow, DomainRow, Gauge, HISTOGRAM_BUCKETS, Histogram,
+    LEASE_ROWS, LeaseRow, NAMESPACE_ROWS, NODE_LAYOUT, NODE_MAGIC, NamespaceRow, NodeHeader,
+    SESSION_ROWS, SessionRow, bucket_end, bucket_of,
 };
 use crate::mapping::Mapping;
 use crate::row;
@@ -26,7 +26,9 @@ const NAMESPACES_AT: usize = LEASES_AT + LEASE_ROWS * LEASE_WORDS;
 const NAMESPACE_WORDS: usize = 1 + size_of::<NamespaceRow>() / 8;
 const DOMAINS_AT: usize = NAMESPACES_AT + NAMESPACE_ROWS * NAMESPACE_WORDS;
 const DOMAIN_WORDS: usize = 1 + size_of::<DomainRow>() / 8;
-const TOTAL_WORDS: usize = DOMAINS_AT + DOMAIN_ROWS * DOMAIN_WORDS;
+const DEVICES_AT: usize = DOMAINS_AT + DOMAIN_ROWS * DOMAIN_WORDS;
+const DEVICE_WORDS: usize = 1 + size_of::<DeviceRow>() / 8;
+const TOTAL_WORDS: usize = DEVICES_AT + DEVICE_ROWS * DEVICE_WORDS;
 const HEADER_WORDS: usize = size_of::<NodeHeader>() / 8;
 
 /// A node file that cannot be read.
@@ -125,7 +127,7 @@ impl Words {
         unsafe { std::slice::from_raw_parts(self.base.add(at).as_ptr(), count) }
     }
 
-    /// One writer at a time; the daemon's lane owns each table.
+    /// One writer at a time: the control thread owns the table of GPUs, the lane the others.
     fn write_row<T: Pod>(&self, at: usize, row: &T) {
         let values = bytemuck::cast_slice(std::slice::from_ref(row));
         row::write(self.row::<T>(at), values);
@@ -226,6 +228,14 @@ impl NodeWriter {
         if position < DOMAIN_ROWS {
             self.words
                 .write_row(DOMAINS_AT + position * DOMAIN_WORDS, row);
+        }
+    }
+
+    /// Writes a GPU's row; a position beyond the table is not shown.
+    pub fn write_device(&self, position: usize, row: &DeviceRow) {
+        if position < DEVICE_ROWS {
+            self.words
+                .write_row(DEVICES_AT + position * DEVICE_WORDS, row);
         }
     }
 
@@ -353,6 +363,13 @@ impl NodeReader {
     pub fn domains(&self) -> Vec<DomainRow> {
         self.rows(DOMAINS_AT, DOMAIN_WORDS, DOMAIN_ROWS)
             .filter(|row: &DomainRow| row.used == 1)
+            .collect()
+    }
+
+    /// GPUs that the daemon can use.
+    pub fn devices(&self) -> Vec<DeviceRow> {
+        self.rows(DEVICES_AT, DEVICE_WORDS, DEVICE_ROWS)
+            .filter(|row: &DeviceRow| row.used == 1)
             .collect()
     }
 

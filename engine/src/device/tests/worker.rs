@@ -394,4 +394,11 @@ fn tasks_run_through_the_threads_of_the_daemon_and_come_back() {
     assert_eq!(done.result, Ok(40 * 16384));
     workers.stop();
     assert_eq!(rig.pool_bytes()[..40 * 16384], engine.read()[..40 * 16384]);
+
+    let row = rig.devices.rows()[0];
+    assert_eq!((row.state, row.tasks), (1, 0));
+    assert_eq!((row.saved_bytes, row.loaded_bytes), (40 * 16384, 0));
+    assert_eq!(row.direct_bytes + row.staged_bytes, row.saved_bytes);
+    assert!(row.save_busy_nanos > 0 && row.load_busy_nanos == 0);
+    assert!(row.staging_bytes > 0);
 }
