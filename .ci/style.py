@@ -33,6 +33,7 @@ UNSAFE_ALLOWED = (
     "engine/src/isolation/peer_groups.rs",
     "engine/src/pool/mapping.rs",
     "engine/src/pool/memory.rs",
+    "engine/ssd/src/memory.rs",
     "shm-protocol/src/index/raw.rs",
     "shm-protocol/src/mapping/",
     "shm-protocol/src/node/view.rs",

@@ -16,7 +16,7 @@ pub mod isolation;
 pub mod lane;
 pub mod layout;
 pub mod metrics;
-pub mod policy;
+pub use pegaflow_policy as policy;
 pub mod pool;
 pub mod registry;
 

@@ -24,7 +24,7 @@ const LRU_REFERENCE: [(u32, f64); 5] = [
 fn trace() -> Option<Vec<Vec<u64>>> {
     let path = std::env::var_os("PEGAFLOW_TRACE").map_or_else(
         || {
-            let workspace = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+            let workspace = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
             workspace.join("../shared/data/mooncake_conversation_trace.jsonl")
         },
         PathBuf::from,

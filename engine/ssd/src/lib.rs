@@ -1,0 +1,21 @@
+//! The SSD tier: blocks on drives, spread over shards, one file each.
+//!
+//! The lane thread owns one [`Tier`]. No call of it waits for a drive: `write` and `read` queue,
+//! `poll` brings what has ended. Each shard has a thread of its own that moves bytes between the
+//! pool's memory and the shard's file.
+
+mod block;
+mod error;
+mod memory;
+mod options;
+mod outcome;
+mod stats;
+mod tier;
+
+pub use block::{BlockInfo, BlockKey, PageRef};
+pub use error::OpenError;
+pub use memory::PoolMemory;
+pub use options::{IoChoice, Options, ShardSpec};
+pub use outcome::{Completion, Outcome, Refused};
+pub use stats::{LatencyHistogram, ShardFault, ShardHealth, ShardStats};
+pub use tier::{OpenReport, ShardReport, Tier};
