@@ -377,8 +377,12 @@ impl Card {
             match &*life {
                 Life::Open(context) => {
                     let bound = context.bind();
-                    bound.map_err(|e| self.failed("binding the context", e))?;
-                    return work(context);
+                    let done = bound.map_err(|e| self.failed("binding the context", e));
+                    let done = done.and_then(|()| work(context));
+                    if let Err(DeviceError::Driver { source, .. }) = &done {
+                        self.suspect(&**context, *source);
+                    }
+                    return done;
                 }
                 Life::Down { reason } => {
                     let (device, reason) = (self.info.uuid, reason.clone());
@@ -388,6 +392,14 @@ impl Card {
             }
             drop(life);
             self.open()?;
+        }
+    }
+
+    /// A call in the context has failed, perhaps because of what a client gave: has the device's
+    /// thread begin anew if a call that depends on nobody fails as well.
+    fn suspect(&self, context: &dyn Context, error: DriverError) {
+        if error.is_sticky() && context.memory().is_err_and(|error| error.is_sticky()) {
+            self.inbox.report(self.generation(), error);
         }
     }
 
@@ -609,6 +621,10 @@ impl Card {
         });
         if let Err(error) = closed {
             tracing::warn!(device = %self.info.uuid, %error, "a client's GPU memory stays mapped");
+            // What is mapped keeps its memory from everybody; only the context's end lets go of it.
+            if error.is_sticky() {
+                self.inbox.report(generation, error);
+            }
         }
     }
 }

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use crate::copy::CopyTask;
 
+use super::error::DriverError;
+
 /// Tasks that a device's thread has not taken in yet.
 #[derive(Default)]
 pub(super) struct Inbox {
@@ -18,6 +20,10 @@ pub(super) struct Inbox {
     /// Length of `tasks`, to be looked at without the lock.
     count: AtomicUsize,
     stopping: AtomicBool,
+    /// What another thread met in the context with this number: its end.
+    fault: Mutex<Option<(u64, DriverError)>>,
+    /// Whether there is one, to be looked at without the lock.
+    faulty: AtomicBool,
     wake: Condvar,
 }
 
@@ -47,14 +53,34 @@ impl Inbox {
         self.wake.notify_all();
     }
 
+    /// Another thread has met an error after which the context with this number is of no use.
+    pub(super) fn report(&self, generation: u64, error: DriverError) {
+        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = Some((generation, error));
+        self.faulty.store(true, Ordering::Release);
+        // Behind the lock that a sleeper holds while it looks.
+        drop(self.lock());
+        self.wake.notify_all();
+    }
+
+    /// Takes what was reported, if it is of the context with this number.
+    pub(super) fn take_fault(&self, generation: u64) -> Option<DriverError> {
+        if !self.faulty.load(Ordering::Relaxed) {
+            return None;
+        }
+        let mut fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+        self.faulty.store(false, Ordering::Relaxed);
+        let (of, error) = fault.take()?;
+        (of == generation).then_some(error)
+    }
+
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
     }
 
-    /// Waits until there is a task, the thread is to stop, or `limit` is over.
+    /// Waits until there is a task, a report or `limit` is over, or the thread is to stop.
     pub(super) fn wait(&self, limit: Option<Duration>) {
         let tasks = self.lock();
-        if !tasks.is_empty() || self.is_stopping() {
+        if !tasks.is_empty() || self.is_stopping() || self.faulty.load(Ordering::Acquire) {
             return;
         }
         match limit {

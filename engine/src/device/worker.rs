@@ -122,6 +122,9 @@ impl Worker {
     /// the device's end: [`Worker::give_up`] follows.
     pub(super) fn turn(&mut self, now: Instant) -> Result<Wait, DriverError> {
         self.take_in(now);
+        if let Some(error) = self.gear.card.inbox().take_fault(self.generation) {
+            return Err(error);
+        }
         for side in 0..self.sides.len() {
             self.notice_ends(side, now)?;
             self.start_chunks(side, now)?;

@@ -77,7 +77,10 @@ fn a_gpu_that_falls_off_leaves_the_others_and_the_daemon_at_work() {
         assert!(loaded.is_ok(), "{loaded:?}\n{}", daemon.log());
         assert!(ping(daemon.socket()).is_ok());
     }
+    // Nobody copies there: what the dead engine had mapped cannot be closed, which tells.
     lost.kill();
+    let told = eventually(|| daemon.log().contains("GPU down"));
+    assert!(told, "{}", daemon.log());
     gpus.lose(0, Code::SUCCESS);
     // A new engine on it is served as soon as it works again.
     let mut engine = None;
