@@ -110,6 +110,28 @@ lint: ## formatting, clippy, style rules, C header
 	python3 .ci/mutants.py --check
 	$(MAKE) --no-print-directory check-header
 
+# Tools for the package in python/, in the versions that its development was done with.
+VENV := $(abspath $(TARGET_DIR))/venv
+PYTHON ?= python3
+
+$(VENV)/ready: python/requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+.PHONY: python-venv
+python-venv: $(VENV)/ready ## install the tools for the Python package under target/
+
+.PHONY: lint-python
+lint-python: python-venv ## ruff and mypy --strict over the Python package
+	$(VENV)/bin/ruff check python
+	cd python && $(VENV)/bin/mypy --strict pegaflow tests
+
+.PHONY: test-python
+test-python: python-venv ## tests of the Python package with a real daemon; no vLLM, no GPU
+	$(CARGO) build --workspace --lib --bins
+	cd python && $(VENV)/bin/pytest -q $(ARGS)
+
 .PHONY: deny
 deny: ## licences, advisories and sources of all dependencies (needs cargo-deny)
 	@command -v cargo-deny >/dev/null || \

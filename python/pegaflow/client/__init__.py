@@ -1,0 +1,142 @@
+"""The client of the node's daemon: saves KV-cache blocks, asks which are cached, loads them back.
+
+A binding of `libpegaflow.so` by ctypes. `docs/python.md` explains it by an example; the life of a
+client, a registration and a request are those of `docs/c-api.md`.
+"""
+
+from pegaflow.client._abi import ABI_VERSION, HASH_BYTES
+from pegaflow.client._library import library
+from pegaflow.client._lists import Bitmap, Blocks, Hashes, pack_hashes
+from pegaflow.client.client import Client, connect
+from pegaflow.client.completion import Completion, Limits, Stats
+from pegaflow.client.constants import (
+    SCHEDULER,
+    LogLevel,
+    Memory,
+    Mode,
+    Op,
+    OrderKind,
+    Reason,
+    State,
+    Status,
+)
+from pegaflow.client.errors import (
+    AgainError,
+    AlreadyRegisteredError,
+    BadLayoutError,
+    BlockOutOfRangeError,
+    CancelledError,
+    ClosedError,
+    CopyFailedError,
+    DeviceUnavailableError,
+    DisconnectedError,
+    DrainingError,
+    DuplicateBlockError,
+    InternalError,
+    InvalidArgumentError,
+    LeaseConsumedError,
+    LeaseError,
+    LeaseExpiredError,
+    LibraryError,
+    LimitError,
+    LoadingError,
+    NamespaceMismatchError,
+    NoDaemonError,
+    NoMemoryError,
+    NoSpaceError,
+    NotReadyError,
+    PegaError,
+    PermissionDeniedError,
+    ProtocolError,
+    SaveOnlyError,
+    StatusError,
+    SystemCallError,
+    TimeoutError,
+    TooManyError,
+    UnknownGroupError,
+    UnknownLeaseError,
+    UnknownRegistrationError,
+    UnknownRequestError,
+    VersionMismatchError,
+)
+from pegaflow.client.memory import Group, HostMemory, Segment, Strided, segments_of, strided
+from pegaflow.client.registration import Registration
+from pegaflow.client.spec import Log, Namespace, Options, Order
+
+
+def library_version() -> str:
+    """Version of libpegaflow.so, such as "0.1.0". Raises LibraryError."""
+    return library().version
+
+
+__all__ = [
+    "ABI_VERSION",
+    "HASH_BYTES",
+    "SCHEDULER",
+    "AgainError",
+    "AlreadyRegisteredError",
+    "BadLayoutError",
+    "Bitmap",
+    "BlockOutOfRangeError",
+    "Blocks",
+    "CancelledError",
+    "Client",
+    "ClosedError",
+    "Completion",
+    "CopyFailedError",
+    "DeviceUnavailableError",
+    "DisconnectedError",
+    "DrainingError",
+    "DuplicateBlockError",
+    "Group",
+    "Hashes",
+    "HostMemory",
+    "InternalError",
+    "InvalidArgumentError",
+    "LeaseConsumedError",
+    "LeaseError",
+    "LeaseExpiredError",
+    "LibraryError",
+    "LimitError",
+    "Limits",
+    "LoadingError",
+    "Log",
+    "LogLevel",
+    "Memory",
+    "Mode",
+    "Namespace",
+    "NamespaceMismatchError",
+    "NoDaemonError",
+    "NoMemoryError",
+    "NoSpaceError",
+    "NotReadyError",
+    "Op",
+    "Options",
+    "Order",
+    "OrderKind",
+    "PegaError",
+    "PermissionDeniedError",
+    "ProtocolError",
+    "Reason",
+    "Registration",
+    "SaveOnlyError",
+    "Segment",
+    "State",
+    "Stats",
+    "Status",
+    "StatusError",
+    "Strided",
+    "SystemCallError",
+    "TimeoutError",
+    "TooManyError",
+    "UnknownGroupError",
+    "UnknownLeaseError",
+    "UnknownRegistrationError",
+    "UnknownRequestError",
+    "VersionMismatchError",
+    "connect",
+    "library_version",
+    "pack_hashes",
+    "segments_of",
+    "strided",
+]
