@@ -6,9 +6,19 @@
 
 mod block;
 mod error;
+mod file;
+mod format;
+mod io;
+mod limiter;
 mod memory;
+mod mover;
+mod open;
 mod options;
 mod outcome;
+mod port;
+mod scan;
+mod shard;
+mod slab;
 mod stats;
 mod tier;
 

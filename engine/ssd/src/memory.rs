@@ -1,5 +1,6 @@
-//! The pool's bytes, as the shards' threads read and write them.
+//! The memory that drives read and write: the pool's, and the tier's own for what does not fit.
 
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
@@ -8,16 +9,24 @@ use std::sync::Arc;
 /// The memory that pages lie in. Drives read and write it directly.
 #[derive(Clone)]
 pub struct PoolMemory {
-    base: NonNull<u8>,
-    bytes: u64,
+    area: Area,
+}
+
+/// Mapped memory and what keeps it so.
+#[derive(Clone)]
+pub(crate) struct Area {
+    /// Its first byte.
+    pub base: NonNull<u8>,
+    /// Its length.
+    pub bytes: u64,
     _keep_alive: Arc<dyn Any + Send + Sync>,
 }
 
 // SAFETY: the pointer is to memory touched only through raw copies and by the kernel; who may touch
 // which page when is the owner's business (see `Tier::write` and `Tier::read`), not this handle's.
-unsafe impl Send for PoolMemory {}
+unsafe impl Send for Area {}
 // SAFETY: as above; the handle itself never changes.
-unsafe impl Sync for PoolMemory {}
+unsafe impl Sync for Area {}
 
 impl PoolMemory {
     /// Names `bytes` bytes at `base` as the pool.
@@ -25,35 +34,106 @@ impl PoolMemory {
     /// # Safety
     ///
     /// `base .. base + bytes` is mapped readable and writable, cannot be truncated, and stays so as
-    /// long as `keep_alive` lives. No Rust reference points into it.
+    /// long as `keep_alive` lives. No Rust reference points into it. Between a request that names a
+    /// page and its completion nobody else writes to the page, nor reads it while it is filled.
     pub unsafe fn new(
         base: NonNull<u8>,
         bytes: u64,
         keep_alive: Arc<dyn Any + Send + Sync>,
     ) -> Self {
         Self {
-            base,
-            bytes,
-            _keep_alive: keep_alive,
+            area: Area {
+                base,
+                bytes,
+                _keep_alive: keep_alive,
+            },
         }
     }
 
     /// The size in bytes.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.area.bytes
     }
 
     /// The address of byte 0.
     pub fn base(&self) -> NonNull<u8> {
-        self.base
+        self.area.base
+    }
+
+    pub(crate) fn area(&self) -> Area {
+        self.area.clone()
+    }
+}
+
+impl Area {
+    /// The address of byte `offset`.
+    ///
+    /// # Panics
+    /// If `bytes` bytes from there are not in the area.
+    pub fn at(&self, offset: u64, bytes: u64) -> NonNull<u8> {
+        assert!(bytes <= self.bytes && offset <= self.bytes - bytes);
+        // SAFETY: the sum lies in the area, which is one mapping.
+        unsafe { self.base.add(offset as usize) }
+    }
+
+    /// The bytes at `offset`, to be hashed.
+    ///
+    /// # Safety
+    ///
+    /// Nobody writes them as long as the slice lives.
+    ///
+    /// # Panics
+    /// If they are not in the area.
+    pub unsafe fn bytes_at(&self, offset: u64, bytes: u32) -> &[u8] {
+        let start = self.at(offset, u64::from(bytes));
+        // SAFETY: in the area (checked above), mapped as long as it lives, and not written
+        // meanwhile, which the caller promises.
+        unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes as usize) }
     }
 }
 
 impl fmt::Debug for PoolMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PoolMemory")
-            .field("base", &self.base)
-            .field("bytes", &self.bytes)
+            .field("base", &self.base())
+            .field("bytes", &self.bytes())
             .finish()
+    }
+}
+
+/// Zeroed memory at a page's boundary.
+struct Aligned {
+    base: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: the only use of the pointer is to free the memory, once.
+unsafe impl Send for Aligned {}
+// SAFETY: as above.
+unsafe impl Sync for Aligned {}
+
+impl Drop for Aligned {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout, and freed only here.
+        unsafe { dealloc(self.base.as_ptr(), self.layout) }
+    }
+}
+
+/// Allocates zeroed memory that direct I/O takes.
+///
+/// # Panics
+/// If `bytes` is zero or more than half of the address space.
+pub(crate) fn aligned(bytes: usize) -> Area {
+    assert!(bytes > 0);
+    let layout = Layout::from_size_align(bytes, 4096).expect("no such size is asked for");
+    // SAFETY: the size is not zero.
+    let base = unsafe { alloc_zeroed(layout) };
+    let Some(base) = NonNull::new(base) else {
+        handle_alloc_error(layout)
+    };
+    Area {
+        base,
+        bytes: bytes as u64,
+        _keep_alive: Arc::new(Aligned { base, layout }),
     }
 }

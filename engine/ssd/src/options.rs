@@ -65,6 +65,8 @@ pub struct Options {
 impl Options {
     /// The most shards of one tier.
     pub const MAX_SHARDS: usize = 64;
+    /// The most pages of one block.
+    pub const MAX_PAGES: usize = 128;
 
     /// io_uring if allowed, 32 requests at the drive and 256 pending, LRU, no write limit, segments
     /// of 64 MiB, durable within 200 ms or 64 MiB, degraded after 2 s, tried again after 30 s.

@@ -24,6 +24,8 @@ pub enum Refused {
     OtherPages,
     #[error("a page of {bytes} bytes does not fit a segment, which has {most}")]
     TooLarge { bytes: u32, most: u32 },
+    #[error("a block of {bytes} bytes does not fit an SSD shard, which takes {most}")]
+    BlockTooLarge { bytes: u64, most: u64 },
     #[error("page {page} does not lie in the pool, or is empty")]
     OutsidePool { page: usize },
     #[error("a block of {pages} pages; one to {most} can be stored")]

@@ -37,6 +37,15 @@ impl fmt::Display for ShardFault {
 }
 
 impl ShardFault {
+    /// The fault that an error number stands for.
+    pub fn from_errno(errno: i32) -> Self {
+        match errno {
+            libc::ENOSPC | libc::EDQUOT => Self::NoSpace,
+            libc::EROFS => Self::ReadOnly,
+            other => Self::Io(other),
+        }
+    }
+
     /// One word for a label or JSON.
     pub fn name(&self) -> &'static str {
         match self {

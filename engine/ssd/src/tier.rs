@@ -2,20 +2,25 @@
 
 #![forbid(unsafe_code)]
 
+use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::block::{BlockInfo, BlockKey, PageRef};
 use crate::error::OpenError;
+use crate::limiter::Limiter;
 use crate::memory::PoolMemory;
+use crate::open::Index;
 use crate::options::Options;
 use crate::outcome::{Completion, Refused};
+use crate::shard::{Page, Shard};
 use crate::stats::ShardStats;
 
 /// What opening found, for the log.
 #[derive(Clone, Debug, Default)]
 pub struct OpenReport {
-    /// One line of facts per shard, in the order of the options.
+    /// What was found of each shard, in the order of the options.
     pub shards: Vec<ShardReport>,
     /// Shards that belong to the set and were not named: their blocks are missing.
     pub missing_shards: u32,
@@ -32,21 +37,30 @@ pub struct ShardReport {
     pub created: bool,
     /// `io_uring` or `threads`.
     pub io: &'static str,
+    /// Whether pages go past the page cache.
+    pub direct: bool,
+    /// How many segments it has.
+    pub segments: u32,
+    /// The size of each, in bytes of pages.
+    pub segment_bytes: u32,
     /// What is not as wished (no io_uring, no direct I/O, memory not registered, space not
-    /// reserved), in words for the log.
+    /// reserved, a file that was cut), in words for the log.
     pub notes: Vec<String>,
     /// Blocks that can be read.
     pub blocks: u64,
     /// Blocks of which a page is missing, or that a newer copy replaces: forgotten.
     pub dropped_blocks: u64,
-    /// Table chunks that were written but are not valid.
+    /// Table chunks that are damaged. A crash while one is written leaves one.
     pub bad_chunks: u64,
 }
 
 /// The tier. One thread owns it; it never waits for a drive.
-#[derive(Debug)]
 pub struct Tier {
-    stats: Vec<ShardStats>,
+    shards: Vec<Shard>,
+    index: Index,
+    limiter: Option<Limiter>,
+    pool_bytes: u64,
+    next_write_id: u64,
 }
 
 impl Tier {
@@ -54,30 +68,53 @@ impl Tier {
     /// [`Tier::poll`] has something to do.
     ///
     /// # Errors
-    /// Names the first shard that cannot be used; none is changed then.
+    /// Names the first shard that cannot be used, which is left as it is.
     pub fn open(
         options: Options,
-        _pool: PoolMemory,
-        _wake: impl Fn() + Send + Sync + 'static,
+        pool: PoolMemory,
+        wake: impl Fn() + Send + Sync + 'static,
     ) -> Result<(Self, OpenReport), OpenError> {
-        if options.shards.len() > Options::MAX_SHARDS {
-            return Err(OpenError::TooManyShards {
-                count: options.shards.len(),
-                most: Options::MAX_SHARDS,
-            });
+        crate::open::open(&options, &pool, &(Arc::new(wake) as crate::open::Wake))
+    }
+
+    pub(crate) fn assemble(
+        now: Instant,
+        options: &Options,
+        pool: &PoolMemory,
+        shards: Vec<Shard>,
+        index: Index,
+        next_write_id: u64,
+    ) -> Self {
+        Self {
+            shards,
+            index,
+            limiter: options.write_limit.map(|limit| Limiter::new(limit, now)),
+            pool_bytes: pool.bytes(),
+            next_write_id,
         }
-        Ok((Self { stats: Vec::new() }, OpenReport::default()))
+    }
+
+    fn pages(&self, key: &BlockKey) -> Option<(u16, &[Page])> {
+        let &(shard, block) = self.index.get(key)?;
+        Some((shard, self.shards[usize::from(shard)].readable(block)?))
     }
 
     /// What is known of a block that can be read now; none if it is not held, still on its way, or
     /// on a shard that does not take reads.
-    pub fn lookup(&self, _key: &BlockKey) -> Option<BlockInfo> {
-        None
+    pub fn lookup(&self, key: &BlockKey) -> Option<BlockInfo> {
+        let (shard, pages) = self.pages(key)?;
+        Some(info(shard, pages))
     }
 
-    /// The length of page `page` of a block, in bytes.
-    pub fn page_bytes(&self, _key: &BlockKey, _page: u16) -> Option<u32> {
-        None
+    /// Whether a block is held or on its way, even if it cannot be read now.
+    pub fn knows(&self, key: &BlockKey) -> bool {
+        self.index.contains_key(key)
+    }
+
+    /// The length of page `page` of a block that can be read now, in bytes.
+    pub fn page_bytes(&self, key: &BlockKey, page: u16) -> Option<u32> {
+        let (_, pages) = self.pages(key)?;
+        pages.get(usize::from(page)).map(|page| page.bytes)
     }
 
     /// Queues the writing of a block from the pool. Its memory must not change until the
@@ -87,12 +124,80 @@ impl Tier {
     /// Why the block is not taken; nothing follows then.
     pub fn write(
         &mut self,
-        _now: Instant,
-        _ticket: u64,
-        _key: &BlockKey,
-        _pages: &[PageRef],
+        now: Instant,
+        ticket: u64,
+        key: &BlockKey,
+        pages: &[PageRef],
     ) -> Result<(), Refused> {
-        Err(Refused::NoShard)
+        if self.shards.is_empty() {
+            return Err(Refused::NoShard);
+        }
+        if self.index.contains_key(key) {
+            return Err(Refused::Known);
+        }
+        self.check_pages(pages)?;
+        if let Some(limiter) = &mut self.limiter
+            && !limiter.is_open(now)
+        {
+            return Err(Refused::RateLimited);
+        }
+        let (shard, block) = self.write_somewhere(now, ticket, key, pages)?;
+        self.index.insert(*key, (shard, block));
+        self.next_write_id += 1;
+        if let Some(limiter) = &mut self.limiter {
+            limiter.spend(pages.iter().map(|page| u64::from(page.bytes)).sum());
+        }
+        Ok(())
+    }
+
+    /// Offers a block to the shards, the one that was written least for its size first.
+    fn write_somewhere(
+        &mut self,
+        now: Instant,
+        ticket: u64,
+        key: &BlockKey,
+        pages: &[PageRef],
+    ) -> Result<(u16, u32), Refused> {
+        let mut tried = 0u64;
+        let mut refused = Refused::NoShard;
+        loop {
+            let untried = (0..self.shards.len()).filter(|index| tried >> index & 1 == 0);
+            let next = untried.min_by(|&a, &b| {
+                let turns = |index: usize| self.shards[index].turns();
+                turns(a).total_cmp(&turns(b))
+            });
+            let Some(index) = next else {
+                return Err(refused);
+            };
+            tried |= 1 << index;
+            let result = self.shards[index].write(now, ticket, key, self.next_write_id, pages);
+            self.forget_gone(index);
+            match result {
+                Ok(block) => return Ok((index as u16, block)),
+                Err(why) if waits_longer(&why) >= waits_longer(&refused) => refused = why,
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn check_pages(&self, pages: &[PageRef]) -> Result<(), Refused> {
+        if pages.is_empty() || pages.len() > Options::MAX_PAGES {
+            return Err(Refused::PageCount {
+                pages: pages.len(),
+                most: Options::MAX_PAGES,
+            });
+        }
+        let inside = |page: &PageRef| {
+            page.bytes > 0
+                && page
+                    .offset
+                    .checked_add(u64::from(page.bytes))
+                    .is_some_and(|end| end <= self.pool_bytes)
+        };
+        match pages.iter().position(|page| !inside(page)) {
+            Some(page) => Err(Refused::OutsidePool { page }),
+            None => Ok(()),
+        }
     }
 
     /// Queues the reading of a block into the pool. Its memory must not be looked at or changed
@@ -102,47 +207,147 @@ impl Tier {
     /// Why the block is not read; nothing follows then.
     pub fn read(
         &mut self,
-        _now: Instant,
-        _ticket: u64,
-        _key: &BlockKey,
-        _pages: &[PageRef],
+        now: Instant,
+        ticket: u64,
+        key: &BlockKey,
+        pages: &[PageRef],
     ) -> Result<(), Refused> {
-        Err(Refused::Unknown)
+        let &(shard, block) = self.index.get(key).ok_or(Refused::Unknown)?;
+        self.check_pages(pages)?;
+        self.shards[usize::from(shard)].read(now, ticket, block, pages)
     }
 
     /// Brings what has ended, and moves on what has to happen behind it (commits, reclaiming).
     /// Never waits.
-    pub fn poll(&mut self, _now: Instant, _out: &mut Vec<Completion>) {}
+    pub fn poll(&mut self, now: Instant, out: &mut Vec<Completion>) {
+        for index in 0..self.shards.len() {
+            self.shards[index].poll(now);
+            self.forget_gone(index);
+            while let Some(completion) = self.shards[index].completion() {
+                out.push(completion);
+            }
+        }
+    }
+
+    fn forget_gone(&mut self, index: usize) {
+        while let Some((key, block)) = self.shards[index].next_gone() {
+            if self.index.get(&key) == Some(&(index as u16, block)) {
+                self.index.remove(&key);
+            }
+        }
+    }
 
     /// When [`Tier::poll`] wants to be called even if nothing wakes: none is never.
     pub fn next_deadline(&self) -> Option<Instant> {
-        None
+        self.shards.iter().filter_map(Shard::deadline).min()
     }
 
-    /// Forgets a block. One that is being read stays until the read has ended.
-    pub fn remove(&mut self, _key: &BlockKey) {}
+    /// Forgets a block. One that is being read or written stays until that has ended. It may come
+    /// back with the next opening if its space was not used again.
+    pub fn remove(&mut self, key: &BlockKey) {
+        if let Some((shard, block)) = self.index.remove(key) {
+            self.shards[usize::from(shard)].forget(block);
+        }
+    }
 
     /// Notes a use of a block.
-    pub fn touch(&mut self, _key: &BlockKey) {}
+    pub fn touch(&mut self, key: &BlockKey) {
+        if let Some(&(shard, block)) = self.index.get(key) {
+            self.shards[usize::from(shard)].touch(block);
+        }
+    }
 
-    /// Every block that can be read.
+    /// Every block that is there, on shards that do not take reads too.
     pub fn blocks(&self) -> impl Iterator<Item = (BlockKey, BlockInfo)> + '_ {
-        std::iter::empty()
+        self.index.iter().filter_map(|(key, &(shard, block))| {
+            let pages = self.shards[usize::from(shard)].live(block)?;
+            Some((*key, info(shard, pages)))
+        })
     }
 
     /// How many requests have no completion yet.
     pub fn in_flight(&self) -> usize {
-        0
+        self.shards.iter().map(Shard::in_flight).sum()
+    }
+
+    /// How many shards there are.
+    pub fn shard_count(&self) -> usize {
+        self.shards.len()
     }
 
     /// Numbers and states, one per shard in the order of the options.
-    pub fn stats(&self) -> &[ShardStats] {
-        &self.stats
+    pub fn stats(&self) -> Vec<ShardStats> {
+        self.shards.iter().map(Shard::stats).collect()
+    }
+
+    /// Starts to make durable what was written, without waiting for the interval.
+    pub fn flush(&mut self, now: Instant) {
+        for shard in &mut self.shards {
+            shard.flush(now);
+        }
     }
 
     /// Ends all requests and makes everything durable, but waits no longer than `limit`. True if
     /// nothing was left undone. Threads that a drive holds up keep the pool's memory alive.
-    pub fn close(self, _limit: Duration) -> bool {
+    pub fn close(mut self, limit: Duration) -> bool {
+        const PAUSE: Duration = Duration::from_millis(1);
+        let end = Instant::now() + limit;
+        let mut out = Vec::new();
+        loop {
+            let now = Instant::now();
+            self.poll(now, &mut out);
+            self.flush(now);
+            let done = self
+                .shards
+                .iter()
+                .all(|shard| shard.is_clean() && !shard.is_busy());
+            if done || now >= end {
+                return done && self.stop(end);
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Lets the threads end, and waits for them until `end`.
+    fn stop(mut self, end: Instant) -> bool {
+        for shard in &mut self.shards {
+            shard.stop();
+        }
+        while !self.shards.iter().all(Shard::has_stopped) {
+            if Instant::now() >= end {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         true
+    }
+}
+
+impl fmt::Debug for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tier")
+            .field("shards", &self.shards.len())
+            .field("blocks", &self.index.len())
+            .finish_non_exhaustive()
+    }
+}
+
+fn info(shard: u16, pages: &[Page]) -> BlockInfo {
+    let page_bytes = pages[0].bytes;
+    BlockInfo {
+        shard,
+        pages: pages.len() as u16,
+        page_bytes,
+        uniform: pages.iter().all(|page| page.bytes == page_bytes),
+    }
+}
+
+/// Of several reasons to refuse, the one to tell: whatever ends soonest by itself.
+fn waits_longer(why: &Refused) -> u8 {
+    match why {
+        Refused::QueueFull => 3,
+        Refused::Reclaiming => 2,
+        Refused::Degraded(_) => 1,
+        _ => 0,
     }
 }
