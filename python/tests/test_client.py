@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from pegaflow.client import (
     OrderKind,
     PegaError,
     Reason,
+    Registration,
     SaveOnlyError,
     Segment,
     State,
@@ -372,6 +374,34 @@ def test_a_client_outlives_its_daemon(daemon: Daemon) -> None:
     assert any("connected to node" in line for _, line in lines)
 
 
+def test_a_refusal_that_may_pass_is_told_when_the_time_has_run_out(daemon: Daemon) -> None:
+    daemon.stop()
+    options = replace(daemon.options(), start_without_daemon=True)
+    with Client(options) as one, Client(options) as other:
+        registrations = []
+        for client in (one, other):
+            group = Group.of(client.alloc_host(4096).view().cast("B", [4, 1024]))
+            registrations.append(client.register_worker("twice", NAMESPACE, [group]))
+        daemon.start()
+        eventually(lambda: sum(ready(one) for one in registrations) == 1, "one is accepted")
+        first, second = sorted(registrations, key=ready, reverse=True)
+        eventually(lambda: second.client.stats().refused_registrations == 1, "one is refused")
+        with pytest.raises(AlreadyRegisteredError):
+            second.wait_ready(0)
+        timer = threading.Timer(0.5, first.client.close)
+        timer.start()
+        second.wait_ready(SOON_MS)
+        timer.join()
+
+
+def ready(registration: Registration) -> bool:
+    try:
+        registration.wait_ready(0)
+    except (AlreadyRegisteredError, TimeoutError):
+        return False
+    return True
+
+
 def test_lines_go_to_the_logger_of_the_package(
     daemon: Daemon, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -630,7 +660,11 @@ def test_package_and_library_have_one_version() -> None:
 def test_every_status_has_an_exception_of_its_own() -> None:
     from pegaflow.client.errors import error_of
 
-    classes = {status: type(error_of(status, "text")) for status in Status if status != Status.OK}
-    assert len(set(classes.values())) == len(Status) - 1
+    errors = [error_of(status, "the text") for status in Status if status != Status.OK]
+    assert len({type(error) for error in errors}) == len(Status) - 1
+    for error in errors:
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), copy.status, copy.text) == (type(error), error.status, "the text")
+        assert str(copy) == str(error) == f"{error.status.name.lower()}: the text"
     assert type(error_of(Status(77), "new")) is StatusError
     assert str(error_of(Status(77), "new")) == "unknown_77: new"

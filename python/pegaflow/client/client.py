@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pegaflow.client import _abi
@@ -28,6 +28,11 @@ _logger = logging.getLogger("pegaflow.client")
 
 #: A wait in the library is cut into pieces of this length, so that Ctrl-C and `close` are heard.
 _PIECE_MS = 50
+
+_TIMEOUT = frozenset({Status.TIMEOUT})
+
+#: What pega_wait_ready says only once its time has run out: see pegaflow.h.
+_MAY_PASS = frozenset({Status.TIMEOUT, Status.ALREADY_REGISTERED, Status.LIMIT})
 
 #: Completions that one call of the library hands out, at most.
 _BATCH = 64
@@ -196,7 +201,7 @@ class Client:
         def attempt(handle: int, piece_ms: int) -> int:
             return int(self._library.pega_wait_ready(handle, registration, piece_ms))
 
-        self._in_pieces(timeout_ms, attempt)
+        self._in_pieces(timeout_ms, attempt, _MAY_PASS)
 
     # ------------------------------------------------------------ requests
 
@@ -286,8 +291,13 @@ class Client:
                 bitmap = self._bitmaps.pop(c.request, None)
         return completion_of(c, bitmap, self._library)
 
-    def _in_pieces(self, timeout_ms: int, attempt: Any) -> None:
-        """Calls until the answer is another than a timeout, or `timeout_ms` have gone by."""
+    def _in_pieces(
+        self,
+        timeout_ms: int,
+        attempt: Callable[[int, int], int],
+        may_pass: frozenset[Status] = _TIMEOUT,
+    ) -> None:
+        """Calls until the answer is none that time may change, or `timeout_ms` have gone by."""
         if timeout_ms < 0:
             raise ValueError(f"timeout_ms {timeout_ms} is negative")
         end = time.monotonic_ns() + timeout_ms * 1_000_000
@@ -299,7 +309,7 @@ class Client:
             if error is None:
                 return
             left = max(0, -((time.monotonic_ns() - end) // 1_000_000))
-            if error.status != Status.TIMEOUT or not left:
+            if error.status not in may_pass or not left:
                 raise error
             piece = min(left, _PIECE_MS)
 
