@@ -1,0 +1,1 @@
+"""Tests of the connector with a real vLLM, in processes of its own, on the CPU."""
