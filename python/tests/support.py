@@ -7,6 +7,7 @@ CARGO_TARGET_DIR or of `target`.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pegaflow.client import Client, Group, Namespace, Options, Registration
@@ -90,6 +91,24 @@ class Daemon:
             self.process.send_signal(how)
             self.process.wait(SOON_MS / 1000)
             self.process = None
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It is alive and does nothing meanwhile."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def leases(self) -> int:
+        """How many leases live."""
+        told = subprocess.run(
+            [binaries() / "pegactl", "--node", self.node, "--json", "status"],
+            check=True, capture_output=True,
+        )
+        return int(json.loads(told.stdout)["leases"])
 
     def options(self) -> Options:
         """How to connect to it."""

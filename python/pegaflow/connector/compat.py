@@ -1,0 +1,214 @@
+"""Everything that differs between releases of vLLM, 0.26 to 0.33, found out by looking.
+
+No other module asks for a version or for the presence of an attribute of vLLM. It can be imported
+without vLLM, as its tests do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pegaflow.connector.groups import CacheGroup, window_blocks
+from pegaflow.connector.layout import Layer, LayoutError
+from pegaflow.connector.namespace import HashSeed
+from pegaflow.connector.scheduler import Step
+
+#: Kinds of cache that hold a prefix: by the names of vLLM's classes, their bases included.
+_PREFIX_KINDS = ("FullAttentionSpec",)
+_WINDOW_KINDS = ("SlidingWindowSpec",)
+_MLA_KINDS = ("MLAAttentionSpec", "SlidingWindowMLASpec")
+#: Kinds whose bases look like one of the above, but which do not keep a block per run of tokens.
+_OTHER_KINDS = ("RSWASpec", "HiddenStateCacheSpec", "SinkFullAttentionSpec", "CircularBufferSpec")
+
+_FIX = "set PYTHONHASHSEED=0 for every vLLM process"
+
+
+try:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+except ImportError:
+    KVConnectorTransferResults = None
+
+#: Since about 0.30 workers can name requests whose loads failed.
+HAS_TRANSFER_RESULTS = KVConnectorTransferResults is not None
+
+
+def transfer_results(loaded: set[str], failed: set[str]) -> Any:
+    """Ended and failed loads, as vLLM takes them."""
+    return KVConnectorTransferResults(finished_recving=loaded, failed_recving=failed)
+
+
+def logger() -> logging.Logger:
+    """A logger whose lines appear among vLLM's: only those below "vllm" have a handler."""
+    return logging.getLogger("vllm.pegaflow")
+
+
+def hash_seed(algorithm: str, environment: Mapping[str, str] = os.environ) -> HashSeed:
+    """What block hashes begin with, for every process of this engine."""
+    named = environment.get("PYTHONHASHSEED")
+    if named is not None:
+        return HashSeed("env:" + named)
+    from vllm.v1.core import kv_cache_utils
+
+    # Since 0.30 or so, cryptographic hashes have a fixed seed.
+    fixed = getattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None)
+    if fixed is not None and not algorithm.startswith("xxhash"):
+        return HashSeed("default:" + str(fixed))
+    return HashSeed(None, _FIX)
+
+
+def hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Tokens of one block hash."""
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+    return int(resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1])
+
+
+def kinds_of(spec: Any) -> list[str]:
+    """The names of a cache specification's class and its bases; for a group of several
+    specifications of one kind, those of the first."""
+    several = getattr(spec, "kv_cache_specs", None)
+    if isinstance(several, dict) and several:
+        spec = next(iter(several.values()))
+    return [kind.__name__ for kind in type(spec).__mro__]
+
+
+def cache_groups(vllm_config: Any, kv_cache_config: Any) -> list[CacheGroup]:
+    """The model's cache groups in vLLM's order. Raises LayoutError for one that is not supported.
+
+    The first group of full attention is the daemon's group 0.
+    """
+    tokens = hash_tokens(vllm_config, kv_cache_config)
+    found: list[tuple[int, int, int | None]] = []
+    for index, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        if not getattr(group, "enable_kv_transfer", True):
+            raise LayoutError(f"cache group {index} is not to be transferred, says vLLM")
+        block = _block_tokens(vllm_config, spec)
+        if block % tokens:
+            raise LayoutError(
+                f"cache group {index}: a block of {block} tokens is no whole number of hashes of"
+                f" {tokens} tokens"
+            )
+        found.append((index, block, _window(index, spec, block)))
+    if not found:
+        raise LayoutError("the model has no KV cache")
+    prefix = next((index for index, _, window in found if window is None), found[0][0])
+    groups, number = [], 1
+    for index, block, window in found:
+        own = 0
+        if index != prefix:
+            own, number = number, number + 1
+        # Group 0 is asked for a prefix: it cannot do with its last blocks alone.
+        groups.append(
+            CacheGroup(index, own, block, block // tokens, None if own == 0 else window)
+        )
+    return groups
+
+
+def _block_tokens(vllm_config: Any, spec: Any) -> int:
+    parallel = vllm_config.parallel_config
+    shards = int(getattr(parallel, "decode_context_parallel_size", 1) or 1)
+    if int(getattr(parallel, "prefill_context_parallel_size", 1) or 1) > 1:
+        raise LayoutError("prefill context parallelism is not supported")
+    return int(spec.block_size) * shards
+
+
+def _window(index: int, spec: Any, block: int) -> int | None:
+    """Blocks that a group needs before a boundary; None: all."""
+    kinds = kinds_of(spec)
+    other = [kind for kind in kinds if kind in _OTHER_KINDS]
+    if other:
+        raise LayoutError(f"cache group {index} ({other[0]}) is not supported")
+    if any(kind in kinds for kind in _WINDOW_KINDS):
+        return window_blocks(int(spec.sliding_window), block)
+    if any(kind in kinds for kind in _PREFIX_KINDS):
+        return None
+    raise LayoutError(
+        f"cache group {index} ({kinds[0]}) is not supported: only full attention, MLA and sliding"
+        " windows are"
+    )
+
+
+def is_replicated(vllm_config: Any, spec: Any) -> bool:
+    """All ranks hold the same bytes of this group."""
+    parallel = vllm_config.parallel_config
+    alone = ("pipeline_parallel_size", "decode_context_parallel_size")
+    return (
+        any(kind in _MLA_KINDS for kind in kinds_of(spec))
+        and int(parallel.tensor_parallel_size) > 1
+        and all(int(getattr(parallel, name, 1) or 1) == 1 for name in alone)
+    )
+
+
+def layers_of(kv_caches: Mapping[str, Any], names: list[str], num_blocks: int) -> list[Layer]:
+    """The tensors of a group's layers, in order. Raises LayoutError if one is missing."""
+    layers = []
+    for name in names:
+        tensor = kv_caches.get(name)
+        if tensor is None:
+            raise LayoutError(f"vLLM registered no cache for layer {name}")
+        if isinstance(tensor, (list, tuple)):
+            raise LayoutError(f"{name}: a cache of several tensors (recurrent state)")
+        layers.append(Layer(name, tensor, block_dim(tuple(tensor.shape), num_blocks, name)))
+    return layers
+
+
+def block_dim(shape: tuple[int, ...], num_blocks: int, name: str) -> int:
+    """The dimension that counts the blocks: the first one in every backend of 0.26 and later, but
+    for those that keep keys and values apart, `[2, num_blocks, ...]`."""
+    if shape and shape[0] % num_blocks == 0 and shape[0] >= num_blocks:
+        if len(shape) > 1 and shape[0] == 2 and shape[1] % num_blocks == 0:
+            raise LayoutError(
+                f"{name}: either dimension of shape {list(shape)} may count {num_blocks} blocks"
+            )
+        return 0
+    if len(shape) > 1 and shape[0] == 2 and shape[1] % num_blocks == 0:
+        return 1
+    raise LayoutError(f"{name}: no dimension of shape {list(shape)} counts {num_blocks} blocks")
+
+
+def cross_layer_dim(backend: Any) -> int:
+    """The dimension that counts the blocks in a tensor of all layers, as vLLM shapes it for the
+    attention backend. Raises LayoutError."""
+    shape = backend.get_kv_cache_shape(1234, 16, 1, 256)
+    order = backend.get_kv_cache_stride_order(include_num_layers_dimension=True)
+    logical = tuple(shape).index(1234) + 1
+    at = tuple(order).index(logical)
+    if at != 0:
+        raise LayoutError(f"a tensor of all layers counts its blocks in dimension {at}, not first")
+    return at
+
+
+def rank_of(vllm_config: Any) -> int:
+    """This worker's place among the ranks of its engine."""
+    parallel = vllm_config.parallel_config
+    return int(parallel.rank) % int(parallel.world_size)
+
+
+def step_of(output: Any) -> Step:
+    """What a step schedules."""
+    fresh = [
+        (new.req_id, new.block_ids, int(new.num_computed_tokens))
+        for new in output.scheduled_new_reqs
+    ]
+    grown = []
+    cached = output.scheduled_cached_reqs
+    for at, request_id in enumerate(cached.req_ids):
+        blocks = cached.new_block_ids[at]
+        if request_id in cached.resumed_req_ids:
+            fresh.append((request_id, blocks or (), int(cached.num_computed_tokens[at])))
+        elif blocks is not None:
+            grown.append((request_id, blocks))
+    return Step(fresh, grown, output.num_scheduled_tokens)
+
+
+def current_stream(device: str) -> Any | None:
+    """The stream on which the model's work is, on a GPU."""
+    if device != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.current_stream()

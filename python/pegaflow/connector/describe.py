@@ -1,0 +1,125 @@
+"""What vLLM's configuration says about the meaning of a block's bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pegaflow.client import Namespace
+from pegaflow.connector.config import ConnectorConfig
+from pegaflow.connector.namespace import HashSeed, facts_text, hash_text
+from pegaflow.connector.weights import fingerprint
+
+#: Keys of a model's configuration that do not change what it computes.
+_IDLE_KEYS = ("transformers_version",)
+
+
+def namespace_of(
+    config: ConnectorConfig,
+    vllm_config: Any,
+    seed: HashSeed,
+    block_tokens: int,
+    layout: str,
+    groups: Sequence[str],
+) -> Namespace:
+    """The namespace of an engine, the same for all its ranks.
+
+    `block_tokens` counts the tokens of one hash, `layout` tells arrangements of equal sizes apart,
+    `groups` describes the cache groups.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    engine_id = str(vllm_config.kv_transfer_config.engine_id)
+    name = config.model or model.model
+    return Namespace(
+        block_tokens=block_tokens,
+        model=facts_text({"model": name}) if len(name.encode()) > 1000 else name,
+        dtype=facts_text(
+            {
+                "model": _plain(model.dtype),
+                "cache": _plain(cache.cache_dtype),
+                # Scales that each process measures by itself mean nothing to another.
+                "scales": engine_id if getattr(cache, "calculate_kv_scales", False) else None,
+                "skip": _listed(getattr(cache, "kv_cache_dtype_skip_layers", None)),
+            }
+        ),
+        hash_algorithm=hash_text(_plain(cache.prefix_caching_hash_algo), seed, engine_id),
+        revision=facts_text(_revision(config, vllm_config)),
+        kv_layout=facts_text({"layout": layout, "groups": ",".join(groups)}),
+        topology=facts_text(_topology(vllm_config.parallel_config)),
+        salt=config.salt,
+    )
+
+
+def _revision(config: ConnectorConfig, vllm_config: Any) -> dict[str, object]:
+    model = vllm_config.model_config
+    hf_config = getattr(model, "hf_config", None)
+    load = getattr(vllm_config, "load_config", None)
+    load_format = _plain(getattr(load, "load_format", None))
+    return {
+        "revision": getattr(model, "revision", None),
+        "commit": getattr(hf_config, "_commit_hash", None),
+        # With dummy weights there is nothing on disk; with a name of its own, that name decides.
+        "weights": None if config.model or load_format == "dummy" else fingerprint(model.model),
+        "load": "dummy" if load_format == "dummy" else None,
+        "config": _digest_of_config(hf_config),
+        "quantization": getattr(model, "quantization", None),
+        "draft": _draft(getattr(vllm_config, "speculative_config", None)),
+    }
+
+
+def _draft(speculative: Any) -> str | None:
+    """The draft model's layers are in the cache too."""
+    if speculative is None:
+        return None
+    model = getattr(speculative, "model", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    path = getattr(draft, "model", None) or model
+    return "/".join(
+        str(part)
+        for part in (
+            getattr(speculative, "method", None),
+            path,
+            getattr(speculative, "revision", None),
+            fingerprint(path) if isinstance(path, str) else None,
+            _digest_of_config(getattr(draft, "hf_config", None)),
+        )
+        if part is not None
+    )
+
+
+def _topology(parallel: Any) -> dict[str, object]:
+    def size(name: str) -> int:
+        return int(getattr(parallel, name, 1) or 1)
+
+    return {
+        "tp": size("tensor_parallel_size"),
+        "pp": size("pipeline_parallel_size"),
+        "dcp": size("decode_context_parallel_size"),
+        "pcp": size("prefill_context_parallel_size"),
+        "interleave": size("cp_kv_cache_interleave_size"),
+    }
+
+
+def _digest_of_config(hf_config: Any) -> str | None:
+    """Of what the model's configuration says, overrides included: rope, windows, layers."""
+    to_dict = getattr(hf_config, "to_dict", None)
+    if to_dict is None:
+        return None
+    said = {
+        key: value
+        for key, value in to_dict().items()
+        if not key.startswith("_") and key not in _IDLE_KEYS
+    }
+    text = json.dumps(said, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> str:
+    """`torch.bfloat16`, an enum or a text as a text."""
+    return str(getattr(value, "value", value)).removeprefix("torch.")
+
+
+def _listed(values: Any) -> str | None:
+    return ",".join(sorted(map(str, values))) if values else None

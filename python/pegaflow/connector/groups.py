@@ -1,0 +1,36 @@
+"""The cache groups of the model as the connector sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """One group of vLLM."""
+
+    #: Its place in vLLM's list of groups.
+    index: int
+    #: Its number at the daemon: 0 has prefix semantics.
+    number: int
+    #: Tokens of one block.
+    block_tokens: int
+    #: Hashes of vLLM per block of this group.
+    hashes_per_block: int
+    #: Blocks that a token needs before its own: None is all, else the last so many.
+    window_blocks: int | None = None
+
+    def names(self, hashes: Sequence[bytes], first: int, last: int) -> list[bytes]:
+        """The names of blocks `first` to `last - 1`. A hash of vLLM contains its predecessors, so
+        the last one of a block names all of it."""
+        ratio = self.hashes_per_block
+        if ratio == 1:
+            return list(hashes[first:last])
+        return list(hashes[(first + 1) * ratio - 1 : last * ratio : ratio])
+
+
+def window_blocks(window_tokens: int, block_tokens: int) -> int:
+    """How many blocks before a block boundary a sliding window reaches into: the token after the
+    boundary sees the `window_tokens - 1` tokens before it."""
+    return max(1, -(-(window_tokens - 1) // block_tokens))

@@ -1,0 +1,365 @@
+"""Asks the daemon what of a prompt is cached, once per prompt, and holds the answer's lease."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pegaflow.client import (
+    AgainError,
+    Client,
+    Completion,
+    Registration,
+    Status,
+    StatusError,
+    TimeoutError,
+    pack_hashes,
+)
+from pegaflow.connector.config import ConnectorConfig
+from pegaflow.connector.groups import CacheGroup
+from pegaflow.connector.meta import GroupLoad
+from pegaflow.connector.stats import Counters
+
+#: How long the scheduler waits for an answer before it goes on with other requests.
+WAIT_MS = 5
+#: How long a miss is believed. Asking again costs a round trip.
+MISS_S = 0.2
+#: How soon blocks that are coming up from a slower tier are asked for again.
+LOADING_S = 0.002
+
+
+@dataclass
+class Held:
+    """A lease on blocks of one group: `first` is its first position that is used."""
+
+    group: CacheGroup
+    lease: int
+    first: int
+    #: Blocks `begin` to `end - 1` of the request.
+    begin: int
+    end: int
+
+
+@dataclass
+class Answer:
+    """What is cached of a prompt beyond `computed` tokens."""
+
+    computed: int
+    limit: int
+    tokens: int
+    held: list[Held]
+    #: Until then it holds without asking again.
+    until: float
+
+
+@dataclass
+class Asked:
+    """A question under way."""
+
+    computed: int
+    limit: int
+    #: By the group's number: the request, then its completion.
+    requests: dict[int, int]
+    since: float
+    #: Blocks are coming up since then.
+    loading_since: float | None = None
+    #: Not before.
+    again_at: float = 0.0
+    answers: dict[int, Completion] = field(default_factory=dict)
+
+
+@dataclass
+class Prompt:
+    """What the lookup keeps for a request."""
+
+    key: int
+    asked: Asked | None = None
+    answer: Answer | None = None
+
+
+class Lookup:
+    """The scheduler's queries. Not thread-safe: vLLM's scheduler is one thread."""
+
+    def __init__(
+        self,
+        client: Client,
+        registration: Registration,
+        groups: Sequence[CacheGroup],
+        config: ConnectorConfig,
+        counters: Counters,
+        logger: logging.Logger,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._registration = registration
+        self._groups = sorted(groups, key=lambda group: group.number)
+        self._config = config
+        self._counters = counters
+        self._logger = logger
+        self._clock = clock
+        #: A hit ends where a block of every group ends.
+        self.align = math.lcm(*(group.block_tokens for group in groups))
+        self._mask: bytes | None = None
+        #: Completions that polling found, of requests somebody asks for.
+        self._arrived: dict[int, Completion] = {}
+        self._awaited: set[int] = set()
+        self._refusals: set[Status] = set()
+
+    def mask(self, mask: bytes) -> None:
+        """From now on all names are others: nothing of before is found."""
+        self._mask = mask
+
+    def packed(self, names: list[bytes]) -> bytes:
+        """Names as the daemon takes them."""
+        if not names:
+            return b""
+        return masked(pack_hashes(names, len(names[0])), self._mask)
+
+    def registration_of(self) -> Registration:
+        """The scheduler's registration, for probes."""
+        return self._registration
+
+    def find(
+        self, prompt: Prompt, hashes: Sequence[bytes], computed: int, most: int
+    ) -> int | None:
+        """How many tokens after `computed` are cached, not reaching beyond `most` tokens. None: not
+        known yet, ask again.
+
+        The same question gets the same answer and holds the same lease.
+        """
+        limit = most // self.align * self.align
+        now = self._clock()
+        answer = prompt.answer
+        if answer is not None and answer.computed == computed and answer.limit == limit:
+            if now < answer.until:
+                return answer.tokens
+        elif answer is not None:
+            self.forget(prompt)
+        asked = prompt.asked
+        if asked is not None and (asked.computed, asked.limit) != (computed, limit):
+            self._abandon(prompt)
+            asked = None
+        if limit <= computed or computed % self.align:
+            return 0
+        if asked is None:
+            asked = prompt.asked = Asked(computed, limit, {}, now)
+        if now < asked.again_at:
+            return None
+        return self._ask(prompt, asked, hashes, now)
+
+    def take(self, prompt: Prompt, tokens: int) -> Answer | None:
+        """The answer that is to be loaded: its leases belong to the load now. None if there is no
+        answer of so many tokens."""
+        answer = prompt.answer
+        if answer is None or answer.tokens < tokens:
+            return None
+        prompt.answer = None
+        return answer
+
+    def forget(self, prompt: Prompt) -> None:
+        """The request is over, or loads nothing: gives its leases back."""
+        self._abandon(prompt)
+        answer, prompt.answer = prompt.answer, None
+        if answer is not None:
+            for held in answer.held:
+                self.release(held.lease)
+
+    def release(self, lease: int) -> None:
+        """Gives a lease back. One that cannot be given back now ends by its time to live."""
+        try:
+            self._registration.release(lease)
+        except StatusError as error:
+            self._logger.debug("lease %d is left to expire: %s", lease, error)
+
+    def poll(self) -> None:
+        """Takes answers that nobody waits for: once per step."""
+        for completion in self._client.poll():
+            if completion.request in self._awaited:
+                self._arrived[completion.request] = completion
+            elif completion.lease and completion.ok and completion.op.name == "QUERY":
+                # Of a question that was given up.
+                self.release(completion.lease)
+
+    # ------------------------------------------------------------ asking
+
+    def _ask(
+        self, prompt: Prompt, asked: Asked, hashes: Sequence[bytes], now: float
+    ) -> int | None:
+        try:
+            for group in self._groups:
+                if group.number not in asked.requests and group.number not in asked.answers:
+                    asked.requests[group.number] = self._submit(prompt.key, group, asked, hashes)
+        except AgainError:
+            self.poll()
+            return self._later(prompt, asked, now)
+        except StatusError as error:
+            self._refused(error.status, str(error))
+            return self._miss(prompt, asked, now)
+        for number, request in list(asked.requests.items()):
+            completion = self._completion(request)
+            if completion is None:
+                return self._later(prompt, asked, now)
+            del asked.requests[number]
+            self._awaited.discard(request)
+            asked.answers[number] = completion
+        return self._conclude(prompt, asked, now)
+
+    def _submit(
+        self, key: int, group: CacheGroup, asked: Asked, hashes: Sequence[bytes]
+    ) -> int:
+        names = group.names(
+            hashes, asked.computed // group.block_tokens, asked.limit // group.block_tokens
+        )
+        request = self._registration.query(
+            key, self.packed(names), group=group.number, ttl_ms=self._config.lease_ttl_ms
+        )
+        self._awaited.add(request)
+        return request
+
+    def _completion(self, request: int) -> Completion | None:
+        arrived = self._arrived.pop(request, None)
+        if arrived is not None:
+            return arrived
+        try:
+            return self._client.wait(request, WAIT_MS)
+        except TimeoutError:
+            return None
+
+    def _later(self, prompt: Prompt, asked: Asked, now: float) -> int | None:
+        if now - asked.since < self._config.query_timeout_ms / 1000:
+            return None
+        self._counters.add("query_timeouts")
+        self._abandon(prompt)
+        return self._miss(prompt, asked, now)
+
+    def _abandon(self, prompt: Prompt) -> None:
+        """Gives a question up; `poll` gives back what is answered later."""
+        asked, prompt.asked = prompt.asked, None
+        if asked is None:
+            return
+        for request in asked.requests.values():
+            self._awaited.discard(request)
+            arrived = self._arrived.pop(request, None)
+            if arrived is not None and arrived.lease:
+                self.release(arrived.lease)
+        for completion in asked.answers.values():
+            if completion.lease:
+                self.release(completion.lease)
+
+    # ------------------------------------------------------------ answers
+
+    def _conclude(self, prompt: Prompt, asked: Asked, now: float) -> int | None:
+        statuses = {completion.status for completion in asked.answers.values()}
+        if Status.LOADING in statuses:
+            since = asked.loading_since if asked.loading_since is not None else now
+            if now - since < self._config.loading_timeout_ms / 1000:
+                prompt.asked = Asked(
+                    asked.computed, asked.limit, {}, now, since, again_at=now + LOADING_S
+                )
+                return None
+        if statuses != {Status.OK}:
+            for completion in asked.answers.values():
+                if completion.status not in (Status.OK, Status.LOADING):
+                    self._refused(completion.status, completion.text)
+            self._abandon(prompt)
+            return self._miss(prompt, asked, now)
+        self._refusals.clear()
+        held, end = self._combined(asked)
+        prompt.asked = None
+        for completion in asked.answers.values():
+            if completion.lease and completion.lease not in [one.lease for one in held]:
+                self.release(completion.lease)
+        if not held:
+            return self._miss(prompt, asked, now)
+        self._counters.add("queries")
+        self._counters.add("hit_blocks", sum(one.end - one.begin for one in held))
+        ttl_ms = min(
+            asked.answers[one.group.number].value for one in held
+        )
+        prompt.answer = Answer(
+            asked.computed, asked.limit, end - asked.computed, held, now + ttl_ms / 2000
+        )
+        return end - asked.computed
+
+    def _combined(self, asked: Asked) -> tuple[list[Held], int]:
+        """The longest hit that every group can serve, and what each has to load for it."""
+        prefix = self._groups[0]
+        first = asked.computed // prefix.block_tokens
+        end = (first + asked.answers[0].count) * prefix.block_tokens // self.align * self.align
+        others = self._groups[1:]
+        while end > asked.computed:
+            parts = [_tail(group, asked, end) for group in others]
+            if all(part is not None for part in parts):
+                held = [
+                    Held(prefix, asked.answers[0].lease, 0, first, end // prefix.block_tokens),
+                    *(part for part in parts if part is not None and part.end > part.begin),
+                ]
+                return held, end
+            end -= self.align
+        return [], asked.computed
+
+    def _miss(self, prompt: Prompt, asked: Asked, now: float) -> int:
+        self._counters.add("queries")
+        self._counters.add("query_misses")
+        prompt.asked = None
+        prompt.answer = Answer(asked.computed, asked.limit, 0, [], now + MISS_S)
+        return 0
+
+    def _refused(self, status: Status, text: str) -> None:
+        """Says once what keeps queries from being answered. That the daemon is away is said by the
+        client."""
+        if status in (Status.DISCONNECTED, Status.NOT_READY, Status.DRAINING):
+            return
+        if status not in self._refusals:
+            self._refusals.add(status)
+            self._logger.warning("the daemon answers no query: %s", text)
+
+
+def _tail(group: CacheGroup, asked: Asked, end: int) -> Held | None:
+    """What a window group has to load for a hit that ends at token `end`; None if a block is
+    missing."""
+    base = asked.computed // group.block_tokens
+    last = end // group.block_tokens
+    begin = base if group.window_blocks is None else max(base, last - group.window_blocks)
+    completion = asked.answers[group.number]
+    bits = completion.bitmap.to_int() if completion.bitmap is not None else 0
+    wanted = ((1 << (last - begin)) - 1) << (begin - base)
+    if bits & wanted != wanted:
+        return None
+    below = bits & ((1 << (begin - base)) - 1)
+    return Held(group, completion.lease, below.bit_count(), begin, last)
+
+
+def loads_of(answer: Answer, blocks: Sequence[Sequence[int]], tokens: int) -> list[GroupLoad]:
+    """What to load for the first `tokens` of an answer into a request's blocks, by group of vLLM.
+
+    The null block (0) stands at positions that vLLM does not need: they come first, and are left
+    out. Raises ValueError if vLLM has too few blocks.
+    """
+    loads = []
+    for held in answer.held:
+        end = min(held.end, (answer.computed + tokens) // held.group.block_tokens)
+        own = blocks[held.group.index]
+        if len(own) < end:
+            raise ValueError(f"group {held.group.index}: {len(own)} blocks for {end}")
+        begin = held.begin
+        while begin < end and own[begin] == 0:
+            begin += 1
+        if begin < end:
+            first = held.first + begin - held.begin
+            loads.append(
+                GroupLoad(held.group.number, held.lease, first, list(own[begin:end]))
+            )
+    return loads
+
+
+def masked(packed: bytes, mask: bytes | None) -> bytes:
+    """Names of 32 bytes, each XOR a mask of 32 bytes."""
+    if mask is None or not packed:
+        return packed
+    full = mask * (len(packed) // len(mask))
+    number = int.from_bytes(packed, "little") ^ int.from_bytes(full, "little")
+    return number.to_bytes(len(packed), "little")

@@ -1,0 +1,193 @@
+"""What is found out about a release of vLLM, on objects of the shapes that its releases have."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pegaflow.connector import compat
+from pegaflow.connector.layout import LayoutError
+
+
+class AttentionSpec:
+    def __init__(self, block_size: int, **more: Any) -> None:
+        self.block_size = block_size
+        self.__dict__.update(more)
+
+
+class FullAttentionSpec(AttentionSpec): ...
+
+
+class MLAAttentionSpec(FullAttentionSpec): ...
+
+
+class SlidingWindowSpec(AttentionSpec): ...
+
+
+class MambaSpec:
+    block_size = 16
+
+
+class RSWASpec(FullAttentionSpec): ...
+
+
+class UniformTypeKVCacheSpecs:
+    def __init__(self, **specs: Any) -> None:
+        self.kv_cache_specs = specs
+        self.block_size = next(iter(specs.values())).block_size
+
+
+def parallel(**sizes: int) -> Any:
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            **{"tensor_parallel_size": 1, "pipeline_parallel_size": 1, **sizes}
+        )
+    )
+
+
+@pytest.fixture
+def hash_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM hashes every 16 tokens."""
+    monkeypatch.setattr(compat, "hash_tokens", lambda *_: 16)
+
+
+def config(*specs: Any) -> Any:
+    return SimpleNamespace(
+        kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+    )
+
+
+@pytest.mark.usefixtures("hash_tokens")
+def test_full_attention_is_the_daemons_group_0_wherever_it_stands() -> None:
+    groups = compat.cache_groups(
+        parallel(), config(SlidingWindowSpec(16, sliding_window=64), FullAttentionSpec(32))
+    )
+    assert [(group.index, group.number) for group in groups] == [(0, 1), (1, 0)]
+    assert [group.window_blocks for group in groups] == [4, None]
+    assert [group.hashes_per_block for group in groups] == [1, 2]
+
+
+@pytest.mark.usefixtures("hash_tokens")
+def test_a_model_of_one_window_group_is_asked_for_its_prefix() -> None:
+    (group,) = compat.cache_groups(parallel(), config(SlidingWindowSpec(16, sliding_window=64)))
+    assert (group.number, group.window_blocks) == (0, None)
+
+
+@pytest.mark.usefixtures("hash_tokens")
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        (MambaSpec(), "MambaSpec"),
+        (RSWASpec(16), "RSWASpec"),
+        (FullAttentionSpec(24), "no whole number of hashes"),
+    ],
+)
+def test_what_is_not_supported_is_refused_at_start(spec: Any, why: str) -> None:
+    with pytest.raises(LayoutError, match=why):
+        compat.cache_groups(parallel(), config(FullAttentionSpec(16), spec))
+
+
+@pytest.mark.usefixtures("hash_tokens")
+def test_groups_that_vllm_does_not_transfer_and_context_parallel_prefill_are_refused() -> None:
+    host = SimpleNamespace(
+        kv_cache_groups=[
+            SimpleNamespace(kv_cache_spec=FullAttentionSpec(16), enable_kv_transfer=False)
+        ]
+    )
+    with pytest.raises(LayoutError, match="not to be transferred"):
+        compat.cache_groups(parallel(), host)
+    with pytest.raises(LayoutError, match="prefill context"):
+        compat.cache_groups(
+            parallel(prefill_context_parallel_size=2), config(FullAttentionSpec(16))
+        )
+
+
+@pytest.mark.usefixtures("hash_tokens")
+def test_a_block_counts_the_tokens_of_all_shards_of_decode_context_parallelism() -> None:
+    (group,) = compat.cache_groups(
+        parallel(decode_context_parallel_size=2), config(FullAttentionSpec(16))
+    )
+    assert group.block_tokens == 32
+
+
+def test_only_mla_under_tensor_parallelism_alone_is_stored_once() -> None:
+    mla, uniform = MLAAttentionSpec(64), UniformTypeKVCacheSpecs(a=MLAAttentionSpec(64))
+    assert compat.is_replicated(parallel(tensor_parallel_size=2), mla)
+    assert compat.is_replicated(parallel(tensor_parallel_size=2), uniform)
+    assert not compat.is_replicated(parallel(), mla)
+    assert not compat.is_replicated(parallel(tensor_parallel_size=2), FullAttentionSpec(16))
+    assert not compat.is_replicated(
+        parallel(tensor_parallel_size=2, pipeline_parallel_size=2), mla
+    )
+    assert not compat.is_replicated(
+        parallel(tensor_parallel_size=2, decode_context_parallel_size=2), mla
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((64, 2, 16, 8), 0), ((128, 8, 16), 0), ((2, 64, 16, 8), 1), ((2, 128, 16), 1)],
+)
+def test_the_dimension_that_counts_the_blocks(shape: tuple[int, ...], dim: int) -> None:
+    assert compat.block_dim(shape, 64, "layer") == dim
+
+
+@pytest.mark.parametrize("shape", [(63, 2, 16), (2, 63), (), (2, 2, 16)])
+def test_a_tensor_without_a_clear_block_dimension_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(LayoutError):
+        compat.block_dim(shape, 2 if shape == (2, 2, 16) else 64, "layer")
+
+
+def vllm_with(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    module = ModuleType("vllm.v1.core.kv_cache_utils")
+    module.__dict__.update(values)
+    for name in ("vllm", "vllm.v1", "vllm.v1.core"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["vllm.v1.core"].__dict__["kv_cache_utils"] = module
+    monkeypatch.setitem(sys.modules, "vllm.v1.core.kv_cache_utils", module)
+
+
+def test_a_seed_of_the_environment_is_the_same_for_all_processes() -> None:
+    one = compat.hash_seed("sha256", {"PYTHONHASHSEED": "0"})
+    assert one.value is not None
+    assert one == compat.hash_seed("xxhash", {"PYTHONHASHSEED": "0"})
+    assert one != compat.hash_seed("sha256", {"PYTHONHASHSEED": "1"})
+
+
+def test_older_releases_without_a_seed_hash_at_random_and_the_fix_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vllm_with(monkeypatch)
+    seed = compat.hash_seed("sha256", {})
+    assert seed.value is None
+    assert "PYTHONHASHSEED=0" in seed.fix
+
+
+def test_newer_releases_have_a_fixed_seed_for_cryptographic_hashes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vllm_with(monkeypatch, DEFAULT_NONE_HASH_SEED="seed")
+    assert compat.hash_seed("sha256_cbor", {}).value is not None
+    assert compat.hash_seed("xxhash", {}).value is None
+
+
+def test_a_request_that_is_resumed_begins_anew() -> None:
+    output = SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id="new", block_ids=([1, 2],), num_computed_tokens=16)
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=["grown", "same", "resumed"],
+            resumed_req_ids={"resumed"},
+            new_block_ids=[([3],), None, ([4, 5],)],
+            num_computed_tokens=[32, 40, 0],
+        ),
+        num_scheduled_tokens={"new": 8, "grown": 1, "same": 1, "resumed": 20},
+    )
+    step = compat.step_of(output)
+    assert step.fresh == [("new", ([1, 2],), 16), ("resumed", ([4, 5],), 0)]
+    assert step.grown == [("grown", ([3],))]
+    assert step.scheduled["same"] == 1

@@ -1,0 +1,340 @@
+"""What the connector guarantees an engine, over a real daemon."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import pytest
+
+from pegaflow.connector.config import ConnectorConfig, ConnectorMode
+from pegaflow.connector.groups import CacheGroup, window_blocks
+from pegaflow.connector.scheduler import Step
+
+from .engine_support import BLOCK_TOKENS, FULL, Engine, Request, tokens
+from .support import Daemon, eventually
+
+
+class Make(Protocol):
+    """Makes engines, with the arguments of `Engine`."""
+
+    def __call__(
+        self,
+        *,
+        config: ConnectorConfig | None = None,
+        groups: Sequence[CacheGroup] = (FULL,),
+        blocks: int = 64,
+        world_size: int = 1,
+        model: str = "engine-test",
+    ) -> Engine: ...
+
+
+@pytest.fixture
+def make(daemon: Daemon) -> Iterator[Make]:
+    """Makes engines of the running daemon."""
+    made: list[Engine] = []
+
+    def one(**arguments: Any) -> Engine:
+        made.append(Engine(daemon, **arguments))
+        return made[-1]
+
+    yield one
+    for engine in made:
+        engine.close()
+
+
+def test_what_one_engine_saved_another_loads_with_the_same_bytes(make: Make) -> None:
+    one, other = make(), make()
+    prompt = tokens(100)
+    one.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    request = Request(prompt)
+    assert other.find(request) == 96
+    results = other.load(request, [[11, 12, 13, 14, 15, 16, 17]], 96)
+    assert not results.failed
+    other.verify(request, [[11, 12, 13, 14, 15, 16]], 96)
+
+
+def test_the_last_token_of_a_prompt_is_left_to_compute(make: Make) -> None:
+    engine = make()
+    prompt = tokens(4 * BLOCK_TOKENS)
+    engine.save(Request(prompt), [[1, 2, 3, 4]])
+    assert engine.find(Request(prompt)) == 3 * BLOCK_TOKENS
+    assert engine.find(Request([*prompt, 7])) == 4 * BLOCK_TOKENS
+
+
+def test_a_repeated_question_gets_the_same_answer_and_no_second_lease(make: Make) -> None:
+    engine = make()
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    request = Request(prompt)
+    submitted = engine.client.stats().submitted
+    assert [engine.find(request) for _ in range(50)] == [96] * 50
+    assert engine.client.stats().submitted == submitted + 1
+
+
+def test_only_what_the_engine_has_not_itself_is_loaded(make: Make) -> None:
+    engine = make()
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    request = Request(prompt)
+    assert engine.find(request, computed=32) == 64
+    for block in (20, 21):
+        engine.page(block)[:] = b"x" * len(engine.page(block))
+    engine.load(request, [[20, 21, 22, 23, 24, 25]], 64)
+    names = request.block_hashes
+    for at, block in enumerate((22, 23, 24, 25), 2):
+        assert engine.page(block) == engine.pattern(names[at], 0, 0)
+    assert engine.page(20)[0] == ord("x")
+
+
+def test_blocks_are_held_until_every_rank_has_saved_them(make: Make) -> None:
+    engine = make(world_size=3)
+    request = Request(tokens(64))
+    meta = engine.scheduler.build(Step([], [], {}))
+    engine.scheduler.allocated(request, [[1, 2, 3, 4]], 0)
+    meta = engine.scheduler.build(
+        Step([(request.request_id, [[1, 2, 3, 4]], 0)], [], {request.request_id: 64})
+    )
+    assert engine.pool.held == {1, 2, 3, 4}
+    engine.scheduler.finished(request)
+    for worker in engine.workers:
+        assert engine.pool.held == {1, 2, 3, 4}
+        worker.start_saves(meta.saves, None)
+
+        def reported(worker: object = worker) -> bool:
+            worker.results()  # type: ignore[attr-defined]
+            report = worker.report()  # type: ignore[attr-defined]
+            if report is not None:
+                engine.scheduler.report(report)
+            return not worker.busy  # type: ignore[attr-defined]
+
+        eventually(reported, "the rank's save ends")
+    assert not engine.pool.held
+
+
+def test_blocks_that_fill_up_while_decoding_are_saved(make: Make) -> None:
+    engine = make()
+    request = Request(tokens(30))
+    engine.run(request, [[1, 2]])
+    engine.drain()
+    saved = []
+    for at in range(40):
+        request.tokens.append(1000 + at)
+        if request.num_tokens % BLOCK_TOKENS == 1:
+            grown = [(request.request_id, [[3 + at // BLOCK_TOKENS]])]
+        else:
+            grown = []
+        meta = engine.scheduler.build(Step([], grown, {request.request_id: 1}))
+        blocks = [[1, 2, 3, 4, 5]]
+        engine.compute(request, blocks, request.num_tokens)
+        request.num_computed_tokens = request.num_tokens
+        saved += [block for job in meta.saves for part in job.parts for block in part.blocks]
+        engine.step(meta)
+    assert saved == [2, 3, 4]
+    engine.scheduler.finished(request)
+    engine.drain()
+    assert engine.find(Request([*request.tokens, 1])) == 64
+
+
+def test_a_block_that_the_last_step_filled_is_saved_when_the_request_ends(make: Make) -> None:
+    engine = make()
+    request = Request(tokens(32))
+    # As with asynchronous scheduling: the step was built before its predecessor's token was known.
+    engine.scheduler.allocated(request, [[1, 2, 3]], 0)
+    engine.scheduler.build(
+        Step([(request.request_id, [[1, 2, 3]], 0)], [], {request.request_id: 31})
+    )
+    request.tokens.append(5)
+    request.num_computed_tokens = 32
+    engine.scheduler.finished(request)
+    meta = engine.scheduler.build(Step([], [], {}))
+    assert [part.blocks for job in meta.saves for part in job.parts] == [[2]]
+
+
+def test_the_null_block_is_never_saved(make: Make) -> None:
+    window = CacheGroup(1, 1, BLOCK_TOKENS, 1, window_blocks(32, BLOCK_TOKENS))
+    engine = make(groups=[FULL, window])
+    request = Request(tokens(64))
+    engine.scheduler.allocated(request, [[1, 2, 3, 4], [0, 0, 5, 6]], 0)
+    meta = engine.scheduler.build(
+        Step(
+            [(request.request_id, [[1, 2, 3, 4], [0, 0, 5, 6]], 0)], [], {request.request_id: 64}
+        )
+    )
+    (job,) = meta.saves
+    assert [(part.group, part.blocks) for part in job.parts] == [(0, [1, 2, 3, 4]), (1, [5, 6])]
+    assert 0 not in engine.pool.held
+
+
+def test_rejected_draft_tokens_are_not_part_of_a_saved_block(make: Make) -> None:
+    engine = make()
+    request = Request(tokens(14))
+    engine.scheduler.allocated(request, [[1, 2]], 0)
+    # Five tokens are scheduled, four of them drafts: the block would be full, but only 14 tokens
+    # are known.
+    request.num_computed_tokens = 13
+    meta = engine.scheduler.build(
+        Step([(request.request_id, [[1, 2]], 13)], [], {request.request_id: 5})
+    )
+    assert not meta.saves
+
+
+def test_a_request_that_ends_before_it_is_scheduled_gives_its_lease_back(
+    daemon: Daemon, make: Make
+) -> None:
+    engine = make()
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    request = Request(prompt)
+    assert engine.find(request) == 96
+    assert daemon.leases() == 1
+    engine.scheduler.finished(request)
+    eventually(lambda: (engine.idle(), daemon.leases() == 0)[1], "the lease is given back")
+
+
+def test_a_hit_that_vllm_does_not_take_gives_its_lease_back(
+    daemon: Daemon, make: Make
+) -> None:
+    engine = make()
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    request = Request(prompt)
+    assert engine.find(request) == 96
+    engine.scheduler.allocated(request, [[1, 2, 3, 4, 5, 6, 7]], 0)
+    eventually(lambda: (engine.idle(), daemon.leases() == 0)[1], "the lease is given back")
+
+
+def test_a_load_that_fails_names_exactly_its_blocks(daemon: Daemon, make: Make) -> None:
+    engine = make()
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    request = Request(prompt)
+    assert engine.find(request) == 96
+    daemon.kill()
+    eventually(lambda: engine.away, "the client notices")
+    results = engine.load(request, [[21, 22, 23, 24, 25, 26, 27]], 96)
+    assert results.loaded == results.failed == {request.request_id}
+    assert results.failed_blocks == {21, 22, 23, 24, 25, 26}
+
+
+def test_hits_come_back_with_the_daemon(daemon: Daemon, make: Make) -> None:
+    engine = make()
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    daemon.kill()
+    eventually(lambda: engine.away, "the client notices")
+    assert engine.find(Request(prompt)) == 0
+    # Saves while it is away are lost, and give their blocks back.
+    engine.save(Request(tokens(64, seed=9)), [[31, 32, 33, 34]])
+    assert not engine.pool.held
+    daemon.start()
+    eventually(lambda: engine.find(Request(prompt)) == 96, "the hits are back")
+    for worker in engine.workers:
+        worker.count_transitions()
+    counted = engine.workers[0].counters.take()
+    assert counted["daemon_losses"] == counted["daemon_returns"] == 1
+    assert counted["save_failures"] == 1
+
+
+def test_local_hits_that_the_daemon_has_not_are_saved(make: Make) -> None:
+    engine = make()
+    request = Request(tokens(64))
+    engine.compute(request, [[1, 2, 3, 4]], 64)
+    assert engine.find(request, computed=48) == 0
+    meta = engine.run(request, [[1, 2, 3, 4]], computed=48)
+    assert [part.blocks for job in meta.saves for part in job.parts] == [[1, 2, 3, 4]]
+    engine.drain()
+    # And what the daemon has is not offered again, only what was computed.
+    again = Request(request.tokens)
+    assert engine.find(again, computed=48) == 0
+    meta = engine.run(again, [[1, 2, 3, 4]], computed=48)
+    assert [part.blocks for job in meta.saves for part in job.parts] == [[4]]
+
+
+def test_saves_hold_no_more_than_their_share_of_the_blocks(make: Make) -> None:
+    engine = make(config=ConnectorConfig(max_saving_percent=10), blocks=40)
+    request = Request(tokens(160))
+    meta = engine.run(request, [list(range(1, 11))])
+    assert [len(part.blocks) for job in meta.saves for part in job.parts] == [4]
+    assert engine.scheduler.counters.take()["unsaved_blocks"] == 6
+
+
+def test_save_only_saves_and_asks_nothing(make: Make) -> None:
+    config = ConnectorConfig(mode=ConnectorMode.SAVE_ONLY)
+    engine = make(config=config)
+    request = Request(tokens(64))
+    assert engine.scheduler.matched(request, 0) == (0, False)
+    engine.save(request, [[1, 2, 3, 4]])
+    assert not engine.pool.held
+    reader = make()
+    assert reader.find(Request([*request.tokens, 1])) == 64
+
+
+def test_load_only_saves_nothing(make: Make) -> None:
+    engine = make(config=ConnectorConfig(mode=ConnectorMode.LOAD_ONLY))
+    request = Request(tokens(64))
+    assert engine.find(request) == 0
+    assert not engine.run(request, [[1, 2, 3, 4]]).saves
+
+
+def test_after_a_reset_nothing_of_before_is_found(make: Make) -> None:
+    engine, other = make(), make()
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    engine.scheduler.reset()
+    assert engine.find(Request(prompt)) == 0
+    engine.save(Request(prompt), [[11, 12, 13, 14, 15, 16, 17]])
+    request = Request(prompt)
+    assert engine.find(request) == 96
+    engine.load(request, [[21, 22, 23, 24, 25, 26]], 96)
+    engine.verify(request, [[21, 22, 23, 24, 25, 26]], 96)
+    # Others see the blocks of before, and none of the new ones.
+    assert other.find(Request(prompt)) == 96
+    fresh = tokens(64, seed=4)
+    engine.save(Request(fresh), [[31, 32, 33, 34]])
+    assert other.find(Request([*fresh, 1])) == 0
+
+
+def test_a_window_group_needs_and_loads_its_last_blocks_only(make: Make) -> None:
+    window = CacheGroup(1, 1, BLOCK_TOKENS, 1, window_blocks(32, BLOCK_TOKENS))
+    engine = make(groups=[FULL, window])
+    prompt = tokens(96)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16]])
+    request = Request([*prompt, 1])
+    assert engine.find(request) == 96
+    results = engine.load(request, [[21, 22, 23, 24, 25, 26], [0, 0, 0, 0, 35, 36]], 96)
+    assert not results.failed
+    engine.verify(request, [[21, 22, 23, 24, 25, 26], [0, 0, 0, 0, 35, 36]], 96)
+
+
+def test_a_hit_ends_where_every_group_can_serve_it(make: Make) -> None:
+    window = CacheGroup(1, 1, BLOCK_TOKENS, 1, window_blocks(32, BLOCK_TOKENS))
+    engine = make(groups=[FULL, window])
+    prompt = tokens(96)
+    # The window group's blocks 4 and 5 were null when the prompt was saved.
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 0, 0]])
+    request = Request([*prompt, 1])
+    assert engine.find(request) == 64
+
+
+def test_a_question_that_is_not_answered_in_time_is_a_miss(
+    daemon: Daemon, make: Make
+) -> None:
+    engine = make(config=ConnectorConfig(query_timeout_ms=50))
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    with daemon.stopped():
+        began = time.monotonic()
+        assert engine.find(Request(prompt)) == 0
+        assert time.monotonic() - began >= 0.05
+    assert engine.scheduler.counters.take()["query_timeouts"] == 1
+    # Its lease, answered late, is not kept.
+    eventually(lambda: (engine.idle(), daemon.leases() == 0)[1], "the late lease is given back")
+
+
+def test_vllm_cannot_load_what_was_not_offered(make: Make) -> None:
+    engine = make()
+    request = Request(tokens(100))
+    with pytest.raises(RuntimeError, match="has not offered"):
+        engine.scheduler.allocated(request, [[1, 2, 3]], 48)

@@ -1,0 +1,165 @@
+"""Whatever changes the bytes of a block changes the namespace, and nothing else does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pegaflow.client import Namespace
+from pegaflow.connector.config import ConnectorConfig
+from pegaflow.connector.describe import namespace_of
+from pegaflow.connector.namespace import MAX_TEXT, HashSeed, facts_text, from_wire, to_wire
+from pegaflow.connector.weights import fingerprint
+
+
+class HfConfig:
+    """What is read of a model's configuration."""
+
+    def __init__(self, **said: Any) -> None:
+        self.said = {"rope_theta": 10000.0, "num_hidden_layers": 2, **said}
+        self._commit_hash = said.get("commit")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.said, "_name_or_path": str(id(self)), "transformers_version": str(id(self))}
+
+
+def vllm(**changes: Any) -> Any:
+    """vLLM's configuration with some values changed; a key is `part__name`."""
+    parts: dict[str, dict[str, Any]] = {
+        "model_config": {
+            "model": "org/model", "revision": None, "dtype": "torch.bfloat16",
+            "quantization": None, "hf_config": HfConfig(),
+        },
+        "cache_config": {
+            "cache_dtype": "auto", "calculate_kv_scales": False,
+            "prefix_caching_hash_algo": "sha256", "kv_cache_dtype_skip_layers": [],
+        },
+        "parallel_config": {
+            "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1,
+        },
+        "load_config": {"load_format": "auto"},
+        "kv_transfer_config": {"engine_id": "engine-1"},
+    }
+    whole: dict[str, Any] = {"speculative_config": None}
+    for key, value in changes.items():
+        part, _, name = key.partition("__")
+        if name:
+            parts[part][name] = value
+        else:
+            whole[part] = value
+    return SimpleNamespace(
+        **{name: SimpleNamespace(**part) for name, part in parts.items()}, **whole
+    )
+
+
+SEED = HashSeed("env:0")
+
+
+def namespace(
+    config: ConnectorConfig | None = None,
+    seed: HashSeed = SEED,
+    tokens: int = 16,
+    layout: str = "1*2x0:16/1",
+    groups: tuple[str, ...] = ("FullAttentionSpec:16",),
+    **changes: Any,
+) -> Namespace:
+    return namespace_of(
+        config or ConnectorConfig(), vllm(**changes), seed, tokens, layout, groups
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_config__model": "org/other"},
+        {"model_config__revision": "v2"},
+        {"model_config__dtype": "torch.float16"},
+        {"model_config__quantization": "fp8"},
+        {"model_config__hf_config": HfConfig(rope_theta=1e6)},
+        {"model_config__hf_config": HfConfig(commit="abc")},
+        {"cache_config__cache_dtype": "fp8_e4m3"},
+        {"cache_config__calculate_kv_scales": True},
+        {"cache_config__prefix_caching_hash_algo": "sha256_cbor"},
+        {"cache_config__kv_cache_dtype_skip_layers": ["0"]},
+        {"parallel_config__tensor_parallel_size": 2},
+        {"parallel_config__pipeline_parallel_size": 2},
+        {"parallel_config__decode_context_parallel_size": 2},
+        {"parallel_config__cp_kv_cache_interleave_size": 16},
+        {"load_config__load_format": "dummy"},
+        {"speculative_config": SimpleNamespace(method="eagle", model="org/draft")},
+        {"config": ConnectorConfig(salt="tenant")},
+        {"config": ConnectorConfig(model="other")},
+        {"seed": HashSeed("env:1")},
+        {"seed": HashSeed(None)},
+        {"tokens": 32},
+        {"layout": "1*2x1:16/1"},
+        {"groups": ("SlidingWindowSpec:16",)},
+    ],
+    ids=str,
+)
+def test_what_changes_the_bytes_changes_the_namespace(changes: dict[str, Any]) -> None:
+    assert namespace(**changes) != namespace()
+
+
+def test_another_process_of_the_same_engine_or_replica_has_the_same_namespace() -> None:
+    assert namespace() == namespace(kv_transfer_config__engine_id="engine-2")
+
+
+def test_a_random_hash_seed_keeps_the_engine_to_itself() -> None:
+    one = namespace(seed=HashSeed(None))
+    other = namespace(seed=HashSeed(None), kv_transfer_config__engine_id="engine-2")
+    assert one != other
+    assert "random" in one.hash_algorithm
+    assert one == namespace(seed=HashSeed(None))
+
+
+def test_scales_that_an_engine_measures_itself_keep_it_to_itself() -> None:
+    one = namespace(cache_config__calculate_kv_scales=True)
+    other = namespace(
+        cache_config__calculate_kv_scales=True, kv_transfer_config__engine_id="engine-2"
+    )
+    assert one != other
+
+
+def test_two_checkpoints_of_the_same_shape_and_place_are_told_apart(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = bytearray(3_000_000)
+    (model / "model.safetensors").write_bytes(weights)
+    before = namespace(model_config__model=str(model))
+    assert before == namespace(model_config__model=str(model))
+    first = fingerprint(str(model))
+    # A copy elsewhere is the same checkpoint.
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    assert fingerprint(str(copy)) == first
+    for at in range(0, len(weights), 1000):
+        weights[at] = 1
+    (model / "model.safetensors").write_bytes(weights)
+    assert namespace(model_config__model=str(model)) != before
+    assert fingerprint(str(model)) != first
+    assert fingerprint("org/no-such-folder") is None
+
+
+def test_no_text_is_longer_than_the_daemon_takes() -> None:
+    long = namespace(
+        model_config__model="m" * 3000, layout=",".join(map(str, range(2000))),
+        model_config__revision="r" * 2000,
+    )
+    wire = to_wire(long)
+    assert all(len(text.encode()) <= MAX_TEXT for text in wire.values() if isinstance(text, str))
+    assert long != namespace(model_config__model="m" * 3001, model_config__revision="r" * 2000)
+
+
+def test_the_namespace_is_the_same_after_its_way_to_the_scheduler() -> None:
+    assert from_wire(to_wire(namespace())) == namespace()
+
+
+def test_facts_that_are_not_given_are_not_said() -> None:
+    assert facts_text({"a": 1, "b": None, "c": "x"}) == "a=1;c=x"
