@@ -40,6 +40,10 @@ class Request:
         return len(self.tokens)
 
     @property
+    def all_token_ids(self) -> list[int]:
+        return self.tokens
+
+    @property
     def block_hashes(self) -> list[bytes]:
         found, parent = [], b"\0" * 32
         for at in range(len(self.tokens) // BLOCK_TOKENS):
@@ -82,6 +86,7 @@ class Engine:
         blocks: int = 64,
         world_size: int = 1,
         model: str = "engine-test",
+        with_events: bool = False,
     ) -> None:
         config = config or ConnectorConfig()
         self.config, self.groups, self.blocks = config, list(groups), blocks
@@ -113,7 +118,9 @@ class Engine:
                 mode,
             )
             self.workers.append(worker)
-        self.scheduler = Scheduler(config, groups, world_size, LOGGER)
+        self.scheduler = Scheduler(
+            config, groups, world_size, LOGGER, with_events=with_events
+        )
         self.pool = Pool(blocks)
         self.scheduler.bind(self.pool)
         if config.mode.loads:

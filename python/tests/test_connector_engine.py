@@ -27,6 +27,7 @@ class Make(Protocol):
         blocks: int = 64,
         world_size: int = 1,
         model: str = "engine-test",
+        with_events: bool = False,
     ) -> Engine: ...
 
 
@@ -230,8 +231,7 @@ def test_hits_come_back_with_the_daemon(daemon: Daemon, make: Make) -> None:
     assert not engine.pool.held
     daemon.start()
     eventually(lambda: engine.find(Request(prompt)) == 96, "the hits are back")
-    for worker in engine.workers:
-        worker.count_transitions()
+    engine.workers[0].count_transitions()
     counted = engine.workers[0].counters.take()
     assert counted["daemon_losses"] == counted["daemon_returns"] == 1
     assert counted["save_failures"] == 1
@@ -331,6 +331,26 @@ def test_a_question_that_is_not_answered_in_time_is_a_miss(
     assert engine.scheduler.counters.take()["query_timeouts"] == 1
     # Its lease, answered late, is not kept.
     eventually(lambda: (engine.idle(), daemon.leases() == 0)[1], "the late lease is given back")
+
+
+def test_blocks_are_told_once_every_rank_has_stored_them(make: Make) -> None:
+    engine = make(world_size=2, with_events=True)
+    request = Request(tokens(40))
+    engine.run(request, [[1, 2, 3]])
+    engine.scheduler.finished(request)
+    engine.drain()
+    (event,) = engine.scheduler.events()
+    assert event.hashes == request.block_hashes
+    assert (event.parent, event.token_ids) == (None, tokens(32))
+    assert not engine.scheduler.events()
+
+
+def test_blocks_that_were_not_stored_are_not_told(daemon: Daemon, make: Make) -> None:
+    engine = make(with_events=True)
+    daemon.kill()
+    eventually(lambda: engine.away, "the client notices")
+    engine.save(Request(tokens(40)), [[1, 2, 3]])
+    assert not engine.scheduler.events()
 
 
 def test_vllm_cannot_load_what_was_not_offered(make: Make) -> None:

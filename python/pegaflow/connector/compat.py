@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from pegaflow.connector.events import MEDIUM, Stored
 from pegaflow.connector.groups import CacheGroup, window_blocks
 from pegaflow.connector.layout import Layer, LayoutError
 from pegaflow.connector.namespace import HashSeed
@@ -180,6 +181,38 @@ def cross_layer_dim(backend: Any) -> int:
     if at != 0:
         raise LayoutError(f"a tensor of all layers counts its blocks in dimension {at}, not first")
     return at
+
+
+def cross_layer_layout() -> str | None:
+    """The name of the layout that has all layers of a block side by side, where layouts have such
+    names (since 0.30). What the model's attention cannot use, vLLM leaves aside."""
+    try:
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+    except ImportError:
+        return None
+    from vllm.platforms import current_platform
+
+    # On a CPU there is nothing to win.
+    if not current_platform.is_cuda() or not hasattr(KVCacheLayout, "BLNHC"):
+        return None
+    return "BLNHC"
+
+
+def stored_event(event: Stored) -> Any:
+    """As vLLM's event publisher takes it."""
+    from vllm.distributed.kv_events import BlockStored
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+    return BlockStored(
+        block_hashes=[maybe_convert_block_hash(one) for one in event.hashes],
+        parent_block_hash=None if event.parent is None else maybe_convert_block_hash(event.parent),
+        token_ids=event.token_ids,
+        block_size=event.block_tokens,
+        lora_id=None,
+        medium=MEDIUM,
+        lora_name=event.lora_name,
+        group_idx=event.group_index,
+    )
 
 
 def rank_of(vllm_config: Any) -> int:

@@ -92,6 +92,12 @@ class PegaKVConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> PegaPromMetrics:
         return PegaPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """Newer releases: the layout that has all layers of a block side by side, on a GPU."""
+        config, _ = parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        return compat.cross_layer_layout() if config.cross_layer_blocks else None
+
     # ------------------------------------------------------------ worker
 
     @property
@@ -194,7 +200,7 @@ class PegaKVConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def take_events(self) -> Iterable[Any]:
-        return ()
+        return [compat.stored_event(event) for event in self._as_scheduler().events()]
 
     def has_pending_push_work(self) -> bool:
         """Keeps an idle engine stepping until the saves under way have given their blocks back."""

@@ -11,12 +11,13 @@ from pegaflow.connector import compat
 from pegaflow.connector.blocks import PoolHolder
 from pegaflow.connector.config import ConnectorConfig, ConnectorMode
 from pegaflow.connector.describe import namespace_of
+from pegaflow.connector.events import Stored
 from pegaflow.connector.layout import GroupLayout, Layer, LayoutError, group_layout, to_group
 from pegaflow.connector.lookup import Lookup
 from pegaflow.connector.meta import StepMeta, WorkerReport
 from pegaflow.connector.namespace import from_wire, to_wire
 from pegaflow.connector.scheduler import Scheduler, Step
-from pegaflow.connector.session import Watch, connect, transitions
+from pegaflow.connector.session import Watch, connect
 from pegaflow.connector.worker import Results, Worker
 
 
@@ -39,7 +40,14 @@ class SchedulerEnd:
         self._instance = _instance(config, vllm_config)
         self._world_size = int(vllm_config.parallel_config.world_size)
         self._groups = compat.cache_groups(vllm_config, kv_cache_config)
-        self._scheduler = Scheduler(config, self._groups, self._world_size, self._logger)
+        events = getattr(vllm_config, "kv_events_config", None)
+        self._scheduler = Scheduler(
+            config,
+            self._groups,
+            self._world_size,
+            self._logger,
+            with_events=bool(getattr(events, "enable_kv_cache_events", False)),
+        )
         self._client: Client | None = None
         self._watch: Watch | None = None
         seed = compat.hash_seed(str(vllm_config.cache_config.prefix_caching_hash_algo))
@@ -71,7 +79,7 @@ class SchedulerEnd:
             mode=_mode(self._config),
         )
         self._client = client
-        self._watch = Watch(lambda: transitions(client))
+        self._watch = Watch(client)
         self._scheduler.attach(
             Lookup(
                 client,
@@ -123,6 +131,10 @@ class SchedulerEnd:
     def frees_pending(self) -> bool:
         """See `Scheduler.frees_pending`."""
         return self._scheduler.frees_pending
+
+    def events(self) -> list[Stored]:
+        """See `Scheduler.events`."""
+        return self._scheduler.events()
 
     def reset(self) -> None:
         """See `Scheduler.reset`."""

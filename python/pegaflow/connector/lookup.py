@@ -106,6 +106,8 @@ class Lookup:
         #: Completions that polling found, of requests somebody asks for.
         self._arrived: dict[int, Completion] = {}
         self._awaited: set[int] = set()
+        #: Requests under way whose answers only `poll` takes.
+        self._loose = 0
         self._refusals: set[Status] = set()
 
     def mask(self, mask: bytes) -> None:
@@ -171,15 +173,20 @@ class Lookup:
         """Gives a lease back. One that cannot be given back now ends by its time to live."""
         try:
             self._registration.release(lease)
+            self._loose += 1
         except StatusError as error:
             self._logger.debug("lease %d is left to expire: %s", lease, error)
 
     def poll(self) -> None:
         """Takes answers that nobody waits for: once per step."""
+        if not self._loose and not self._awaited:
+            return
         for completion in self._client.poll():
             if completion.request in self._awaited:
                 self._arrived[completion.request] = completion
-            elif completion.lease and completion.ok and completion.op.name == "QUERY":
+                continue
+            self._loose -= 1
+            if completion.lease and completion.ok and completion.op.name == "QUERY":
                 # Of a question that was given up.
                 self.release(completion.lease)
 
@@ -243,7 +250,9 @@ class Lookup:
         for request in asked.requests.values():
             self._awaited.discard(request)
             arrived = self._arrived.pop(request, None)
-            if arrived is not None and arrived.lease:
+            if arrived is None:
+                self._loose += 1
+            elif arrived.lease:
                 self.release(arrived.lease)
         for completion in asked.answers.values():
             if completion.lease:

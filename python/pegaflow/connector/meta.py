@@ -55,6 +55,8 @@ class WorkerReport:
 
     #: By save job: how many ranks are through with it.
     saved: dict[int, int] = field(default_factory=dict)
+    #: Those of them of which a rank has not stored all blocks.
+    incomplete: set[int] = field(default_factory=set)
     #: The namespace that each rank registered; in the first report of a rank only.
     namespaces: list[dict[str, str | int | None]] = field(default_factory=list)
 
@@ -62,6 +64,7 @@ class WorkerReport:
         """Adds what another rank says."""
         for job, ranks in other.saved.items():
             self.saved[job] = self.saved.get(job, 0) + ranks
+        self.incomplete |= other.incomplete
         self.namespaces += other.namespaces
         return self
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from pegaflow.client import pack_hashes
 from pegaflow.connector.blocks import Holder
 from pegaflow.connector.config import ConnectorConfig
+from pegaflow.connector.events import Stored, stored
 from pegaflow.connector.groups import CacheGroup
 from pegaflow.connector.lookup import Lookup, Prompt, loads_of, masked
 from pegaflow.connector.meta import GroupSave, LoadJob, SaveJob, StepMeta, WorkerReport
@@ -76,6 +77,8 @@ class Saving:
 
     blocks: list[int]
     ranks_left: int
+    #: What is told once all ranks have stored all of it.
+    events: list[Stored]
 
 
 class Scheduler:
@@ -88,8 +91,11 @@ class Scheduler:
         world_size: int,
         logger: logging.Logger,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        with_events: bool = False,
     ) -> None:
         self._config = config
+        self._with_events = with_events
         self._groups = list(groups)
         self._world_size = world_size
         self._logger = logger
@@ -103,6 +109,9 @@ class Scheduler:
         self._loads: list[LoadJob] = []
         #: Complete blocks of requests that ended, held already.
         self._late: list[tuple[CacheGroup, list[bytes], list[int]]] = []
+        #: What those blocks, once saved, are told as.
+        self._late_events: list[Stored] = []
+        self._events: list[Stored] = []
         self._saving: dict[int, Saving] = {}
         self._saving_blocks = 0
         self._progress = clock()
@@ -241,7 +250,8 @@ class Scheduler:
         if not self._saving:
             self._progress = self._clock()
         held = [block for _, _, own in late for block in own]
-        self._saving[job] = Saving(held, self._world_size)
+        events, self._late_events = self._late_events, []
+        self._saving[job] = Saving(held, self._world_size, events)
         return [SaveJob(job, parts)]
 
     def _complete(self, tracked: Tracked, known: int) -> None:
@@ -260,6 +270,8 @@ class Scheduler:
                     tracked.blocks[at][first:last],
                 )
                 tracked.saved[at] = last
+                if self._with_events:
+                    self._late_events.append(stored(request, group, first, last))
             tracked.next_at = min(tracked.next_at, (max(first, last) + 1) * group.block_tokens)
 
     def _offer(self, group: CacheGroup, names: list[bytes], blocks: list[int]) -> None:
@@ -303,12 +315,20 @@ class Scheduler:
                 self._logger.error("save %d ended more often than there are ranks", job)
                 continue
             saving.ranks_left -= ranks
+            if job in report.incomplete:
+                saving.events = []
             self._progress = self._clock()
             if saving.ranks_left <= 0:
                 del self._saving[job]
+                self._events += saving.events
                 self._saving_blocks -= len(saving.blocks)
                 assert self._holder is not None
                 self._holder.drop(saving.blocks)
+
+    def events(self) -> list[Stored]:
+        """What was stored since the last call, if that is to be told."""
+        events, self._events = self._events, []
+        return events
 
     @property
     def saves_pending(self) -> bool:
@@ -334,6 +354,7 @@ class Scheduler:
             if self._lookup is not None:
                 self._lookup.forget(tracked.prompt)
         late, self._late = self._late, []
+        self._late_events = []
         for _, _, blocks in late:
             self._saving_blocks -= len(blocks)
             assert self._holder is not None

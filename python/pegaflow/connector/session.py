@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable
 
 from pegaflow.client import Client, LogLevel, Options
 from pegaflow.connector.config import ConnectorConfig
 from pegaflow.connector.stats import Counters
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 #: Requests not yet consumed: saves of many steps and loads of many requests at once.
 COMPLETION_SLOTS = 4096
 RING_SLOTS = 2048
 #: Lists under way: two prompts of 262,144 blocks.
 ARENA_BYTES = 32 << 20
+#: How often the connection's counters are looked at.
+WATCH_S = 0.5
 
 
 def connect(config: ConnectorConfig, name: str, logger: logging.Logger) -> Client:
@@ -45,21 +45,22 @@ def connect(config: ConnectorConfig, name: str, logger: logging.Logger) -> Clien
 
 
 class Watch:
-    """Turns the client's totals into what happened since the last look."""
+    """Turns a client's totals into what happened since the last look."""
 
-    def __init__(self, totals: Callable[[], tuple[int, int]]) -> None:
-        self._totals = totals
+    def __init__(self, client: Client, clock: Callable[[], float] = time.monotonic) -> None:
+        self._client = client
+        self._clock = clock
         self._seen = (0, 0)
+        self._next = 0.0
 
     def count(self, counters: Counters) -> None:
-        """Adds the losses and returns of the daemon since the last call."""
-        now = self._totals()
-        counters.add("daemon_losses", now[0] - self._seen[0])
-        counters.add("daemon_returns", now[1] - self._seen[1])
-        self._seen = now
-
-
-def transitions(client: Client) -> tuple[int, int]:
-    """How often the daemon was lost and found again."""
-    stats = client.stats()
-    return stats.disconnects, stats.reconnects
+        """Adds the losses and returns of the daemon since the last call. It looks now and then
+        only: it is called in every step."""
+        now = self._clock()
+        if now < self._next:
+            return
+        self._next = now + WATCH_S
+        stats = self._client.stats()
+        counters.add("daemon_losses", stats.disconnects - self._seen[0])
+        counters.add("daemon_returns", stats.reconnects - self._seen[1])
+        self._seen = (stats.disconnects, stats.reconnects)

@@ -24,7 +24,7 @@ from pegaflow.client import (
 )
 from pegaflow.connector.meta import GroupLoad, GroupSave, LoadJob, SaveJob, WorkerReport
 from pegaflow.connector.namespace import to_wire
-from pegaflow.connector.session import Watch, transitions
+from pegaflow.connector.session import Watch
 from pegaflow.connector.stats import Counters
 
 #: How long the end of a worker waits for copies under way.
@@ -68,7 +68,7 @@ class Worker:
         self._client = client
         self._logger = logger
         self.counters = Counters()
-        self._watch = Watch(lambda: transitions(client))
+        self._watch = Watch(client)
         self._registration: Registration | None = None
         self._namespace: Namespace | None = None
         self._announced = False
@@ -84,6 +84,7 @@ class Worker:
         self._failed_loads: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._ended_saves: dict[int, int] = {}
+        self._incomplete: set[int] = set()
         self._said: set[tuple[str, Status]] = set()
 
     def register(
@@ -135,7 +136,8 @@ class Worker:
 
     def report(self) -> WorkerReport | None:
         """What the scheduler has to know, or None if that is nothing."""
-        report = WorkerReport(self._ended_saves)
+        report = WorkerReport(self._ended_saves, self._incomplete & self._ended_saves.keys())
+        self._incomplete -= report.incomplete
         self._ended_saves = {}
         if not self._announced and self._namespace is not None:
             self._announced = True
@@ -200,6 +202,8 @@ class Worker:
     # ------------------------------------------------------------ completions
 
     def _drain(self) -> None:
+        if not self._parts and not self._waiting:
+            return
         for completion in self._client.poll():
             part = self._parts.pop(completion.request, None)
             if part is None:
@@ -259,6 +263,8 @@ class Worker:
         self.counters.add("skipped_blocks", completion.skipped)
         if completion.ok or completion.status == Status.NO_SPACE:
             self.counters.add("dropped_blocks", completion.dropped)
+            if completion.dropped:
+                self._incomplete.add(job)
             self._part_of_save_ended(job)
         else:
             self._save_failed(
@@ -268,6 +274,7 @@ class Worker:
 
     def _save_failed(self, job: int, blocks: int, status: Status, text: str) -> None:
         self.counters.add("save_failures")
+        self._incomplete.add(job)
         self.counters.add("dropped_blocks", blocks)
         self._say("a save", status, text)
         self._part_of_save_ended(job)
