@@ -125,7 +125,7 @@ python-venv: $(VENV)/ready ## install the tools for the Python package under tar
 .PHONY: lint-python
 lint-python: python-venv ## ruff and mypy --strict over the Python package
 	$(VENV)/bin/ruff check python
-	cd python && $(VENV)/bin/mypy --strict pegaflow tests
+	cd python && $(VENV)/bin/mypy --strict pegaflow tests examples
 
 .PHONY: test-python
 test-python: python-venv ## tests of the Python package with a real daemon; no vLLM, no GPU
@@ -162,6 +162,12 @@ check-header: ## compare pegaflow.h with what the code exports
 .PHONY: demo
 demo: ## build, start a daemon, replay a workload through engine processes, show the table
 	packaging/demo.sh
+
+.PHONY: demo-vllm
+demo-vllm: ## a real vLLM on the CPU: a tiny model cold, a restart, warm (installs vLLM once, 6 GB)
+	$(CARGO) build --workspace --lib --bins
+	python=$$(python/tests/vllm/setup.sh) && cd python && \
+	    PEGAFLOW_BIN_DIR=$(abspath $(TARGET_DIR))/debug "$$python" -m examples.demo
 
 .PHONY: soak
 soak: ## kill -9 of clients and daemons at random, SOAK_TRIALS times (hours)

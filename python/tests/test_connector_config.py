@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
 from pegaflow.connector.config import ConfigError, ConnectorConfig, ConnectorMode, parse
+from pegaflow.connector.stats import COUNTERS
+
+DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "vllm.md"
 
 
 def test_without_settings_all_is_as_documented() -> None:
@@ -97,3 +104,12 @@ def test_keys_of_public_pegaflow_work_or_say_what_replaces_them() -> None:
 def test_a_program_to_start_and_no_autostart_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match=r"pegaflow\.autostart is false"):
         parse({"pegaflow.daemon": "/bin/pegaflowd", "pegaflow.autostart": False}, {})
+
+
+def test_the_documented_settings_and_metrics_are_those_that_exist() -> None:
+    text = DOCUMENT.read_text()
+    settings = re.findall(r"^\| `pegaflow\.(\w+)` \|", text, re.MULTILINE)
+    assert settings == [field.name for field in fields(ConnectorConfig)]
+    table = text[text.index("## Metrics") : text.index("## Releases")]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == list(COUNTERS)

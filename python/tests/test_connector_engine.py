@@ -219,6 +219,22 @@ def test_a_load_that_fails_names_exactly_its_blocks(daemon: Daemon, make: Make) 
     assert results.failed_blocks == {21, 22, 23, 24, 25, 26}
 
 
+def test_a_request_whose_load_failed_is_computed_and_not_loaded_again(
+    daemon: Daemon, make: Make
+) -> None:
+    engine = make()
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    request = Request(prompt)
+    assert engine.find(request) == 96
+    daemon.kill()
+    eventually(lambda: engine.away, "the client notices")
+    engine.load(request, [[21, 22, 23, 24, 25, 26, 27]], 96)
+    daemon.start()
+    eventually(lambda: engine.find(Request(prompt)) == 96, "the hits are back")
+    assert engine.find(request) == 0
+
+
 def test_hits_come_back_with_the_daemon(daemon: Daemon, make: Make) -> None:
     engine = make()
     prompt = tokens(100)

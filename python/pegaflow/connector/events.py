@@ -6,7 +6,6 @@ events treats them as hints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ class Stored:
 def stored(request: Any, group: CacheGroup, first: int, last: int) -> Stored:
     """Blocks `first` to `last - 1` of a request of vLLM, as they will be told once they are
     saved."""
-    names: Sequence[bytes] = group.names(request.block_hashes, first, last)
+    names = group.names(request.block_hashes, first, last)
     parent = group.names(request.block_hashes, first - 1, first)[0] if first else None
     lora = getattr(request, "lora_request", None)
     size = group.block_tokens

@@ -21,13 +21,13 @@ class CacheGroup:
     #: Blocks that a token needs before its own: None is all, else the last so many.
     window_blocks: int | None = None
 
-    def names(self, hashes: Sequence[bytes], first: int, last: int) -> list[bytes]:
+    def names(self, hashes: Sequence[bytes], first: int, last: int) -> Sequence[bytes]:
         """The names of blocks `first` to `last - 1`. A hash of vLLM contains its predecessors, so
         the last one of a block names all of it."""
         ratio = self.hashes_per_block
         if ratio == 1:
-            return list(hashes[first:last])
-        return list(hashes[(first + 1) * ratio - 1 : last * ratio : ratio])
+            return hashes[first:last]
+        return hashes[(first + 1) * ratio - 1 : last * ratio : ratio]
 
 
 def window_blocks(window_tokens: int, block_tokens: int) -> int:

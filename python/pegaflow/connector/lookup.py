@@ -114,7 +114,7 @@ class Lookup:
         """From now on all names are others: nothing of before is found."""
         self._mask = mask
 
-    def packed(self, names: list[bytes]) -> bytes:
+    def packed(self, names: Sequence[bytes]) -> bytes:
         """Names as the daemon takes them."""
         if not names:
             return b""

@@ -57,6 +57,8 @@ class WorkerReport:
     saved: dict[int, int] = field(default_factory=dict)
     #: Those of them of which a rank has not stored all blocks.
     incomplete: set[int] = field(default_factory=set)
+    #: Requests whose load failed on a rank.
+    failed_loads: set[str] = field(default_factory=set)
     #: The namespace that each rank registered; in the first report of a rank only.
     namespaces: list[dict[str, str | int | None]] = field(default_factory=list)
 
@@ -65,8 +67,9 @@ class WorkerReport:
         for job, ranks in other.saved.items():
             self.saved[job] = self.saved.get(job, 0) + ranks
         self.incomplete |= other.incomplete
+        self.failed_loads |= other.failed_loads
         self.namespaces += other.namespaces
         return self
 
     def __bool__(self) -> bool:
-        return bool(self.saved or self.namespaces)
+        return bool(self.saved or self.failed_loads or self.namespaces)

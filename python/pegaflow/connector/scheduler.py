@@ -69,6 +69,8 @@ class Tracked:
     next_at: int = 0
     #: Its blocks are being loaded.
     loading: bool = False
+    #: A load of it failed: another one might fail again, and again.
+    failed: bool = False
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Scheduler:
         self._next_job = 1
         self._loads: list[LoadJob] = []
         #: Complete blocks of requests that ended, held already.
-        self._late: list[tuple[CacheGroup, list[bytes], list[int]]] = []
+        self._late: list[tuple[CacheGroup, Sequence[bytes], list[int]]] = []
         #: What those blocks, once saved, are told as.
         self._late_events: list[Stored] = []
         self._events: list[Stored] = []
@@ -146,6 +148,8 @@ class Scheduler:
             return 0, False
         tracked = self._track(request)
         tracked.local = computed
+        if tracked.failed:
+            return 0, False
         ratio = min(group.block_tokens // group.hashes_per_block for group in self._groups)
         most = min(request.num_tokens - 1, len(request.block_hashes) * ratio)
         tokens = lookup.find(tracked.prompt, request.block_hashes, computed, most)
@@ -274,7 +278,7 @@ class Scheduler:
                     self._late_events.append(stored(request, group, first, last))
             tracked.next_at = min(tracked.next_at, (max(first, last) + 1) * group.block_tokens)
 
-    def _offer(self, group: CacheGroup, names: list[bytes], blocks: list[int]) -> None:
+    def _offer(self, group: CacheGroup, names: Sequence[bytes], blocks: list[int]) -> None:
         """Holds blocks for a save in this step or the next one."""
         holder = self._holder
         if holder is None:
@@ -309,6 +313,10 @@ class Scheduler:
 
     def report(self, report: WorkerReport) -> None:
         """What the workers are through with."""
+        for request_id in report.failed_loads:
+            tracked = self._requests.get(request_id)
+            if tracked is not None:
+                tracked.failed = True
         for job, ranks in report.saved.items():
             saving = self._saving.get(job)
             if saving is None:

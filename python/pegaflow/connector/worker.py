@@ -82,6 +82,7 @@ class Worker:
         ] = deque()
         self._ended_loads: set[str] = set()
         self._failed_loads: set[str] = set()
+        self._unreported: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._ended_saves: dict[int, int] = {}
         self._incomplete: set[int] = set()
@@ -136,9 +137,10 @@ class Worker:
 
     def report(self) -> WorkerReport | None:
         """What the scheduler has to know, or None if that is nothing."""
-        report = WorkerReport(self._ended_saves, self._incomplete & self._ended_saves.keys())
-        self._incomplete -= report.incomplete
-        self._ended_saves = {}
+        incomplete = self._incomplete & self._ended_saves.keys()
+        report = WorkerReport(self._ended_saves, incomplete, self._unreported)
+        self._incomplete -= incomplete
+        self._ended_saves, self._unreported = {}, set()
         if not self._announced and self._namespace is not None:
             self._announced = True
             report.namespaces.append(to_wire(self._namespace))
@@ -254,6 +256,7 @@ class Worker:
         self._ended_loads.add(request_id)
         if load.failed:
             self._failed_loads.add(request_id)
+            self._unreported.add(request_id)
             self._failed_blocks.update(load.failed)
 
     def _saved(self, job: int, part: GroupSave, completion: Completion) -> None:

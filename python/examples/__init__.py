@@ -1,0 +1,1 @@
+"""Examples of engines that share the cache of their node."""
