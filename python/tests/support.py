@@ -97,6 +97,14 @@ class Daemon:
         """It is alive and does nothing meanwhile."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        eventually(
+            lambda: all(
+                (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+                for task in tasks.iterdir()
+            ),
+            "all threads of the daemon have stopped",
+        )
         try:
             yield
         finally:

@@ -369,6 +369,22 @@ def test_blocks_that_were_not_stored_are_not_told(daemon: Daemon, make: Make) ->
     assert not engine.scheduler.events()
 
 
+def test_memory_that_goes_to_sleep_is_let_go_and_found_again(make: Make) -> None:
+    engine = make()
+    prompt = tokens(100)
+    engine.run(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    engine.workers[0].suspend()
+    engine.workers[0].suspend()
+    engine.drain()
+    assert engine.find(Request(prompt)) == 0
+    engine.workers[0].resume()
+    engine.workers[0].resume()
+    request = Request(prompt)
+    eventually(lambda: engine.find(request) == 96, "the instance is complete again")
+    engine.load(request, [[11, 12, 13, 14, 15, 16]], 96)
+    engine.verify(request, [[11, 12, 13, 14, 15, 16]], 96)
+
+
 def test_vllm_cannot_load_what_was_not_offered(make: Make) -> None:
     engine = make()
     request = Request(tokens(100))

@@ -28,17 +28,21 @@ _FIX = "set PYTHONHASHSEED=0 for every vLLM process"
 
 
 try:
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
 except ImportError:
-    KVConnectorTransferResults = None
+    base = None
 
-#: Since about 0.30 workers can name requests whose loads failed.
-HAS_TRANSFER_RESULTS = KVConnectorTransferResults is not None
+#: Since 0.30 workers can name requests whose loads failed.
+HAS_TRANSFER_RESULTS = hasattr(base, "KVConnectorTransferResults")
+
+#: Since 0.33 workers are told that the KV cache's memory goes and comes back.
+TELLS_OF_SLEEP = hasattr(getattr(base, "KVConnectorBase_V1", None), "unregister_kv_caches")
 
 
 def transfer_results(loaded: set[str], failed: set[str]) -> Any:
     """Ended and failed loads, as vLLM takes them."""
-    return KVConnectorTransferResults(finished_recving=loaded, failed_recving=failed)
+    assert base is not None
+    return base.KVConnectorTransferResults(finished_recving=loaded, failed_recving=failed)
 
 
 def logger() -> logging.Logger:

@@ -111,6 +111,12 @@ class PegaKVConnector(KVConnectorBase_V1, SupportsHMA):
     def register_cross_layers_kv_cache(self, kv_cache: Any, attn_backend: Any) -> None:
         self._as_worker().register_cross_layers(kv_cache, attn_backend)
 
+    def unregister_kv_caches(self) -> None:
+        self._as_worker().suspend()
+
+    def restore_kv_caches(self) -> None:
+        self._as_worker().resume()
+
     def get_handshake_metadata(self) -> PegaHandshake | None:
         namespace = self._as_worker().namespace_for_scheduler()
         return None if namespace is None else PegaHandshake(namespace)

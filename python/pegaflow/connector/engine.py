@@ -162,6 +162,12 @@ class WorkerEnd:
         self._logger = compat.logger()
         # Refuses what is not supported before any memory is looked at.
         self._groups = compat.cache_groups(vllm_config, kv_cache_config)
+        sleeps = bool(getattr(vllm_config.model_config, "enable_sleep_mode", False))
+        if sleeps and not compat.TELLS_OF_SLEEP:
+            raise LayoutError(
+                "sleep mode is not supported with this vLLM, which does not tell connectors that"
+                " the KV cache's memory goes: use 0.33 or later"
+            )
         if config.mode.loads and len(self._groups) > 1 and not compat.HAS_TRANSFER_RESULTS:
             raise LayoutError(
                 "this vLLM cannot be told that the load of a request with several cache groups"
@@ -231,6 +237,16 @@ class WorkerEnd:
             rank,
             self._config.mode.value,
         )
+
+    def suspend(self) -> None:
+        """Sleep mode takes the KV cache's memory away. Raises TimeoutError while it is copied."""
+        if self._worker is not None:
+            self._worker.suspend()
+
+    def resume(self) -> None:
+        """The KV cache is back where it was."""
+        if self._worker is not None:
+            self._worker.resume()
 
     def namespace_for_scheduler(self) -> dict[str, str | int | None] | None:
         """What the scheduler has to register under, if it is to ask anything."""

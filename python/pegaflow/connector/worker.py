@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pegaflow.client import (
@@ -27,8 +27,8 @@ from pegaflow.connector.namespace import to_wire
 from pegaflow.connector.session import Watch
 from pegaflow.connector.stats import Counters
 
-#: How long the end of a worker waits for copies under way.
-SHUTDOWN_S = 5.0
+#: How long a worker that ends, or goes to sleep, waits for copies under way.
+SETTLE_S = 5.0
 
 #: Reasons that the client says itself: the daemon is away, or about to be.
 _AWAY = (Status.DISCONNECTED, Status.NOT_READY, Status.DRAINING)
@@ -70,6 +70,7 @@ class Worker:
         self.counters = Counters()
         self._watch = Watch(client)
         self._registration: Registration | None = None
+        self._again: Callable[[], Registration] | None = None
         self._namespace: Namespace | None = None
         self._announced = False
         self._loads: dict[str, _Loading] = {}
@@ -98,10 +99,25 @@ class Worker:
         mode: Mode,
     ) -> None:
         """Registers this rank's KV memory. Raises what `Client.register_worker` raises."""
-        self._registration = self._client.register_worker(
+        self._again = lambda: self._client.register_worker(
             instance, namespace, groups, rank=rank, world_size=world_size, mode=mode
         )
+        self._registration = self._again()
         self._namespace = namespace
+
+    def suspend(self) -> None:
+        """The memory is about to go: ends copies under way and the registration. Nothing if that is
+        done already. Raises TimeoutError if copies do not end."""
+        if self._registration is None:
+            return
+        self._settle()
+        self._registration.unregister()
+        self._registration = None
+
+    def resume(self) -> None:
+        """The memory is back at the same addresses. Nothing if it never went."""
+        if self._registration is None and self._again is not None:
+            self._registration = self._again()
 
     @property
     def namespace(self) -> Namespace | None:
@@ -157,15 +173,18 @@ class Worker:
 
     def shutdown(self) -> None:
         """Lets copies end, within a bound, before the memory goes."""
-        end = time.monotonic() + SHUTDOWN_S
+        self._settle()
+        self._client.close()
+
+    def _settle(self) -> None:
+        end = time.monotonic() + SETTLE_S
         while self.busy and time.monotonic() < end:
             self._drain()
             time.sleep(0.001)
         if self.busy:
             self._logger.warning(
-                "%d copies have not ended within %.0f s; going on", len(self._parts), SHUTDOWN_S
+                "%d copies have not ended within %.0f s; going on", len(self._parts), SETTLE_S
             )
-        self._client.close()
 
     # ------------------------------------------------------------ submitting
 
