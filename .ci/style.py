@@ -34,6 +34,7 @@ UNSAFE_ALLOWED = (
     "engine/src/pool/mapping.rs",
     "engine/src/pool/memory.rs",
     "engine/ssd/src/io/",
+    "engine/src/tier/memory.rs",
     "engine/ssd/src/memory.rs",
     "engine/ssd/src/mover.rs",
     "engine/ssd/tests/",

@@ -19,6 +19,7 @@ pub mod metrics;
 pub use pegaflow_policy as policy;
 pub mod pool;
 pub mod registry;
+pub mod tier;
 
 #[cfg(test)]
 mod sim;

@@ -55,7 +55,7 @@ use crate::status::Status;
 /// Oldest protocol version this side speaks.
 pub const PROTOCOL_MIN: u32 = 1;
 /// Newest protocol version this side speaks.
-pub const PROTOCOL_MAX: u32 = 3;
+pub const PROTOCOL_MAX: u32 = 4;
 /// First version with [`DaemonMessage::Draining`].
 pub const PROTOCOL_DRAINING: u32 = 2;
 /// First version with device memory, events, replicated groups, and the messages about devices.

@@ -70,8 +70,14 @@ pub mod flags {
     pub const MORE: u8 = 1;
     /// Block ids are given as runs `(start: u32, length: u32)` instead of single ids.
     pub const BLOCK_RUNS: u8 = 2;
+    /// A query takes what is in the pool now, whatever is below it. In sessions of protocol 4 and
+    /// later.
+    pub const NOW: u8 = 4;
+    /// A query is answered when the blocks that are below the pool have come up. In sessions of
+    /// protocol 4 and later; not together with [`NOW`].
+    pub const WAIT: u8 = 8;
     /// Every bit that has a meaning; a submission with another bit set is a protocol error.
-    pub const KNOWN: u8 = MORE | BLOCK_RUNS;
+    pub const KNOWN: u8 = MORE | BLOCK_RUNS | NOW | WAIT;
 }
 
 /// One request, or one chunk of a request.
@@ -102,7 +108,9 @@ pub struct Submission {
     /// Query of a group other than 0: offset of the result in the daemon's result arena.
     /// Load: position in the lease of the first block. Renew: new time to live in ms.
     pub arg1: u64,
-    /// Query: time to live of the lease in ms, 0 for the daemon's default. Load: the event that it
+    /// Query: time to live of the lease in ms, 0 for the daemon's default; of one that waits
+    /// ([`flags::WAIT`]) the low half, and the high half is how long it waits at most, in ms, 0
+    /// for as long as it takes. Load: the event that it
     /// comes after, see [`Self::with_after`]. Otherwise 0.
     pub arg2: u64,
 }
@@ -117,7 +125,8 @@ pub struct Completion {
     pub status: u8,
     /// Query: a [`MissReason`] for the first position that is not a hit.
     pub reason: u16,
-    /// Query: blocks that are hits. Load: blocks loaded. Save: blocks newly stored.
+    /// Query: blocks that are hits; when it is loading, those that are in the pool so far. Load:
+    /// blocks loaded. Save: blocks newly stored.
     pub count: u32,
     /// The request's id.
     pub request_id: u64,
@@ -129,7 +138,8 @@ pub struct Completion {
     pub skipped: u32,
     /// Save: blocks not stored for want of room or because a copy failed.
     pub dropped: u32,
-    /// The value an error is about (a block id, a lease, a limit); query: the lease's ttl in ms.
+    /// The value an error is about (a block id, a lease, a limit); query: the lease's ttl in ms, or
+    /// how many blocks are still coming up when it is loading.
     pub arg0: u64,
     /// Nanoseconds between the daemon seeing the request and posting this.
     pub daemon_ns: u64,
@@ -192,7 +202,12 @@ impl Submission {
     #[inline]
     pub fn check(&self, arena_bytes: u32) -> Result<Op, DescriptorFault> {
         let op = Op::from_code(self.op).ok_or(DescriptorFault::Op(self.op))?;
-        if self.flags & !flags::KNOWN != 0 {
+        let reach = self.flags & (flags::NOW | flags::WAIT);
+        let odd_reach = match op {
+            Op::Query => reach == flags::NOW | flags::WAIT,
+            _ => reach != 0,
+        };
+        if self.flags & !flags::KNOWN != 0 || odd_reach {
             return Err(DescriptorFault::Flags(self.flags));
         }
         if self.request_id == 0 {
@@ -383,6 +398,27 @@ mod tests {
             request_id: 7,
             ..Submission::zeroed()
         }
+    }
+
+    #[test]
+    fn only_queries_reach_below_the_pool_and_in_one_way() {
+        let query = |flags| Submission {
+            op: Op::Query as u8,
+            flags,
+            ..nop()
+        };
+        assert_eq!(query(flags::NOW).check(0), Ok(Op::Query));
+        assert_eq!(query(flags::WAIT | flags::MORE).check(0), Ok(Op::Query));
+        let both = flags::NOW | flags::WAIT;
+        assert_eq!(query(both).check(0), Err(DescriptorFault::Flags(both)));
+        for op in [Op::Load, Op::Save] {
+            let other = Submission {
+                op: op as u8,
+                ..query(flags::WAIT)
+            };
+            assert_eq!(other.check(0), Err(DescriptorFault::Flags(flags::WAIT)));
+        }
+        assert_eq!(query(16).check(0), Err(DescriptorFault::Flags(16)));
     }
 
     #[test]

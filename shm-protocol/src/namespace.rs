@@ -144,6 +144,15 @@ impl NamespaceSpec {
     }
 }
 
+/// What a tier below the pool knows a namespace by, for as long as its bytes last: the isolation
+/// domain is part of it, so that no domain ever asks for another one's blocks.
+pub fn tier_scope(domain_key: u64, digest: &[u8; 32]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("pegaflow tier scope v1");
+    hasher.update(&domain_key.to_le_bytes());
+    hasher.update(digest);
+    *hasher.finalize().as_bytes()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -293,5 +302,13 @@ mod tests {
             .is_err()
         );
         assert_eq!(spec().check(), Ok(()));
+    }
+
+    #[test]
+    fn a_scope_tells_domains_and_namespaces_apart() {
+        let scope = |domain, byte| tier_scope(domain, &[byte; 32]);
+        assert_eq!(scope(1, 2), scope(1, 2));
+        assert_ne!(scope(1, 2), scope(2, 2));
+        assert_ne!(scope(1, 2), scope(1, 3));
     }
 }

@@ -25,5 +25,6 @@ pub mod node;
 pub mod output;
 pub mod replay;
 pub mod rings;
+pub mod ssds;
 pub mod status;
 pub mod top;

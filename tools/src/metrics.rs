@@ -201,7 +201,9 @@ mod tests {
             1
         );
         assert!(
-            text.contains("pegaflow_query_blocks_total{outcome=\"hit\",reason=\"none\"} 5\n"),
+            text.contains(
+                "pegaflow_query_blocks_total{outcome=\"hit\",reason=\"none\",tier=\"ram\"} 5\n"
+            ),
             "{text}"
         );
         assert!(text.contains("pegaflow_query_seconds_bucket{le=\"+Inf\"} 2\n"));

@@ -10,11 +10,12 @@ use serde_json::{Value, json};
 
 use crate::domains::{domains_json, domains_line, domains_table};
 use crate::gpus::{gpus_json, gpus_table};
-use crate::node::{NodeView, ProcStat, label, miss_counters};
+use crate::node::{NodeView, ProcStat, hit_counters, label, miss_counters};
 use crate::output::{
     age, count, duration, facts, nanos, percent, print_json, printable, ratio, size, table,
     unix_now_ms,
 };
+use crate::ssds::{ssds_json, ssds_table};
 
 /// Rank that marks a scheduler or a session that has not registered.
 const NO_RANK: u32 = u32::MAX;
@@ -57,6 +58,8 @@ pub fn status(view: &NodeView, as_json: bool) {
             "namespaces": gauge(Gauge::Namespaces),
             "domains": domains_json(&view.reader.domains()),
             "gpus": gpus_json(&view.reader.devices()),
+            "ssds": ssds_json(&view.reader.ssds()),
+            "hit_blocks_by_tier": object(hit_counters(), view, "tier"),
             "pool_pinned_bytes": gauge(Gauge::PoolPinnedBytes),
             "leases": gauge(Gauge::Leases),
             "blocks": gauge(Gauge::BlocksHeld),
@@ -126,10 +129,11 @@ pub fn status(view: &NodeView, as_json: bool) {
         (
             "hits",
             format!(
-                "{} of {} blocks ({})",
+                "{} of {} blocks ({}), {} of them from SSD",
                 count(hits),
                 count(queried),
-                percent(hits, queried)
+                percent(hits, queried),
+                count(view.reader.counter(Counter::QueryHitSsd))
             ),
         ),
         (
@@ -148,6 +152,9 @@ pub fn status(view: &NodeView, as_json: bool) {
     println!("{}", facts(rows));
     if let Some(gpus) = gpus_table(&view.reader.devices()) {
         println!("{gpus}");
+    }
+    if let Some(shards) = ssds_table(&view.reader.ssds()) {
+        println!("{shards}");
     }
 }
 
@@ -274,7 +281,8 @@ pub fn cache(view: &NodeView, as_json: bool) {
             "pool": pool,
             "domains": domains_json(&view.reader.domains()),
             "namespaces": namespaces.iter().map(namespace_json).collect::<Vec<_>>(),
-            "hit_blocks": view.reader.counter(Counter::QueryHit),
+            "hit_blocks": view.hits_of_queried().0,
+            "hit_blocks_by_tier": object(hit_counters(), view, "tier"),
             "missed_blocks": misses,
             "save_shards": object(saves.into_iter(), view, "outcome"),
             "evicted_blocks": object(evicted.into_iter(), view, "reason"),

@@ -43,6 +43,23 @@ fn check_members(policy: &dyn EvictionPolicy, members: &BTreeSet<u32>) {
     }
 }
 
+/// Looks ahead, all the way and half of it, and checks that only members are shown, once each.
+fn check_upcoming(policy: &dyn EvictionPolicy, members: &BTreeSet<u32>) {
+    let look = |most: usize| {
+        let mut shown = Vec::new();
+        policy.upcoming(&mut |id| {
+            shown.push(id);
+            shown.len() < most
+        });
+        shown
+    };
+    let all = look(usize::MAX);
+    assert_eq!(all.len(), members.len(), "each once");
+    assert_eq!(&all.iter().copied().collect::<BTreeSet<_>>(), members);
+    let most = (members.len() / 2).max(1);
+    assert_eq!(look(most), all[..most.min(all.len())]);
+}
+
 /// Asks for a victim and checks the answer against the members and what may leave.
 fn check_victim(
     policy: &mut dyn EvictionPolicy,
@@ -92,6 +109,7 @@ fn run(kind: PolicyKind, steps: &[Step]) {
             }
         }
         check_members(policy.as_ref(), &members);
+        check_upcoming(policy.as_ref(), &members);
     }
     drain_around_pins(policy.as_mut(), &mut members);
 }
@@ -137,6 +155,26 @@ fn a_use_protects_from_the_next_eviction() {
             let id = policy.victim(&mut |_| true).expect("members are left");
             assert_ne!(id, 0, "{} evicted the one used entry", policy.name());
             policy.remove(id);
+        }
+    }
+}
+
+#[test]
+fn what_is_shown_to_come_next_is_what_leaves_next() {
+    for kind in PolicyKind::ALL {
+        let mut policy = build(kind, CAPACITY);
+        for id in 0..CAPACITY {
+            policy.insert(id, u64::from(id));
+        }
+        while !policy.is_empty() {
+            let mut next = None;
+            policy.upcoming(&mut |id| {
+                next = Some(id);
+                false
+            });
+            let victim = policy.victim(&mut |_| true);
+            assert_eq!(next, victim, "{}", policy.name());
+            victim.into_iter().for_each(|id| policy.remove(id));
         }
     }
 }

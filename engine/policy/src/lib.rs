@@ -36,6 +36,8 @@ use serde::{Deserialize, Serialize};
 ///   counts as a `touch`; `touch` and `remove` of a non-member do nothing.
 /// * `victim` returns a member for which `evictable` just answered true, or `None` only if every
 ///   member was asked and refused. It does not remove the victim: the caller does, by `remove`.
+/// * `upcoming` shows members, each once at most, until `visit` answers false or all were shown, in
+///   about the order in which they would leave. It changes nothing.
 /// * A member that `victim` finds not evictable stays a member and counts as recently used.
 /// * `victim` takes at most a fixed multiple of `len()` steps; all else takes constant time and
 ///   allocates nothing.
@@ -55,6 +57,9 @@ pub trait EvictionPolicy: Send {
 
     /// The member to evict next among those for which `evictable` answers true.
     fn victim(&mut self, evictable: &mut dyn FnMut(u32) -> bool) -> Option<u32>;
+
+    /// Shows what would leave next, until `visit` answers false.
+    fn upcoming(&self, visit: &mut dyn FnMut(u32) -> bool);
 
     /// Whether `id` is a member.
     fn contains(&self, id: u32) -> bool;

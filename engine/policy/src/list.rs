@@ -63,6 +63,14 @@ impl List {
         (self.back != END).then(|| self.back - 1)
     }
 
+    /// Shows ids from the oldest on, until `visit` answers false.
+    pub(super) fn visit_from_back(&self, links: &Links, visit: &mut dyn FnMut(u32) -> bool) {
+        let mut link = self.back;
+        while link != END && visit(link - 1) {
+            link = links.links[link as usize - 1][PREV];
+        }
+    }
+
     /// Puts `id`, which must be on no list, at the front.
     pub(super) fn push_front(&mut self, links: &mut Links, id: u32) {
         debug_assert!(!links.contains(id));

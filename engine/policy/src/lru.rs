@@ -57,6 +57,10 @@ impl EvictionPolicy for Lru {
         None
     }
 
+    fn upcoming(&self, visit: &mut dyn FnMut(u32) -> bool) {
+        self.order.visit_from_back(&self.links, visit);
+    }
+
     fn contains(&self, id: u32) -> bool {
         self.links.contains(id)
     }

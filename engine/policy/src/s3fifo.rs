@@ -143,6 +143,30 @@ impl EvictionPolicy for S3Fifo {
             .or_else(|| self.victim_in_main(evictable))
     }
 
+    /// What was used does not leave with the next round: it comes after everything that does.
+    fn upcoming(&self, visit: &mut dyn FnMut(u32) -> bool) {
+        // Each with the uses from which on a member stays for another round.
+        let (small, main) = ((&self.small, PROMOTE_USES), (&self.main, 1));
+        let queues = match self.small_over_share() {
+            true => [small, main],
+            false => [main, small],
+        };
+        let mut go_on = true;
+        for leaves in [true, false] {
+            for (queue, stays) in queues {
+                queue.visit_from_back(&self.links, &mut |id| {
+                    if (self.words[id as usize] & USES_MASK < stays) == leaves {
+                        go_on = visit(id);
+                    }
+                    go_on
+                });
+                if !go_on {
+                    return;
+                }
+            }
+        }
+    }
+
     fn contains(&self, id: u32) -> bool {
         self.links.contains(id)
     }

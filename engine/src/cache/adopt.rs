@@ -92,6 +92,7 @@ pub fn open_cache(
         admission: options.admission,
         incomplete_ttl: options.incomplete_ttl,
         checksums: options.checksum != ChecksumMode::Off,
+        tier: options.tier.map(|tier| tier.admit),
     };
     let mut cache = Cache::new(pool, catalog, cache_options);
     let (mut adopted_blocks, mut discarded_pages) = (0, 0);

@@ -58,6 +58,10 @@ pub struct Block {
     /// It was sealed and turned out to hold wrong bytes: nobody finds it any more, and its pages go
     /// with the last lease that holds it.
     pub withdrawn: bool,
+    /// The tier below the pool has been given its bytes, as of the last look.
+    pub stored: bool,
+    /// Queries that found it, counted up to 255.
+    pub hits: u8,
     /// Raised at each use of the record, so that a remembered id is not taken for its successor.
     pub generation: u32,
     /// When it was first saved, in seconds of the cache's clock; only read while unfinished.

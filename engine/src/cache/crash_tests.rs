@@ -97,6 +97,7 @@ fn cache_over(catalog: Catalog, dir: &Path) -> Cache {
         admission: AdmissionKind::Off,
         incomplete_ttl: Duration::from_secs(3600),
         checksums: true,
+        tier: None,
     };
     let pool = Pool::new(EXTENTS * EXTENT, EXTENT).expect("a pool");
     crate::cache::adopt::remove_indexes(dir).expect("ours");

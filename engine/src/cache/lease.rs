@@ -162,6 +162,25 @@ impl LeaseTable {
         may_take(u64::from(holding.leases), of_domain) && pins <= allowance(holding.pins, pins_left)
     }
 
+    /// Sets a lease with `pins` aside for a query whose blocks are still on their way. It counts as
+    /// one that was given, until [`Self::take_back`].
+    pub fn promise(&mut self, place: usize, domain: DomainId, pins: u64) {
+        self.live += 1;
+        self.by_domain[domain] += 1;
+        let holding = &mut self.by_place[place];
+        holding.leases += 1;
+        holding.pins += pins;
+    }
+
+    /// Takes a promise back: kept by a lease, or not wanted any more.
+    pub fn take_back(&mut self, place: usize, domain: DomainId, pins: u64) {
+        self.live -= 1;
+        self.by_domain[domain] -= 1;
+        let holding = &mut self.by_place[place];
+        holding.leases -= 1;
+        holding.pins -= pins;
+    }
+
     /// Live leases of a domain.
     pub fn count_of_domain(&self, domain: DomainId) -> u64 {
         u64::from(self.by_domain[domain])

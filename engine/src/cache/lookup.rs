@@ -85,7 +85,11 @@ impl Cache {
     }
 
     #[inline]
-    fn pin(&mut self, domain: DomainId, entry: Option<EntryId>) -> Result<u32, MissReason> {
+    pub(super) fn pin(
+        &mut self,
+        domain: DomainId,
+        entry: Option<EntryId>,
+    ) -> Result<u32, MissReason> {
         let Some(entry) = entry else {
             return Err(MissReason::Absent);
         };
@@ -103,6 +107,7 @@ impl Cache {
         }
         home.pins += 1;
         block.pins += 1;
+        block.hits = block.hits.saturating_add(1);
         home.policy.touch(entry.0);
         Ok(entry.0)
     }

@@ -8,6 +8,7 @@
 //! | [`domain`] | one isolation domain's blocks: index, records, eviction order |
 //! | [`lookup`] | pinning what a query hits, unpinning what a lease held |
 //! | [`store`] | taking shards in: offer, copied, failed |
+//! | [`exchange`] | blocks on their way to the tier below, and back |
 //! | [`withdraw`] | checksums, and taking a block back whose bytes are wrong |
 //! | [`room`] | finding a page: allocate, evict, evacuate an extent |
 //! | [`lease`] | leases: grant, consume, renew, release, expire |
@@ -17,6 +18,7 @@
 pub mod adopt;
 pub mod block;
 pub mod domain;
+pub mod exchange;
 mod homes;
 pub mod index_file;
 #[cfg(test)]
@@ -47,6 +49,7 @@ use crate::catalog::Catalog;
 use crate::isolation::{DomainKey, IsolationDomain};
 use crate::policy::{self, Admission, AdmissionKind, PolicyKind};
 use crate::pool::{ExtentId, PageAddr, Pool};
+use crate::tier::AdmitWhen;
 
 /// Most isolation domains of one daemon.
 pub const MAX_DOMAINS: usize = DOMAIN_ROWS;
@@ -71,6 +74,8 @@ pub struct CacheOptions {
     pub incomplete_ttl: Duration,
     /// Whether pages have checksums.
     pub checksums: bool,
+    /// When blocks are written to a tier below; `None` without one.
+    pub tier: Option<AdmitWhen>,
 }
 
 /// Why blocks left, since the last time it was asked.
@@ -82,6 +87,8 @@ pub struct Evictions {
     pub extent: u64,
     /// Because the remaining shards never came.
     pub incomplete: u64,
+    /// Of all that were sealed: the tier below would have taken them and had not been given them.
+    pub unwritten: u64,
 }
 
 /// A block that waits for shards, as remembered in order of age.
@@ -111,6 +118,8 @@ pub struct Cache {
     exhausted: bool,
     /// Extents of another page size that could not be evacuated for the list at hand.
     busy_extents: Vec<ExtentId>,
+    /// Bytes of pages that copies were ever begun into.
+    taken_bytes: u64,
     /// Blocks that ever left an index: tells whether an earlier look-up may be stale.
     removals: u64,
     found: Vec<Option<EntryId>>,
@@ -162,6 +171,7 @@ impl Cache {
             held: Vec::new(),
             exhausted: false,
             busy_extents: Vec::new(),
+            taken_bytes: 0,
             removals: 0,
             found: Vec::new(),
         }
@@ -210,6 +220,11 @@ impl Cache {
     /// A domain by position.
     pub fn domain_ref(&self, domain: DomainId) -> &Domain {
         &self.domains[domain]
+    }
+
+    /// Bytes of pages that copies were ever begun into: how fast the pool turns over.
+    pub fn taken_bytes(&self) -> u64 {
+        self.taken_bytes
     }
 
     /// Pool bookkeeping, for limits and figures.

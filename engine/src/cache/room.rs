@@ -233,7 +233,11 @@ impl Cache {
         );
         let shards = self.domains[domain].block(entry).shards;
         self.domains[domain].policy.remove(entry.0);
-        let sealed = self.domains[domain].block(entry).sealed;
+        let block = *self.domains[domain].block(entry);
+        let sealed = block.sealed;
+        if let (Some(admit), true, false) = (self.options.tier, sealed, block.stored) {
+            self.evictions.unwritten += u64::from(admit.worth_keeping(block.hits));
+        }
         let removed = self.domains[domain].index.writer.remove(entry);
         self.removals += 1;
         fault::point(CrashPoint::BlockUnindexed);

@@ -91,7 +91,12 @@ impl Cache {
         self.domains[scope.domain].index.writer.key(entry) == Some(key)
     }
 
-    fn offer_known(&mut self, scope: &ShardScope, entry: EntryId, hash: &BlockHash) -> Offer {
+    pub(super) fn offer_known(
+        &mut self,
+        scope: &ShardScope,
+        entry: EntryId,
+        hash: &BlockHash,
+    ) -> Offer {
         let home = &mut self.domains[scope.domain];
         let block = home.block(entry);
         if block.shards != scope.shards {
@@ -125,7 +130,7 @@ impl Cache {
         }
     }
 
-    fn offer_new(&mut self, scope: &ShardScope, hash: &BlockHash) -> Offer {
+    pub(super) fn offer_new(&mut self, scope: &ShardScope, hash: &BlockHash) -> Offer {
         let page = match self.make_room(scope.page_bytes, key_hash(hash)) {
             Ok(page) => page,
             Err(why) => return why.into(),
@@ -186,6 +191,7 @@ impl Cache {
     fn begin_copy(&mut self, scope: &ShardScope, entry: EntryId, page: PageAddr) -> Offer {
         let home = &mut self.domains[scope.domain];
         home.bytes += round_page(u64::from(scope.page_bytes));
+        self.taken_bytes += u64::from(scope.page_bytes);
         let runs = &mut home.runs;
         let block = &mut home.blocks[entry.0 as usize];
         block.copying += 1;

@@ -57,6 +57,7 @@ fn fixture(extents: u64, max_blocks: u32, policy: PolicyKind) -> Fixture {
         admission: AdmissionKind::Off,
         incomplete_ttl: Duration::from_secs(3600),
         checksums: true,
+        tier: None,
     };
     let pool = Pool::new(pool_bytes, EXTENT).expect("a pool");
     let mut cache = Cache::new(pool, catalog, options);

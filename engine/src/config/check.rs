@@ -10,6 +10,7 @@ use pegaflow_shm::node::SESSION_ROWS;
 use pegaflow_shm::paths;
 
 use super::options::Config;
+use super::ssd::check_ssd;
 use crate::policy::MAX_CAPACITY;
 use crate::pool::{EXTENT_GRANULE_BYTES, MAX_EXTENT_BYTES};
 
@@ -61,17 +62,18 @@ pub(super) fn check(config: &mut Config) -> (Vec<Problem>, Vec<String>) {
     check_times(config, &mut problems);
     check_http(config, &mut problems);
     check_devices(config, &mut problems);
+    check_ssd(config, &mut problems);
     (problems.0, notes)
 }
 
-struct Problems(Vec<Problem>);
+pub(super) struct Problems(Vec<Problem>);
 
 impl Problems {
-    fn add(&mut self, option: &'static str, text: String) {
+    pub(super) fn add(&mut self, option: &'static str, text: String) {
         self.0.push(Problem { option, text });
     }
 
-    fn range<T: PartialOrd>(
+    pub(super) fn range<T: PartialOrd>(
         &mut self,
         option: &'static str,
         value: T,

@@ -284,7 +284,7 @@ fn read_file(
                 sources.insert(option.name, Source { origin, text });
             }
             None => errors.push(refused(
-                "give a text, a whole number, true or false (a list for allow-uid and allow-gid)",
+                "give a text, a whole number, true or false (a list for allow-uid, allow-gid and ssd)",
             )),
         }
     }

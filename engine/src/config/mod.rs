@@ -14,6 +14,7 @@
 //! | `check` | ranges, contradictions, values that follow from others |
 //! | `domains` | the `[[domain]]` tables of the file |
 //! | `devices` | GPUs by UUID, rates |
+//! | `ssd` | files of the SSD tier, what is written to them |
 //! | `ids` | users and groups by number or by name |
 
 #![forbid(unsafe_code)]
@@ -25,6 +26,7 @@ mod domains;
 mod ids;
 mod load;
 mod options;
+mod ssd;
 mod value;
 
 #[cfg(test)]
@@ -37,6 +39,7 @@ pub use cli::command;
 pub use domains::{DomainRule, MAX_NAMED_DOMAINS};
 pub use load::{ConfigErrors, Loaded, Origin, Source, load};
 pub use options::Config;
+pub use ssd::{SsdIo, SsdShard};
 pub use value::{Hugepages, LogFormat, PoolStart};
 
 /// Something about the configuration that cannot be accepted: option, value and the way out.

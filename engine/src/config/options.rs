@@ -12,6 +12,7 @@ use pegaflow_shm::paths;
 use super::devices::{Gpus, Rate};
 use super::domains::DomainRule;
 use super::ids::{Gids, Uids};
+use super::ssd::{Admit, MaybeSpan, Shards, SsdIo, SsdShard};
 use super::value::{
     AdmissionChoice, BadValue, Choice, Count, FileMode, Hugepages, Kind, Listen, LogFormat,
     LogLevel, Path, PoolStart, Size, Span, Switch, Text,
@@ -20,6 +21,7 @@ use crate::copy::ChecksumMode;
 use crate::device::{DeviceChoice, DeviceOptions, PinMode, STAGING_SLOTS};
 use crate::isolation::DomainRules;
 use crate::policy::{AdmissionKind, PolicyKind};
+use crate::tier::AdmitWhen;
 
 /// How an option stands on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,6 +175,36 @@ options! {
     d2h_limit: Option<u64>, Rate, Single, None, "",
         "d2h-limit", "PEGAFLOW_D2H_LIMIT", "RATE",
         "Most bytes a second that saves read from one GPU, with or without a unit (20GB), or off";
+    ssd: Vec<SsdShard>, Shards, List, Vec::new(), "none",
+        "ssd", "PEGAFLOW_SSD", "PATH[:SIZE]",
+        "File of the SSD tier, an absolute path, made with this size if it is not there; with another size than the file's it grows or shrinks. Repeat it for several files, on one drive or on several: blocks spread over all";
+    ssd_admit: AdmitWhen, Admit, Single, AdmitWhen::Evict, "",
+        "ssd-admit", "PEGAFLOW_SSD_ADMIT", "WHEN",
+        "Which blocks the SSD tier is given: evict, those about to be evicted; seal, all as soon as they are complete; or hits:N, those that queries have found N times";
+    ssd_write_limit: Option<u64>, Rate, Single, None, "",
+        "ssd-write-limit", "PEGAFLOW_SSD_WRITE_LIMIT", "RATE",
+        "Most bytes a second written to the SSD tier, with or without a unit (500MB), or off";
+    ssd_io: SsdIo, Choice<SsdIo>, Single, SsdIo::Auto, "",
+        "ssd-io", "PEGAFLOW_SSD_IO", "ENGINE",
+        "How bytes get to the drives: uring (io_uring), threads (pread and pwrite), or auto, io_uring where the system allows it; the log says which";
+    ssd_queue_depth: u32, Count, Single, 32, "",
+        "ssd-queue-depth", "PEGAFLOW_SSD_QUEUE_DEPTH", "COUNT",
+        "Most requests at one SSD shard's drive at a time; with --ssd-io threads, its number of threads";
+    ssd_sqpoll: Option<Duration>, MaybeSpan, Single, None, "",
+        "ssd-sqpoll", "PEGAFLOW_SSD_SQPOLL", "TIME",
+        "Has a kernel thread poll for requests of each SSD shard, which takes a core until it was idle for so long, such as 50ms; or off";
+    ssd_policy: PolicyKind, Choice<PolicyKind>, Single, PolicyKind::Lru, "",
+        "ssd-policy", "PEGAFLOW_SSD_POLICY", "POLICY",
+        "Which segment of an SSD shard is used anew first when it is full: lru or s3-fifo";
+    ssd_stall_limit: Duration, Span, Single, Duration::from_secs(2), "",
+        "ssd-stall-limit", "PEGAFLOW_SSD_STALL_LIMIT", "TIME",
+        "A drive that takes longer for one request counts as out of order until it answers, such as 2s";
+    max_prefetch: u32, Count, Single, 256, "",
+        "max-prefetch", "PEGAFLOW_MAX_PREFETCH", "COUNT",
+        "Most blocks that are on their way from the SSD tier to the pool at once";
+    prefetch_timeout: Duration, Span, Single, Duration::from_secs(5), "",
+        "prefetch-timeout", "PEGAFLOW_PREFETCH_TIMEOUT", "TIME",
+        "A query waits no longer than this for the next of its blocks to come up from the SSD tier, such as 5s; then it goes without the rest";
     drain_timeout: Duration, Span, Single, Duration::from_secs(30), "",
         "drain-timeout", "PEGAFLOW_DRAIN_TIMEOUT", "TIME",
         "How long a stop waits for running requests, such as 30s";

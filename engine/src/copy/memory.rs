@@ -62,6 +62,14 @@ impl PoolMemory {
     pub fn base(&self) -> NonNull<u8> {
         self.base
     }
+
+    /// The same memory for the SSD tier.
+    pub fn for_ssd(&self) -> pegaflow_ssd::PoolMemory {
+        let keep_alive = Arc::new(self.clone());
+        // SAFETY: `new` demands of this handle what is demanded here, and the handle itself is
+        // what is kept alive.
+        unsafe { pegaflow_ssd::PoolMemory::new(self.base, self.bytes, keep_alive) }
+    }
 }
 
 impl fmt::Debug for PoolMemory {

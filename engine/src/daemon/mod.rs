@@ -41,8 +41,9 @@ use crate::control::{Control, ControlOptions, HELLO_TIMEOUT, hex};
 use crate::device::{DeviceState, Devices};
 use crate::fault::{self, CrashPoint};
 use crate::isolation::DomainRules;
-use crate::lane::{self, LaneOptions, LaneStartError, StartedLane};
+use crate::lane::{self, LaneOptions, LaneStartError, OpenStore, StartedLane};
 use crate::metrics::{Health, HttpError, HttpServer, Phase, publish_devices};
+use crate::tier::ssd::SsdStore;
 use progress::Progress;
 use signals::Signals;
 
@@ -225,7 +226,16 @@ fn lane_options(prepared: &Prepared) -> LaneOptions {
         max_instances: config.max_instances as usize,
         spin: Duration::from_micros(u64::from(config.spin_us)),
         pool: config.pool,
+        tier: config.tier_options(),
     }
+}
+
+/// What opens the SSD tier; `None` without one.
+fn open_store(config: &Config) -> Option<OpenStore> {
+    let options = config.ssd_options()?;
+    Some(Box::new(move |pool, wake| {
+        Ok(Box::new(SsdStore::open(options, pool, wake)?))
+    }))
 }
 
 /// Brings the lane up on a thread of its own; `None` when a signal came first.
@@ -245,10 +255,11 @@ async fn start_lane(
     let (sender, mut started) = oneshot::channel();
     let devices = prepared.devices.clone();
     let told = progress.clone();
+    let store = open_store(&prepared.config);
     std::thread::Builder::new()
         .name("start".into())
         .spawn(move || {
-            let outcome = lane::start(options, &devices, &|bytes| told.set(bytes));
+            let outcome = lane::start(options, &devices, store, &|bytes| told.set(bytes));
             // Nobody waits any more when a signal ended the start.
             let _ = sender.send(outcome);
         })

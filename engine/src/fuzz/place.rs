@@ -62,6 +62,7 @@ pub(crate) fn lane_options(dir: &Path) -> LaneOptions {
         max_instances: 4,
         spin: Duration::ZERO,
         pool: PoolStart::Adopt,
+        tier: None,
     }
 }
 

@@ -289,6 +289,8 @@ impl<M: Machine> Lane<M> {
         if !broken {
             return;
         }
+        // The namespace's number may come to mean another one: nothing is fetched for it any more.
+        self.end_prefetches(|prefetch| prefetch.scope.instance == instance);
         for (session, registration) in self.members_of(instance) {
             self.with_session(session, |lane, session| {
                 if let Some(member) = session.registration_mut(registration) {
@@ -359,6 +361,8 @@ impl<M: Machine> Lane<M> {
         for (instance, registration) in memberships {
             self.leave_instance(instance, session, registration);
         }
+        self.end_prefetches(|prefetch| prefetch.session == session);
+        self.resume_waiters();
         for lease in self.leases.of_session(session) {
             let ended = self.leases.end(lease, LeaseEnd::OwnerGone);
             self.finish_leases(ended);
@@ -434,6 +438,7 @@ impl<M: Machine> Lane<M> {
             }
         }
         self.draining.get_or_insert_default().push(reply);
+        self.end_waits();
         self.settle_drain();
     }
 

@@ -86,6 +86,8 @@ impl<M: Machine> Lane<M> {
         {
             copies.cancelled.store(true, Ordering::Relaxed);
             status = Status::Ok;
+        } else if self.cancel_wait(session, submission.arg0)? {
+            status = Status::Ok;
         }
         let mut completion = Completion::new(Op::Cancel, submission.request_id, status);
         completion.arg0 = submission.arg0;

@@ -10,6 +10,7 @@
 //! | `commands` | sessions and registrations come and go |
 //! | `submit` | a submission is checked and its chunks put together |
 //! | `query`, `save`, `load`, `lease_ops` | the operations |
+//! | `tier`, `prefetch`, `below` | the tier below the pool: writing, fetching, queries that wait |
 //! | `tasks` | copy tasks out and back |
 //! | `backlog` | copy tasks that wait for their session's turn |
 //! | `stuck` | copies that a client's process holds up |
@@ -21,6 +22,7 @@
 
 pub mod api;
 mod backlog;
+mod below;
 mod commands;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
@@ -28,6 +30,7 @@ mod lease_ops;
 mod load;
 mod machine;
 mod options;
+mod prefetch;
 mod query;
 mod request;
 mod run;
@@ -40,6 +43,7 @@ mod stuck;
 mod submit;
 mod tally;
 mod tasks;
+mod tier;
 mod upkeep;
 mod wake;
 
@@ -50,5 +54,5 @@ pub use machine::{Machine, RealMachine};
 pub use options::LaneOptions;
 #[cfg(test)]
 pub(crate) use simulated::{SimLane, Turned};
-pub use start::{LaneStartError, StartedLane, start};
+pub use start::{LaneStartError, OpenStore, StartedLane, start};
 pub use wake::LaneWake;

@@ -12,6 +12,7 @@ use crate::config::PoolStart;
 use crate::copy::ChecksumMode;
 use crate::isolation::DomainRules;
 use crate::policy::{AdmissionKind, PolicyKind};
+use crate::tier::TierOptions;
 
 /// Everything the lane needs to know from the configuration.
 #[derive(Clone)]
@@ -58,4 +59,6 @@ pub struct LaneOptions {
     pub spin: Duration,
     /// What becomes of the pool of a previous daemon.
     pub pool: PoolStart,
+    /// How the tier below the pool is used; `None` without one.
+    pub tier: Option<TierOptions>,
 }

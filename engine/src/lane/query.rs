@@ -14,8 +14,10 @@ use crate::cache::lease::{Lease, LeaseEnd, RequestKey};
 use crate::clock::Clock;
 use crate::copy::ChecksumMode;
 use crate::fault::{self, CrashPoint};
+use crate::lane::below::{Below, Reach};
 use crate::lane::machine::Machine;
-use crate::lane::request::{ListProgress, QueryRequest, QueryScope, Request};
+use crate::lane::prefetch::PieceState;
+use crate::lane::request::{ListHead, ListProgress, QueryRequest, QueryScope, Request};
 use crate::lane::run::Lane;
 use crate::lane::session::{LaneSession, SessionFault};
 
@@ -53,6 +55,15 @@ impl<M: Machine> Lane<M> {
             miss: None,
             misses: [0; MissReason::ALL.len()],
             bits: Vec::new(),
+            reach: Reach::of(submission.flags),
+            deadline_ms: match Reach::of(submission.flags) {
+                Reach::Wait => submission.arg2 >> 32,
+                Reach::Poll | Reach::Now => 0,
+            },
+            pieces: Vec::new(),
+            fetched: 0,
+            waits: false,
+            resumed: false,
         }
     }
 
@@ -61,7 +72,29 @@ impl<M: Machine> Lane<M> {
         session: &LaneSession,
         submission: &Submission,
     ) -> Result<QueryScope, (Status, u64)> {
-        let id = submission.registration;
+        let head = ListHead::of(submission);
+        let scope = self.head_scope(session, &head)?;
+        if submission.total as usize > self.options.max_blocks as usize {
+            return Err((Status::TooMany, u64::from(self.options.max_blocks)));
+        }
+        let result_bytes = u64::from(submission.total).div_ceil(64) * 8;
+        if scope.group != 0 && !session.result_fits(submission.arg1, result_bytes) {
+            return Err((Status::InvalidArgument, submission.arg1));
+        }
+        Ok(scope)
+    }
+
+    /// Where the query looks, as of now; `None` when it cannot look any more.
+    pub(super) fn scope_of(&self, session: &LaneSession, head: &ListHead) -> Option<QueryScope> {
+        self.head_scope(session, head).ok()
+    }
+
+    fn head_scope(
+        &self,
+        session: &LaneSession,
+        head: &ListHead,
+    ) -> Result<QueryScope, (Status, u64)> {
+        let id = head.registration;
         let registration = session.registration(id).map_err(|s| (s, u64::from(id)))?;
         if registration.save_only {
             return Err((Status::SaveOnly, u64::from(id)));
@@ -69,23 +102,17 @@ impl<M: Machine> Lane<M> {
         let namespace = registration
             .ready
             .ok_or((Status::NotReady, u64::from(id)))?;
-        let group = submission.group;
+        let group = head.group;
         let place = registration
             .place(group)
             .ok_or((Status::UnknownGroup, u64::from(group)))?;
-        if submission.total as usize > self.options.max_blocks as usize {
-            return Err((Status::TooMany, u64::from(self.options.max_blocks)));
-        }
-        let result_bytes = u64::from(submission.total).div_ceil(64) * 8;
-        if group != 0 && !session.result_fits(submission.arg1, result_bytes) {
-            return Err((Status::InvalidArgument, submission.arg1));
-        }
         Ok(QueryScope {
             domain: registration.domain,
             namespace,
             instance: registration.instance,
             group,
             loaders: place.ranks,
+            shards: place.shards,
         })
     }
 
@@ -141,20 +168,29 @@ impl<M: Machine> Lane<M> {
         query: &mut QueryRequest,
         hashes: &[pegaflow_shm::BlockHash],
     ) {
-        let mut pinned = 0;
+        let mut taken = 0;
         if query.miss.is_none() {
-            let before = query.entries.len();
-            let key = (scope.namespace, scope.group);
-            query.miss = self
-                .cache
-                .pin_prefix(scope.domain, key, hashes, &mut query.entries);
-            pinned = query.entries.len() - before;
+            let mut reason = None;
+            if query.pieces.is_empty() {
+                let before = query.entries.len();
+                let key = (scope.namespace, scope.group);
+                reason = self
+                    .cache
+                    .pin_prefix(scope.domain, key, hashes, &mut query.entries);
+                taken = query.entries.len() - before;
+            } else {
+                // The prefix goes on below the pool since an earlier chunk.
+                reason.get_or_insert(MissReason::Absent);
+            }
+            if let Some(reason) = reason {
+                taken += self.prefix_below(scope, query, &hashes[taken..], reason);
+            }
             if let Some(reason) = query.miss {
                 query.misses[reason as usize] += 1;
-                pinned += 1;
+                taken += 1;
             }
         }
-        query.misses[MissReason::AfterMiss as usize] += (hashes.len() - pinned) as u32;
+        query.misses[MissReason::AfterMiss as usize] += (hashes.len() - taken) as u32;
     }
 
     fn extend_members(
@@ -166,7 +202,8 @@ impl<M: Machine> Lane<M> {
     ) {
         // As far as hashes have come: all of it from the start would cost memory for a promise.
         query.bits.resize((first + hashes.len()).div_ceil(64), 0);
-        let (bits, misses, miss) = (&mut query.bits, &mut query.misses, &mut query.miss);
+        let mut missed = std::mem::take(&mut self.missed);
+        let bits = &mut query.bits;
         let key = (scope.namespace, scope.group);
         self.cache.pin_members(
             scope.domain,
@@ -175,15 +212,20 @@ impl<M: Machine> Lane<M> {
             &mut query.entries,
             |at, outcome| match outcome {
                 None => bits[(first + at) / 64] |= 1 << ((first + at) % 64),
-                Some(reason) => {
-                    misses[reason as usize] += 1;
-                    miss.get_or_insert(reason);
-                }
+                Some(reason) => missed.push((at as u32, reason)),
             },
         );
+        for (at, reason) in missed.drain(..) {
+            let hash = &hashes[at as usize];
+            if !self.member_below(scope, query, first as u32 + at, hash) {
+                query.misses[reason as usize] += 1;
+                query.miss.get_or_insert(reason);
+            }
+        }
+        self.missed = missed;
     }
 
-    fn finish_query(
+    pub(super) fn finish_query(
         &mut self,
         session: &mut LaneSession,
         mut query: Box<QueryRequest>,
@@ -194,7 +236,23 @@ impl<M: Machine> Lane<M> {
         let mut completion = Completion::new(Op::Query, head.request_id, Status::Ok);
         completion.daemon_ns = daemon_ns;
         if let (Some(scope), None) = (query.scope, query.list.failed) {
-            let answer = self.answer((session.id, session.place), &scope, &mut query, now);
+            let answer = match self.answer((session.id, session.place), &scope, &mut query, now) {
+                Ok(answer) => answer,
+                Err(Below::Loading { held, coming }) => {
+                    completion.status = Status::Loading as u8;
+                    completion.count = held;
+                    completion.arg0 = u64::from(coming);
+                    self.tally.add(Counter::QueryLoading, 1);
+                    return self.complete(session, completion);
+                }
+                Err(Below::Waiting | Below::Settled) => {
+                    query.waits = true;
+                    session
+                        .requests
+                        .insert(head.request_id, Request::Query(query));
+                    return Ok(());
+                }
+            };
             completion.count = answer.count;
             completion.lease = answer.lease;
             completion.reason = answer.reason as u16;
@@ -222,21 +280,41 @@ impl<M: Machine> Lane<M> {
         scope: &QueryScope,
         query: &mut QueryRequest,
         now: Instant,
-    ) -> Answer {
+    ) -> Result<Answer, Below> {
         let head = query.list.head;
         let request = RequestKey {
             instance: scope.instance,
             group: scope.group,
             key: head.args[0],
         };
-        let ttl = match head.args[2] {
+        let ttl_ms = match query.reach {
+            Reach::Wait => head.args[2] & u64::from(u32::MAX),
+            Reach::Poll | Reach::Now => head.args[2],
+        };
+        let ttl = match ttl_ms {
             0 => self.options.lease_ttl,
             ttl_ms => Duration::from_millis(ttl_ms).min(self.options.lease_ttl_max),
         };
         let ttl = (now + ttl, ttl.as_millis() as u64);
         if let Some(answer) = self.repeat(request, scope, query, ttl) {
-            return answer;
+            return Ok(answer);
         }
+        match self.settle_below(session, scope, query, (request, now)) {
+            Below::Settled => {}
+            later => return Err(later),
+        }
+        Ok(self.grant(session, scope, query, (request, ttl)))
+    }
+
+    /// Gives a lease on what the query holds.
+    fn grant(
+        &mut self,
+        session: (u64, usize),
+        scope: &QueryScope,
+        query: &mut QueryRequest,
+        (request, ttl): (RequestKey, (Instant, u64)),
+    ) -> Answer {
+        let head = query.list.head;
         let reason = query.miss.unwrap_or(MissReason::None);
         if query.entries.is_empty() {
             self.count_query(scope, query);
@@ -352,7 +430,9 @@ impl<M: Machine> Lane<M> {
         let misses: u32 = query.misses.iter().sum();
         let total = query.list.head.total;
         let hits = u64::from(total - misses);
-        self.tally.add(Counter::QueryHit, hits);
+        let fetched = u64::from(query.fetched).min(hits);
+        self.tally.add(Counter::QueryHit, hits - fetched);
+        self.tally.add(Counter::QueryHitSsd, fetched);
         for (reason, counter) in [
             (MissReason::Absent, Counter::QueryMissAbsent),
             (MissReason::Incomplete, Counter::QueryMissIncomplete),
@@ -372,6 +452,15 @@ impl<M: Machine> Lane<M> {
         let entries = std::mem::take(&mut query.entries);
         if let Some(scope) = query.scope {
             self.cache.unpin(scope.domain, &entries);
+            let held = query
+                .pieces
+                .drain(..)
+                .filter_map(|piece| match piece.state {
+                    PieceState::Held { entry, .. } => Some(entry),
+                    _ => None,
+                });
+            let held: Vec<u32> = held.collect();
+            self.cache.unpin(scope.domain, &held);
         }
         self.recycle(entries);
     }

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use pegaflow_shm::desc::{DescriptorFault, MissReason, Submission};
+use pegaflow_shm::desc::{DescriptorFault, MissReason, Submission, flags};
 use pegaflow_shm::status::Status;
 
 use crate::cache::store::ShardScope;
+use crate::lane::below::Reach;
+use crate::lane::prefetch::Piece;
 
 /// What the first chunk fixes and every further one must repeat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +22,8 @@ pub(super) struct ListHead {
     pub request_id: u64,
     pub total: u32,
     pub args: [u64; 3],
+    /// Flags that say how a query is meant.
+    pub reach: u8,
 }
 
 impl ListHead {
@@ -31,6 +35,7 @@ impl ListHead {
             request_id: submission.request_id,
             total: submission.total,
             args: [submission.arg0, submission.arg1, submission.arg2],
+            reach: submission.flags & (flags::NOW | flags::WAIT),
         }
     }
 }
@@ -103,6 +108,36 @@ pub(super) struct QueryRequest {
     pub misses: [u32; MissReason::ALL.len()],
     /// Membership: bit i is set when position i is a hit. As long as the list that is in.
     pub bits: Vec<u64>,
+    /// What it does about blocks below the pool.
+    pub reach: Reach,
+    /// How long it waits for them at most, in ms; 0 for as long as it takes.
+    pub deadline_ms: u64,
+    /// Positions from the first on that is not in the pool but below; of a membership query only
+    /// those that are below.
+    pub pieces: Vec<Piece>,
+    /// Of its blocks, those that had to come up.
+    pub fetched: u32,
+    /// Its answer comes later.
+    pub waits: bool,
+    /// It has waited and takes what is there.
+    pub resumed: bool,
+}
+
+impl QueryRequest {
+    /// None of its positions is a hit.
+    pub(super) fn miss_all(&mut self, reason: MissReason) {
+        let total = self.list.head.total;
+        let group = self.list.head.group;
+        self.misses.fill(0);
+        self.bits.fill(0);
+        self.miss = Some(reason);
+        if group == 0 {
+            self.misses[reason as usize] = 1;
+            self.misses[MissReason::AfterMiss as usize] = total.saturating_sub(1);
+        } else {
+            self.misses[reason as usize] = total;
+        }
+    }
 }
 
 /// Where a query looks.
@@ -114,6 +149,8 @@ pub(super) struct QueryScope {
     pub group: u16,
     /// Workers that may load from its lease.
     pub loaders: u16,
+    /// Shards of a block.
+    pub shards: u16,
 }
 
 /// A load: first its block ids come in, then its copies run.

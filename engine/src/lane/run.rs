@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use pegaflow_shm::bell::relax;
-use pegaflow_shm::desc::Op;
+use pegaflow_shm::desc::{MissReason, Op};
 use pegaflow_shm::node::{Counter, NodeWriter};
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
@@ -27,6 +27,7 @@ use crate::lane::options::LaneOptions;
 use crate::lane::session::{LaneSession, SessionFault};
 use crate::lane::tally::Tally;
 use crate::lane::tasks::TaskTable;
+use crate::lane::tier::LaneTier;
 use crate::lane::upkeep::{Clocks, NamespaceTable};
 use crate::lane::wake::LaneWake;
 use crate::registry::Registry;
@@ -107,6 +108,10 @@ pub(super) struct Lane<M: Machine> {
     /// Pages of the request at hand, before they are cut into tasks.
     pub pages: Vec<PageCopy>,
     pub ended: Vec<Ended>,
+    /// The tier below the pool.
+    pub tier: Option<Box<LaneTier>>,
+    /// Positions of a membership query that are not in the pool.
+    pub missed: Vec<(u32, MissReason)>,
 }
 
 impl<M: Machine> Lane<M> {
@@ -143,6 +148,7 @@ impl<M: Machine> Lane<M> {
     pub(super) fn round(&mut self) -> Round {
         let mut worked = self.poll_sessions();
         worked |= self.take_done();
+        worked |= self.pump_tier();
         match self.take_commands() {
             Some(any) => worked |= any,
             None => return Round::Stopped,
@@ -154,6 +160,7 @@ impl<M: Machine> Lane<M> {
     pub(super) fn finish(&mut self) {
         self.workers.stop();
         while self.take_done() {}
+        self.close_tier();
         self.publish(self.clock.now());
     }
 
@@ -316,7 +323,8 @@ impl<M: Machine> Lane<M> {
             .iter()
             .flatten()
             .any(|session| session.has_submission())
-            || self.workers.has_done();
+            || self.workers.has_done()
+            || self.tier_has_done();
         if !waiting {
             self.tally.add(Counter::LaneParks, 1);
         }

@@ -211,11 +211,13 @@ impl<M: Machine> Lane<M> {
         for (position, entry) in entries.iter().enumerate() {
             let entry = pegaflow_shm::index::EntryId(*entry);
             if position < pages_done {
-                sealed += u64::from(self.cache.shard_copied(
-                    scope,
-                    entry,
-                    pages[position].checksum,
-                ));
+                let checksum = pages[position].checksum;
+                if self.cache.shard_copied(scope, entry, checksum) {
+                    sealed += 1;
+                    if let Some(tier) = self.tier.as_mut() {
+                        tier.note_sealed(&self.cache, scope.domain, entry);
+                    }
+                }
             } else {
                 self.cache.shard_failed(scope, entry);
             }

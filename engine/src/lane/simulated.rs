@@ -67,6 +67,7 @@ impl<M: Machine> SimLane<M> {
             clock,
             workers: copies(opened.pool_memory.clone()),
             wake,
+            store: None,
             crowded: false,
         };
         let BuiltLane {
@@ -188,6 +189,7 @@ impl<M: Machine> SimLane<M> {
                 Request::Load(_) | Request::Save(_) => None,
             })
             .flat_map(|(domain, entries)| entries.iter().map(move |entry| (domain, *entry)))
+            .chain(self.lane.tier.iter().flat_map(|tier| tier.pins()))
             .collect()
     }
 }

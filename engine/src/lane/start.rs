@@ -17,7 +17,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use crate::cache::adopt::{OpenError, OpenedCache, open_cache};
 use crate::cache::lease::LeaseTable;
 use crate::clock::{Clock, SystemClock};
-use crate::copy::{CopyOptions, CopyWorkers, Sampler};
+use crate::copy::{CopyOptions, CopyWorkers, PoolMemory, Sampler};
 use crate::device::Devices;
 use crate::isolation::DomainKey;
 use crate::lane::api::{LaneEvent, LaneHandle};
@@ -28,9 +28,11 @@ use crate::lane::options::LaneOptions;
 use crate::lane::run::{LANE_WAKE, Lane};
 use crate::lane::tally::Tally;
 use crate::lane::tasks::{TASK_BYTES, TaskTable};
+use crate::lane::tier::LaneTier;
 use crate::lane::upkeep::{Clocks, NamespaceTable};
 use crate::lane::wake::LaneWake;
 use crate::registry::Registry;
+use crate::tier::BlockStore;
 
 /// Copy tasks between the lane and the copy threads.
 const MAX_COPY_TASKS: usize = 1024;
@@ -51,7 +53,16 @@ pub enum LaneStartError {
     /// A descriptor cannot be made.
     #[error("starting the lane: {0}")]
     Errno(#[from] Errno),
+    /// The SSD tier.
+    #[error("SSD tier: {0}")]
+    Ssd(#[from] pegaflow_ssd::OpenError),
 }
+
+/// Opens the tier below the pool, given the pool's memory and what wakes the lane.
+pub type OpenStore = Box<
+    dyn FnOnce(&PoolMemory, Arc<LaneWake>) -> Result<Box<dyn BlockStore>, pegaflow_ssd::OpenError>
+        + Send,
+>;
 
 /// A running lane.
 pub struct StartedLane {
@@ -71,6 +82,7 @@ pub struct StartedLane {
 pub fn start(
     options: LaneOptions,
     devices: &Devices,
+    open_store: Option<OpenStore>,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<StartedLane, LaneStartError> {
     let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
@@ -95,10 +107,17 @@ pub fn start(
         move || copy_wake.wake_if_parked(),
     )?;
     workers.serve_devices(devices.clone(), opened.pool_memory.clone());
+    // Before anything of the pool is used anew: what a killed daemon's drives may still be writing
+    // to has drained once its shards can be opened.
+    let store = match open_store {
+        Some(open) => Some(open(&opened.pool_memory, wake.clone())?),
+        None => None,
+    };
     let parts = MachineParts::<RealMachine> {
         clock: SystemClock,
         workers,
         wake,
+        store,
         crowded: cpus <= threads,
     };
     let BuiltLane {
@@ -121,6 +140,8 @@ pub(super) struct MachineParts<M: Machine> {
     pub clock: M::Clock,
     pub workers: M::Copies,
     pub wake: Arc<LaneWake>,
+    /// The tier below the pool.
+    pub store: Option<Box<dyn BlockStore>>,
     /// There are no more CPUs than copy threads.
     pub crowded: bool,
 }
@@ -142,8 +163,11 @@ pub(super) fn build<M: Machine>(
         clock,
         workers,
         wake,
+        store,
         crowded,
     } = parts;
+    let tier_options = options.tier.unwrap_or_default();
+    let tier = store.map(|store| Box::new(LaneTier::new(store, tier_options)));
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     epoll::add(
         &epoll,
@@ -205,6 +229,8 @@ pub(super) fn build<M: Machine>(
         sampler: Sampler::new(options.checksum),
         pages: Vec::new(),
         ended: Vec::new(),
+        tier,
+        missed: Vec::new(),
         node,
         options,
     };

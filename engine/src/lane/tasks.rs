@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 use pegaflow_shm::node::Counter;
 
 use crate::cache::store::ShardScope;
+use crate::cache::withdraw::Withdrawn;
 use crate::control::hex;
 use crate::copy::{BoundLayout, CopyDone, CopyError, CopyTask, CopyThreads, Direction, PageCopy};
 use crate::device::AfterEvent;
@@ -16,6 +17,7 @@ use crate::lane::machine::Machine;
 use crate::lane::run::Lane;
 use crate::lane::session::LaneSession;
 use crate::pool::PageAddr;
+use crate::tier::StoreKey;
 
 /// Bytes of one task: long enough that handing it over costs nothing, short enough that all copy
 /// threads get their share of a request and that a cancellation is quick.
@@ -251,16 +253,29 @@ impl<M: Machine> Lane<M> {
     fn withdraw(&mut self, page: PageAddr, error: &CopyError) {
         self.tally.add(Counter::ChecksumMismatches, 1);
         match self.cache.withdraw(page) {
-            Some(block) => tracing::warn!(
+            Some(block) => self.tell_withdrawn(&block, page, error),
+            None => tracing::debug!(offset = page.offset(), %error, "withdrawn before"),
+        }
+    }
+
+    fn tell_withdrawn(&mut self, block: &Withdrawn, page: PageAddr, error: &CopyError) {
+        let scope = self.cache.tier_scope(block.namespace);
+        if let (Some(tier), Some(scope)) = (self.tier.as_mut(), scope) {
+            // Nobody knows whether it was written before or after the page changed.
+            tier.store.remove(&StoreKey {
+                scope,
+                group: block.group,
+                hash: block.hash,
+            });
+        }
+        tracing::warn!(
                 namespace = block.namespace,
                 group = block.group,
                 hash = %hex(&block.hash),
                 offset = page.offset(),
                 %error,
                 "a block is withdrawn: a page of it has changed since it was saved"
-            ),
-            None => tracing::debug!(offset = page.offset(), %error, "withdrawn before"),
-        }
+        );
     }
 
     /// Keeps a page list's memory for the next task.

@@ -14,6 +14,7 @@ use crate::clock::Clock;
 use crate::lane::machine::Machine;
 use crate::lane::run::Lane;
 use crate::lane::session::SessionFault;
+use crate::tier::ssd_row;
 
 /// How often leases are looked at while the lane is busy.
 const SHORT_TICK: Duration = Duration::from_millis(1);
@@ -33,6 +34,8 @@ pub(super) struct Clocks {
     short: Instant,
     long: Instant,
     published: Instant,
+    /// When the rows of the SSD shards were written.
+    shards: Instant,
 }
 
 impl Clocks {
@@ -42,6 +45,7 @@ impl Clocks {
             short: now,
             long: now,
             published: now,
+            shards: now,
         }
     }
 }
@@ -60,6 +64,7 @@ impl<M: Machine> Lane<M> {
         self.leases.expire(now, &mut ended);
         self.finish_leases(ended.drain(..));
         self.ended = ended;
+        self.tier_upkeep(now);
         if now.duration_since(self.clocks.long) >= LONG_TICK {
             self.clocks.long = now;
             self.cache.drop_expired_unfinished();
@@ -96,7 +101,10 @@ impl<M: Machine> Lane<M> {
         let patience = (listing || self.suspect_gap || self.cache.figures().unfinished > 0)
             .then_some(LONG_TICK);
         let watch = (!self.by_id.is_empty()).then_some(LONGEST_SLEEP);
-        [lease, patience, watch].into_iter().flatten().min()
+        let tier = self
+            .tier_deadline()
+            .map(|at| at.saturating_duration_since(now).max(SHORT_TICK));
+        [lease, patience, watch, tier].into_iter().flatten().min()
     }
 
     /// Ends sessions whose ring has a gap, or that left a list unfinished, for too long.
@@ -136,6 +144,7 @@ impl<M: Machine> Lane<M> {
         self.tally.add(Counter::EvictedExtent, evictions.extent);
         self.tally
             .add(Counter::EvictedIncomplete, evictions.incomplete);
+        self.tally.add(Counter::SsdUnwritten, evictions.unwritten);
         self.tally.publish(&self.node);
         let figures = self.cache.figures();
         let node = &self.node;
@@ -155,6 +164,18 @@ impl<M: Machine> Lane<M> {
         node.set(Gauge::InstancesReady, ready as u64);
         node.set(Gauge::CopyTasks, self.tasks.len() as u64);
         node.set(Gauge::CopyTasksStuck, self.stuck_tasks());
+        if let Some(tier) = &self.tier {
+            let (down, up) = tier.under_way();
+            node.set(Gauge::SsdWriting, u64::from(down));
+            node.set(Gauge::SsdReading, u64::from(up));
+            node.set(Gauge::Prefetches, tier.prefetches.len() as u64);
+            if now.duration_since(self.clocks.shards) >= PUBLISH_TICK {
+                self.clocks.shards = now;
+                for (position, shard) in tier.store.shards().iter().enumerate() {
+                    node.write_ssd(position, &ssd_row(shard));
+                }
+            }
+        }
         let requests: usize = self
             .sessions
             .iter()

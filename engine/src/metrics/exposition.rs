@@ -15,15 +15,16 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::Registry;
 
+use super::ssds::encode_ssds;
 use crate::control::hex;
 
 /// Content type of the text.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// The node file has this many histogram buckets per octave; the page shows one.
 const BUCKETS_PER_OCTAVE: usize = 4;
-const NANOS_PER_SECOND: f64 = 1e9;
+pub(super) const NANOS_PER_SECOND: f64 = 1e9;
 
-type Labels<'a> = Vec<(&'static str, &'a str)>;
+pub(super) type Labels<'a> = Vec<(&'static str, &'a str)>;
 const NO_EXEMPLAR: Option<&Exemplar<NoLabelSet, u64>> = None;
 
 /// Makes the text.
@@ -68,15 +69,16 @@ impl Collector for NodeCollector {
         encode_sessions(&node.sessions(), &mut encoder)?;
         encode_namespaces(node, &mut encoder)?;
         encode_domains(&node.domains(), &mut encoder)?;
-        encode_devices(&node.devices(), &mut encoder)
+        encode_devices(&node.devices(), &mut encoder)?;
+        encode_ssds(&node.ssds(), &mut encoder)
     }
 }
 
-struct Sample<'a> {
-    family: &'static str,
-    help: &'static str,
-    labels: Labels<'a>,
-    value: u64,
+pub(super) struct Sample<'a> {
+    pub(super) family: &'static str,
+    pub(super) help: &'static str,
+    pub(super) labels: Labels<'a>,
+    pub(super) value: u64,
 }
 
 fn encode_value(
@@ -91,7 +93,7 @@ fn encode_value(
 }
 
 /// Writes samples; those of one family come one after the other, under one description.
-fn encode_families<'a>(
+pub(super) fn encode_families<'a>(
     kind: MetricType,
     samples: impl Iterator<Item = Sample<'a>>,
     encoder: &mut DescriptorEncoder<'_>,

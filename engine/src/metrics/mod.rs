@@ -8,6 +8,7 @@
 //! | `devices` | the GPUs' rows of the node file |
 //! | [`exposition`] | the text of `/metrics` |
 //! | [`health`] | phase of the daemon, age of the lane's last sign of life |
+//! | `ssds` | the SSD tier's shards on the page |
 //! | `server` | connections, bounded; routes |
 
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ mod devices;
 pub mod exposition;
 pub mod health;
 mod server;
+mod ssds;
 
 #[cfg(test)]
 mod tests;

@@ -41,7 +41,9 @@ fn every_counter_gauge_and_histogram_is_on_the_page_once() {
     writer.set(Gauge::Leases, 3);
     let text = metrics_text(&writer.reader()).unwrap();
     assert!(
-        text.contains("pegaflow_query_blocks_total{outcome=\"hit\",reason=\"none\"} 7"),
+        text.contains(
+            "pegaflow_query_blocks_total{outcome=\"hit\",reason=\"none\",tier=\"ram\"} 7"
+        ),
         "{text}"
     );
     assert!(text.contains("\npegaflow_leases 3\n"), "{text}");

@@ -179,6 +179,7 @@ impl World {
             max_instances: 8,
             spin: Duration::ZERO,
             pool: PoolStart::Adopt,
+            tier: None,
         }
     }
 

@@ -35,12 +35,13 @@ macro_rules! metrics {
 metrics! {
     /// Monotonic counters.
     Counter;
-    QueryHit = "pegaflow_query_blocks", ["outcome" = "hit", "reason" = "none"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
-    QueryMissAbsent = "pegaflow_query_blocks", ["outcome" = "miss", "reason" = "absent"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
-    QueryMissIncomplete = "pegaflow_query_blocks", ["outcome" = "miss", "reason" = "incomplete"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
-    QueryMissInFlight = "pegaflow_query_blocks", ["outcome" = "miss", "reason" = "in_flight"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
-    QueryMissAfterMiss = "pegaflow_query_blocks", ["outcome" = "miss", "reason" = "after_miss"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
-    QueryMissNoLease = "pegaflow_query_blocks", ["outcome" = "miss", "reason" = "no_lease"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
+    QueryHit = "pegaflow_query_blocks", ["outcome" = "hit", "reason" = "none", "tier" = "ram"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
+    QueryHitSsd = "pegaflow_query_blocks", ["outcome" = "hit", "reason" = "none", "tier" = "ssd"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
+    QueryMissAbsent = "pegaflow_query_blocks", ["outcome" = "miss", "reason" = "absent", "tier" = "none"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
+    QueryMissIncomplete = "pegaflow_query_blocks", ["outcome" = "miss", "reason" = "incomplete", "tier" = "none"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
+    QueryMissInFlight = "pegaflow_query_blocks", ["outcome" = "miss", "reason" = "in_flight", "tier" = "none"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
+    QueryMissAfterMiss = "pegaflow_query_blocks", ["outcome" = "miss", "reason" = "after_miss", "tier" = "none"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
+    QueryMissNoLease = "pegaflow_query_blocks", ["outcome" = "miss", "reason" = "no_lease", "tier" = "none"], "Blocks asked for by queries, each counted once; hits and misses add up to all of them.";
     QueryRepeated = "pegaflow_query_repeats", [], "Queries answered from a live lease of the same request; their blocks are not counted again.";
     SaveStored = "pegaflow_save_shards", ["outcome" = "stored"], "Shards offered by saves, by what became of them.";
     SaveHeld = "pegaflow_save_shards", ["outcome" = "already_held"], "Shards offered by saves, by what became of them.";
@@ -85,6 +86,17 @@ metrics! {
     Descriptors = "pegaflow_ring_descriptors", [], "Submissions read from rings.";
     BellsRung = "pegaflow_bells_rung", [], "Times a sleeping client was woken.";
     LaneParks = "pegaflow_lane_parks", [], "Times the lane went to sleep.";
+    QueryLoading = "pegaflow_query_loading", [], "Queries answered loading; their blocks are counted with the final answer.";
+    SsdWritten = "pegaflow_ssd_blocks", ["event" = "written"], "Blocks between the pool and the SSD tier, by what became of them.";
+    SsdWriteFailed = "pegaflow_ssd_blocks", ["event" = "write_failed"], "Blocks between the pool and the SSD tier, by what became of them.";
+    SsdUnwritten = "pegaflow_ssd_blocks", ["event" = "evicted_unwritten"], "Blocks between the pool and the SSD tier, by what became of them.";
+    SsdFetched = "pegaflow_ssd_blocks", ["event" = "fetched"], "Blocks between the pool and the SSD tier, by what became of them.";
+    SsdFetchBad = "pegaflow_ssd_blocks", ["event" = "fetch_bad"], "Blocks between the pool and the SSD tier, by what became of them.";
+    SsdFetchFailed = "pegaflow_ssd_blocks", ["event" = "fetch_failed"], "Blocks between the pool and the SSD tier, by what became of them.";
+    PrefetchBegun = "pegaflow_prefetches_begun", [], "Queries that had blocks fetched.";
+    PrefetchReady = "pegaflow_prefetches", ["end" = "answered"], "Queries that had blocks fetched, by how that ended; those that lost patience are also among the answered or abandoned.";
+    PrefetchAbandoned = "pegaflow_prefetches", ["end" = "abandoned"], "Queries that had blocks fetched, by how that ended; those that lost patience are also among the answered or abandoned.";
+    PrefetchLate = "pegaflow_prefetches", ["end" = "lost_patience"], "Queries that had blocks fetched, by how that ended; those that lost patience are also among the answered or abandoned.";
 }
 
 metrics! {
@@ -108,6 +120,9 @@ metrics! {
     CopyTasksStuck = "pegaflow_copy_tasks_stuck", [], "Copy tasks that the process whose memory they touch holds up.";
     CopyThreads = "pegaflow_copy_threads", [], "Copy threads for shared regions; each session has as many at most for its process memory.";
     Requests = "pegaflow_requests_unfinished", [], "Requests taken and not completed.";
+    Prefetches = "pegaflow_prefetches_live", [], "Queries that have blocks fetched, or whose blocks wait to be asked for.";
+    SsdReading = "pegaflow_ssd_moving_blocks", ["direction" = "up"], "Blocks on their way between the pool and the SSD tier.";
+    SsdWriting = "pegaflow_ssd_moving_blocks", ["direction" = "down"], "Blocks on their way between the pool and the SSD tier.";
 }
 
 metrics! {
@@ -117,6 +132,7 @@ metrics! {
     Save = "pegaflow_save_seconds", [], "From the daemon seeing a save's first chunk to its completion.";
     Load = "pegaflow_load_seconds", [], "From the daemon seeing a load's first chunk to its completion.";
     Release = "pegaflow_release_seconds", [], "From the daemon seeing a release to its completion.";
+    Prefetch = "pegaflow_prefetch_seconds", [], "From a query that had blocks fetched to its answer with a lease.";
 }
 
 /// Buckets of one histogram: four per octave from 64 ns to about 68 s, the last one open.

@@ -13,6 +13,7 @@
 //!         namespaces  NAMESPACE_ROWS × (version, NamespaceRow)
 //!         domains     DOMAIN_ROWS × (version, DomainRow)
 //!         devices     DEVICE_ROWS × (version, DeviceRow)
+//!         SSD shards  SSD_ROWS × (version, SsdRow)
 //! ```
 //!
 //! Counters, gauges and buckets are single atomic words. A table row carries a version that is odd
@@ -25,7 +26,8 @@ mod view;
 pub use metrics::{Counter, Gauge, HISTOGRAM_BUCKETS, Histogram, bucket_end, bucket_of};
 pub use rows::{
     DEVICE_ROWS, DOMAIN_NAME_BYTES, DOMAIN_ROWS, DeviceRow, DomainRow, LEASE_ROWS, LeaseRow,
-    NAMESPACE_ROWS, NamespaceRow, SESSION_ROWS, SessionRow, field_text, text_field,
+    NAMESPACE_ROWS, NamespaceRow, SESSION_ROWS, SSD_BUCKETS, SSD_ROWS, SessionRow, SsdRow,
+    field_text, ssd_bucket_end, text_field,
 };
 pub use view::{HistogramSnapshot, NodeFault, NodeReader, NodeWriter};
 
@@ -36,7 +38,7 @@ use crate::BootId;
 /// First eight bytes of a node file.
 pub const NODE_MAGIC: u64 = u64::from_le_bytes(*b"PGFLONOD");
 /// Layout version; the tables' shape follows from it.
-pub const NODE_LAYOUT: u32 = 3;
+pub const NODE_LAYOUT: u32 = 4;
 
 /// What does not change while a daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]

@@ -1,4 +1,5 @@
-//! Rows of the node file's tables: sessions, leases, namespaces, isolation domains, GPUs.
+//! Rows of the node file's tables: sessions, leases, namespaces, isolation domains, GPUs, SSD
+//! shards.
 //!
 //! Text fields are UTF-8, cut to the field and padded with zeros.
 
@@ -16,6 +17,10 @@ pub const NAMESPACE_ROWS: usize = 256;
 pub const DOMAIN_ROWS: usize = 64;
 /// GPUs the table shows.
 pub const DEVICE_ROWS: usize = 32;
+/// SSD shards the table shows; also the most a daemon opens.
+pub const SSD_ROWS: usize = 64;
+/// Buckets of an SSD shard's latencies: up to 16 us, then twice as long each, the last one open.
+pub const SSD_BUCKETS: usize = 21;
 /// Longest name of an isolation domain in bytes.
 pub const DOMAIN_NAME_BYTES: usize = 32;
 
@@ -175,6 +180,86 @@ pub struct DeviceRow {
     pub name: [u8; 64],
 }
 
+/// A file of the SSD tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct SsdRow {
+    /// 1 when the row is in use.
+    pub used: u32,
+    /// 0: reads and writes; 1: reads alone; 2: out of order.
+    pub state: u32,
+    /// Requests queued or at the drive.
+    pub pending: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Bytes that can hold pages.
+    pub capacity_bytes: u64,
+    /// Bytes of pages that can be read.
+    pub live_bytes: u64,
+    /// Blocks that can be read.
+    pub blocks: u64,
+    /// Of these, those that a power loss now would lose.
+    pub uncommitted_blocks: u64,
+    /// Bytes of pages written.
+    pub written_bytes: u64,
+    /// Bytes that went to the drive for them: pages, padding, tables.
+    pub device_written_bytes: u64,
+    /// Bytes of pages read and found right.
+    pub read_bytes: u64,
+    /// Pages whose bytes were not those that were written.
+    pub bad_pages: u64,
+    /// Reads that the system failed.
+    pub read_errors: u64,
+    /// Writes and syncs that the system failed.
+    pub write_errors: u64,
+    /// Times that it went out of order.
+    pub degradations: u64,
+    /// Requests refused because it was out of order.
+    pub refused: u64,
+    /// Blocks that left to make room.
+    pub evicted_blocks: u64,
+    /// Segments that were emptied and used again.
+    pub segments_reclaimed: u64,
+    /// Commits: tables written and synced.
+    pub commits: u64,
+    /// Time of all pages read, in nanoseconds.
+    pub read_nanos: u64,
+    /// Time of all pages written, in nanoseconds.
+    pub write_nanos: u64,
+    /// Pages read, by how long each took; see [`ssd_bucket_end`].
+    pub read_buckets: [u64; SSD_BUCKETS],
+    /// Pages written, likewise.
+    pub write_buckets: [u64; SSD_BUCKETS],
+    /// Why it is in its state; empty when nothing is wrong.
+    pub reason: [u8; 64],
+    /// The file.
+    pub path: [u8; 256],
+}
+
+/// The longest time in nanoseconds that a bucket of [`SsdRow`] counts; `None` for the last.
+pub fn ssd_bucket_end(bucket: usize) -> Option<u64> {
+    (bucket + 1 < SSD_BUCKETS).then(|| 16_000 << bucket)
+}
+
+impl SsdRow {
+    /// [`SsdRow::state`] in a word.
+    pub fn state_text(&self) -> &'static str {
+        match self.state {
+            0 => "healthy",
+            1 => "reads only",
+            _ => "degraded",
+        }
+    }
+
+    /// Bytes sent to the drive for each byte of pages; 1 before the first.
+    pub fn write_amplification(&self) -> f64 {
+        match self.written_bytes {
+            0 => 1.0,
+            written => self.device_written_bytes as f64 / written as f64,
+        }
+    }
+}
+
 impl DeviceRow {
     /// [`DeviceRow::state`] in a word.
     pub fn state_text(&self) -> &'static str {
@@ -188,6 +273,7 @@ impl DeviceRow {
 
 const _: () = {
     assert!(size_of::<DeviceRow>() == 200);
+    assert!(size_of::<SsdRow>() == 808);
     assert!(size_of::<SessionRow>() == 232);
     assert!(size_of::<LeaseRow>() == 56);
     assert!(size_of::<NamespaceRow>() == 272);

@@ -8,7 +8,7 @@ use bytemuck::Pod;
 use super::{
     Counter, DEVICE_ROWS, DOMAIN_ROWS, DeviceRow, DomainRow, Gauge, HISTOGRAM_BUCKETS, Histogram,
     LEASE_ROWS, LeaseRow, NAMESPACE_ROWS, NODE_LAYOUT, NODE_MAGIC, NamespaceRow, NodeHeader,
-    SESSION_ROWS, SessionRow, bucket_end, bucket_of,
+    SESSION_ROWS, SSD_ROWS, SessionRow, SsdRow, bucket_end, bucket_of,
 };
 use crate::mapping::Mapping;
 use crate::row;
@@ -28,7 +28,9 @@ const DOMAINS_AT: usize = NAMESPACES_AT + NAMESPACE_ROWS * NAMESPACE_WORDS;
 const DOMAIN_WORDS: usize = 1 + size_of::<DomainRow>() / 8;
 const DEVICES_AT: usize = DOMAINS_AT + DOMAIN_ROWS * DOMAIN_WORDS;
 const DEVICE_WORDS: usize = 1 + size_of::<DeviceRow>() / 8;
-const TOTAL_WORDS: usize = DEVICES_AT + DEVICE_ROWS * DEVICE_WORDS;
+const SSDS_AT: usize = DEVICES_AT + DEVICE_ROWS * DEVICE_WORDS;
+const SSD_WORDS: usize = 1 + size_of::<SsdRow>() / 8;
+const TOTAL_WORDS: usize = SSDS_AT + SSD_ROWS * SSD_WORDS;
 const HEADER_WORDS: usize = size_of::<NodeHeader>() / 8;
 
 /// A node file that cannot be read.
@@ -239,6 +241,13 @@ impl NodeWriter {
         }
     }
 
+    /// Writes an SSD shard's row; a position beyond the table is not shown.
+    pub fn write_ssd(&self, position: usize, row: &SsdRow) {
+        if position < SSD_ROWS {
+            self.words.write_row(SSDS_AT + position * SSD_WORDS, row);
+        }
+    }
+
     /// The reading side of the same file.
     pub fn reader(&self) -> NodeReader {
         NodeReader {
@@ -370,6 +379,13 @@ impl NodeReader {
     pub fn devices(&self) -> Vec<DeviceRow> {
         self.rows(DEVICES_AT, DEVICE_WORDS, DEVICE_ROWS)
             .filter(|row: &DeviceRow| row.used == 1)
+            .collect()
+    }
+
+    /// Files of the SSD tier, in the order of the options.
+    pub fn ssds(&self) -> Vec<SsdRow> {
+        self.rows(SSDS_AT, SSD_WORDS, SSD_ROWS)
+            .filter(|row: &SsdRow| row.used == 1)
             .collect()
     }
 

@@ -51,6 +51,7 @@ fn hits_and_misses_add_up_to_the_blocks_asked_for() {
     let asked = 20 + 12 + 5;
     let queried = [
         Counter::QueryHit,
+        Counter::QueryHitSsd,
         Counter::QueryMissAbsent,
         Counter::QueryMissIncomplete,
         Counter::QueryMissInFlight,

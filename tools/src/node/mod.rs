@@ -138,7 +138,9 @@ impl NodeView {
 
     /// Hits and all blocks asked for by queries.
     pub fn hits_of_queried(&self) -> (u64, u64) {
-        let hits = self.reader.counter(Counter::QueryHit);
+        let hits: u64 = hit_counters()
+            .map(|counter| self.reader.counter(counter))
+            .sum();
         let misses: u64 = miss_counters()
             .map(|counter| self.reader.counter(counter))
             .sum();
@@ -146,10 +148,20 @@ impl NodeView {
     }
 }
 
+/// Counters of blocks that queries hit, one per tier.
+pub fn hit_counters() -> impl Iterator<Item = Counter> {
+    query_counters("hit")
+}
+
 /// Counters of blocks that queries missed, one per reason.
 pub fn miss_counters() -> impl Iterator<Item = Counter> {
-    Counter::ALL.iter().copied().filter(|counter| {
-        counter.family() == Counter::QueryHit.family() && *counter != Counter::QueryHit
+    query_counters("miss")
+}
+
+fn query_counters(outcome: &'static str) -> impl Iterator<Item = Counter> {
+    Counter::ALL.iter().copied().filter(move |counter| {
+        counter.family() == Counter::QueryHit.family()
+            && label(counter.labels(), "outcome") == outcome
     })
 }
 

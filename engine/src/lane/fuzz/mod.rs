@@ -92,6 +92,7 @@ impl Rig {
             clock: clock.clone(),
             workers: copies.clone(),
             wake: Arc::new(LaneWake::new().expect("a descriptor is left")),
+            store: None,
             crowded: false,
         };
         let built = build(options.clone(), opened, parts).expect("the lane starts");

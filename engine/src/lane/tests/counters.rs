@@ -74,6 +74,7 @@ fn every_shard_of_a_load_is_counted_once_also_when_it_is_refused() {
 fn hits_and_misses_are_what_was_asked_for() {
     const ASKED: &[Counter] = &[
         Counter::QueryHit,
+        Counter::QueryHitSsd,
         Counter::QueryMissAbsent,
         Counter::QueryMissIncomplete,
         Counter::QueryMissInFlight,

@@ -9,3 +9,4 @@ mod leases;
 mod replicas;
 mod restart;
 mod rig;
+mod tier;

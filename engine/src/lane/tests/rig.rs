@@ -21,7 +21,7 @@ use tokio::runtime::Runtime;
 use crate::copy::{BoundLayout, ChecksumMode, ClientMemory, RegionMapping};
 use crate::isolation::{DomainRules, IsolationDomain};
 use crate::lane::api::{CloseReason, NewRegistration, NewSession, Refusal, RegisteredGroup};
-use crate::lane::{LaneOptions, LaneStartError, StartedLane, start};
+use crate::lane::{LaneOptions, LaneStartError, OpenStore, StartedLane, start};
 use crate::layout::{GroupLayout, MemoryRef, SegmentLayout, ValidLayout};
 use crate::policy::{AdmissionKind, PolicyKind};
 
@@ -101,6 +101,7 @@ fn options(dir: &std::path::Path, node: NodeWriter, boot: u8) -> LaneOptions {
         max_instances: 8,
         spin: Duration::ZERO,
         pool: crate::config::PoolStart::Adopt,
+        tier: None,
     }
 }
 
@@ -127,6 +128,16 @@ impl Rig {
         boot: u8,
         adjust: impl FnOnce(&mut LaneOptions),
     ) -> Result<Rig, LaneStartError> {
+        Rig::over(dir, boot, adjust, None)
+    }
+
+    /// A lane with a tier below its pool.
+    pub fn over(
+        dir: &std::path::Path,
+        boot: u8,
+        adjust: impl FnOnce(&mut LaneOptions),
+        store: Option<OpenStore>,
+    ) -> Result<Rig, LaneStartError> {
         let path = dir.join(format!("node-{boot}"));
         let file = NamedFile::create(&path, "node file", NodeWriter::FILE_BYTES as u64).unwrap();
         let mapping = Arc::new(file.map(Access::ReadWrite).unwrap());
@@ -135,7 +146,7 @@ impl Rig {
         let mut options = options(dir, node, boot);
         adjust(&mut options);
         Ok(Rig {
-            lane: start(options, &crate::device::Devices::none(), &|_| {})?,
+            lane: start(options, &crate::device::Devices::none(), store, &|_| {})?,
             node: reader,
             runtime: tokio::runtime::Builder::new_current_thread()
                 .enable_all()

@@ -1,0 +1,699 @@
+//! The tier below the pool, as the lane uses it: blocks written before they are evicted, and
+//! blocks fetched for queries.
+//!
+//! Nothing here waits for a drive. A save never waits for a block to be written: the blocks that
+//! the policy will evict next are written ahead of time, and what was not written when its page is
+//! wanted is evicted all the same, and counted.
+
+#![forbid(unsafe_code)]
+
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use pegaflow_shm::desc::MissReason;
+use pegaflow_shm::index::EntryId;
+use pegaflow_shm::node::Counter;
+
+use crate::cache::Cache;
+use crate::cache::block::Block;
+use crate::cache::domain::DomainId;
+use crate::cache::exchange::Presence;
+use crate::lane::api::SessionId;
+use crate::lane::prefetch::{PieceState, PrefetchId, Prefetches};
+use crate::lane::tally::Tally;
+use crate::tier::{
+    AdmitWhen, BlockStore, PageSpan, Refused, StoreDone, StoreKey, StoreOutcome, TierOptions,
+};
+
+/// Part of the pool that is kept free or on the tier, so that a burst of saves finds room.
+const AHEAD_SHARE: u64 = 4;
+/// Parts of that which must have been used up before the next look ahead.
+const LOOKS: u64 = 8;
+/// Blocks that one look ahead passes, at most.
+const LOOK_BLOCKS: usize = 2048;
+/// Part of the pool that may be on its way to the tier.
+const WRITING_SHARE: u64 = 8;
+/// Part of the pool that queries may hold with blocks that they had fetched.
+const FETCHED_SHARE: u64 = 2;
+/// Blocks to be written as soon as the tier takes them; beyond, they wait for the look ahead.
+const MAX_TO_WRITE: usize = 64 * 1024;
+/// When a write that was put off is tried again, at the latest.
+pub(super) const RETRY_WRITES: Duration = Duration::from_millis(5);
+
+/// A block that is being moved.
+enum Moving {
+    Down {
+        domain: DomainId,
+        entry: EntryId,
+        key: StoreKey,
+        bytes: u64,
+    },
+    Up(Fetch),
+}
+
+/// A block on its way up.
+struct Fetch {
+    domain: DomainId,
+    entry: EntryId,
+    started: Instant,
+    waiters: Vec<(PrefetchId, u32)>,
+}
+
+/// A block that is to be written soon.
+struct ToWrite {
+    domain: DomainId,
+    entry: EntryId,
+    generation: u32,
+}
+
+/// What became of an attempt to write a block.
+#[derive(PartialEq, Eq)]
+enum Attempt {
+    /// On its way, or nothing to do.
+    Settled,
+    /// The tier takes no more now.
+    Later,
+    /// The tier takes nothing for some time.
+    Hopeless,
+}
+
+/// What became of a prefetch's turn.
+enum Turn {
+    /// It may have more to fetch.
+    Again,
+    /// Something has to end first.
+    Later,
+    /// It has all it wants.
+    Over,
+}
+
+/// The tier and everything that is under way.
+pub(super) struct LaneTier {
+    pub store: Box<dyn BlockStore>,
+    pub options: TierOptions,
+    pub prefetches: Prefetches,
+    /// Requests whose answer has become ready, or whose time has passed.
+    pub resume: Vec<(SessionId, u64)>,
+    moving: Vec<Option<Moving>>,
+    free: Vec<usize>,
+    /// Fetches by the entry that they fill.
+    by_entry: HashMap<(DomainId, u32), usize>,
+    writes: u32,
+    write_bytes: u64,
+    /// Bytes that prefetches had brought in and hold.
+    fetched_bytes: u64,
+    to_write: VecDeque<ToWrite>,
+    /// Writes under way when the last look ahead was cut short.
+    cut_at: Option<u32>,
+    looked_at: Option<u64>,
+    put_off: Option<Instant>,
+    /// No fetch can begin before something ends.
+    blocked: bool,
+    done: Vec<StoreDone>,
+    pages: Vec<PageSpan>,
+    loose: Vec<u32>,
+}
+
+/// Time and what the lane counts with.
+pub(super) struct Moment<'a> {
+    pub now: Instant,
+    pub tally: &'a mut Tally,
+}
+
+impl LaneTier {
+    pub(super) fn new(store: Box<dyn BlockStore>, options: TierOptions) -> LaneTier {
+        LaneTier {
+            store,
+            options,
+            prefetches: Prefetches::default(),
+            resume: Vec::new(),
+            moving: Vec::new(),
+            free: Vec::new(),
+            by_entry: HashMap::new(),
+            writes: 0,
+            write_bytes: 0,
+            fetched_bytes: 0,
+            to_write: VecDeque::new(),
+            cut_at: None,
+            looked_at: None,
+            put_off: None,
+            blocked: false,
+            done: Vec::new(),
+            pages: Vec::new(),
+            loose: Vec::new(),
+        }
+    }
+
+    /// Blocks on their way down, and up.
+    pub(super) fn under_way(&self) -> (u32, u32) {
+        (self.writes, self.by_entry.len() as u32)
+    }
+
+    /// Whether the copy into this entry is a fetch that one may still hope for.
+    pub(super) fn is_coming(&self, domain: DomainId, entry: EntryId, now: Instant) -> bool {
+        let moving = self.by_entry.get(&(domain, entry.0));
+        moving.is_some_and(|at| match &self.moving[*at] {
+            Some(Moving::Up(fetch)) => now.duration_since(fetch.started) < self.options.patience,
+            _ => false,
+        })
+    }
+
+    /// Blocks that prefetches hold, with repetitions.
+    #[cfg(test)]
+    pub(super) fn pins(&self) -> Vec<(DomainId, u32)> {
+        let held = self.prefetches.iter().flat_map(|prefetch| {
+            prefetch
+                .pieces
+                .iter()
+                .filter_map(|piece| match piece.state {
+                    PieceState::Held { entry, .. } => Some((prefetch.scope.domain, entry)),
+                    _ => None,
+                })
+        });
+        let written = self.moving.iter().filter_map(|moving| match moving {
+            Some(Moving::Down { domain, entry, .. }) => Some((*domain, entry.0)),
+            _ => None,
+        });
+        held.chain(written).collect()
+    }
+
+    /// Everybody who waits goes on with what is there.
+    pub(super) fn end_waits(&mut self) {
+        for id in self.prefetches.ids() {
+            if let Some(prefetch) = self.prefetches.get_mut(id) {
+                let waiters = prefetch.waiters.drain(..);
+                self.resume
+                    .extend(waiters.map(|waiter| (waiter.session, waiter.request_id)));
+            }
+        }
+    }
+
+    /// Takes what has ended in; true when there was something.
+    pub(super) fn take_done(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) -> bool {
+        let mut done = std::mem::take(&mut self.done);
+        self.store.poll(moment.now, &mut done);
+        let any = !done.is_empty();
+        for ended in done.drain(..) {
+            self.ended(cache, moment, ended);
+        }
+        self.done = done;
+        any
+    }
+
+    /// True when the lane must not sleep: something has ended.
+    pub(super) fn has_done(&mut self, now: Instant) -> bool {
+        let mut done = std::mem::take(&mut self.done);
+        self.store.poll(now, &mut done);
+        self.done = done;
+        !self.done.is_empty()
+    }
+
+    /// Begins what can begin.
+    pub(super) fn pump(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) {
+        if !self.blocked {
+            self.begin_fetches(cache, moment);
+        }
+        self.begin_writes(cache, moment.now);
+    }
+
+    fn put(&mut self, moving: Moving) -> usize {
+        let at = self.free.pop().unwrap_or_else(|| {
+            self.moving.push(None);
+            self.moving.len() - 1
+        });
+        self.moving[at] = Some(moving);
+        at
+    }
+
+    fn take(&mut self, at: usize) -> Option<Moving> {
+        let moving = self.moving.get_mut(at)?.take();
+        if moving.is_some() {
+            self.free.push(at);
+        }
+        moving
+    }
+
+    fn ended(&mut self, cache: &mut Cache, moment: &mut Moment<'_>, ended: StoreDone) {
+        self.blocked = false;
+        match self.take(ended.ticket as usize) {
+            Some(Moving::Down {
+                domain,
+                entry,
+                key,
+                bytes,
+            }) => {
+                let written = ended.outcome == StoreOutcome::Written;
+                self.writes -= 1;
+                self.write_bytes -= bytes;
+                if cache.is_withdrawn(domain, entry.0) {
+                    // Its bytes turned out to be wrong while they were written.
+                    self.store.remove(&key);
+                }
+                cache.end_write(domain, entry, written);
+                let what = match written {
+                    true => Counter::SsdWritten,
+                    false => Counter::SsdWriteFailed,
+                };
+                moment.tally.add(what, 1);
+            }
+            Some(Moving::Up(fetch)) => self.fetched(cache, moment, fetch, ended.outcome),
+            None => tracing::error!(
+                ticket = ended.ticket,
+                "the tier ended what nobody asked for"
+            ),
+        }
+    }
+
+    fn fetched(
+        &mut self,
+        cache: &mut Cache,
+        moment: &mut Moment<'_>,
+        fetch: Fetch,
+        outcome: StoreOutcome,
+    ) {
+        let Fetch {
+            domain,
+            entry,
+            waiters,
+            ..
+        } = fetch;
+        self.by_entry.remove(&(domain, entry.0));
+        let sealed = cache.end_fetch(domain, entry, outcome == StoreOutcome::Read);
+        let what = match outcome {
+            StoreOutcome::Read => Counter::SsdFetched,
+            StoreOutcome::Bad => Counter::SsdFetchBad,
+            StoreOutcome::Written | StoreOutcome::Failed => Counter::SsdFetchFailed,
+        };
+        moment.tally.add(what, 1);
+        for (id, at) in waiters {
+            let at = at as usize;
+            let coming = PieceState::Coming { entry: entry.0 };
+            let waits = self.prefetches.get(id).is_some_and(|prefetch| {
+                prefetch
+                    .pieces
+                    .get(at)
+                    .is_some_and(|piece| piece.state == coming)
+            });
+            if !waits {
+                continue;
+            }
+            let state = match sealed {
+                true => pinned(cache, domain, entry),
+                false => PieceState::Missing(MissReason::Absent),
+            };
+            self.set_piece(cache, moment, id, at, state);
+        }
+    }
+
+    /// Gives a position of a prefetch its state, and has its waiters go on if that was the last.
+    fn set_piece(
+        &mut self,
+        cache: &mut Cache,
+        moment: &mut Moment<'_>,
+        id: PrefetchId,
+        at: usize,
+        state: PieceState,
+    ) {
+        let Some(prefetch) = self.prefetches.get_mut(id) else {
+            return;
+        };
+        prefetch.set(at, state, &mut self.loose);
+        prefetch.progress = moment.now;
+        cache.unpin(prefetch.scope.domain, &self.loose);
+        self.loose.clear();
+        self.note_settled(id, moment);
+    }
+
+    fn note_settled(&mut self, id: PrefetchId, moment: &mut Moment<'_>) {
+        let Some(prefetch) = self.prefetches.get_mut(id).filter(|p| p.is_settled()) else {
+            return;
+        };
+        prefetch.asked = moment.now;
+        let waiters = prefetch.waiters.drain(..);
+        self.resume
+            .extend(waiters.map(|waiter| (waiter.session, waiter.request_id)));
+    }
+
+    /// Fetches in turn, a block for each prefetch, as far as the options allow.
+    fn begin_fetches(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) {
+        while (self.by_entry.len() as u32) < self.options.max_prefetch {
+            let Some(id) = self.prefetches.next_turn() else {
+                return;
+            };
+            match self.turn(cache, moment, id) {
+                Turn::Again => self.prefetches.turn_again(id),
+                Turn::Over => self.note_settled(id, moment),
+                Turn::Later => {
+                    self.prefetches.turn_later(id);
+                    self.blocked = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn turn(&mut self, cache: &mut Cache, moment: &mut Moment<'_>, id: PrefetchId) -> Turn {
+        let Some(prefetch) = self.prefetches.get_mut(id) else {
+            return Turn::Over;
+        };
+        let Some((at, hash)) = prefetch.next_wanted() else {
+            return Turn::Over;
+        };
+        let scope = prefetch.scope;
+        let key = StoreKey {
+            scope: prefetch.tier_scope,
+            group: scope.group,
+            hash,
+        };
+        let found = cache.presence(scope.domain, (scope.namespace, scope.group), &hash);
+        let state = match found {
+            // Somebody else had it fetched meanwhile.
+            Presence::Sealed(entry) => pinned(cache, scope.domain, entry),
+            Presence::Copying(entry) => match self.by_entry.get(&(scope.domain, entry.0)) {
+                Some(moving) => {
+                    if let Some(Moving::Up(fetch)) = &mut self.moving[*moving] {
+                        fetch.waiters.push((id, at as u32));
+                    }
+                    PieceState::Coming { entry: entry.0 }
+                }
+                None => PieceState::Missing(MissReason::InFlight),
+            },
+            Presence::Partial(_) | Presence::Absent => {
+                match self.begin_fetch(cache, moment, (id, at), &key) {
+                    Ok(entry) => PieceState::Coming { entry: entry.0 },
+                    Err(None) => return Turn::Later,
+                    Err(Some(reason)) => PieceState::Missing(reason),
+                }
+            }
+        };
+        self.set_piece(cache, moment, id, at, state);
+        Turn::Again
+    }
+
+    /// Has one block fetched. `Err(None)`: not before something else has ended.
+    fn begin_fetch(
+        &mut self,
+        cache: &mut Cache,
+        moment: &mut Moment<'_>,
+        (id, at): (PrefetchId, usize),
+        key: &StoreKey,
+    ) -> Result<EntryId, Option<MissReason>> {
+        let Some(prefetch) = self.prefetches.get_mut(id) else {
+            return Err(Some(MissReason::Absent));
+        };
+        let scope = prefetch.scope;
+        let sizes = self.store.lookup(key).ok_or(Some(MissReason::Absent))?;
+        let fits = |bytes: &u32| cache.pool().check_page(u64::from(*bytes)).is_ok();
+        if sizes.len() != usize::from(scope.shards) || !sizes.iter().all(fits) {
+            tracing::warn!(
+                ?sizes,
+                shards = scope.shards,
+                "the tier holds a block in other pages than its namespace has: it is forgotten"
+            );
+            self.store.remove(key);
+            return Err(Some(MissReason::Absent));
+        }
+        let bytes: u64 = sizes.iter().map(|bytes| u64::from(*bytes)).sum();
+        if self.fetched_bytes + bytes > cache.pool().pool_bytes() / FETCHED_SHARE {
+            return Err(Some(MissReason::NoLease));
+        }
+        self.pages.clear();
+        let name = (scope.namespace, scope.group);
+        let begun = cache.begin_fetch(scope.domain, name, &key.hash, &sizes, &mut self.pages);
+        let entry = match begun {
+            Ok(entry) => entry,
+            // What is being written can be evicted as soon as it is.
+            Err(_) if self.writes > 0 => return Err(None),
+            Err(reason) => return Err(Some(reason)),
+        };
+        let waiters = vec![(id, at as u32)];
+        let domain = scope.domain;
+        let moving = self.put(Moving::Up(Fetch {
+            domain,
+            entry,
+            started: moment.now,
+            waiters,
+        }));
+        match self.store.read(moment.now, moving as u64, key, &self.pages) {
+            Ok(()) => {
+                prefetch_bytes(&mut self.prefetches, id, bytes);
+                self.fetched_bytes += bytes;
+                self.by_entry.insert((domain, entry.0), moving);
+                Ok(entry)
+            }
+            Err(why) => {
+                self.take(moving);
+                cache.end_fetch(domain, entry, false);
+                match why {
+                    Refused::Busy if !self.by_entry.is_empty() || self.writes > 0 => Err(None),
+                    _ => Err(Some(MissReason::Absent)),
+                }
+            }
+        }
+    }
+
+    /// A block has all its shards: it is written at once if that is the policy.
+    pub(super) fn note_sealed(&mut self, cache: &Cache, domain: DomainId, entry: EntryId) {
+        if self.options.admit == AdmitWhen::Seal {
+            self.write_soon(cache, domain, entry);
+        }
+    }
+
+    /// Queries have found these blocks: they are written if that was the last use they needed.
+    pub(super) fn note_hits(&mut self, cache: &Cache, domain: DomainId, entries: &[u32]) {
+        let AdmitWhen::Hits(wanted) = self.options.admit else {
+            return;
+        };
+        for entry in entries {
+            let entry = EntryId(*entry);
+            let block = cache.domain_ref(domain).block(entry);
+            if block.hits == wanted && !block.stored {
+                self.write_soon(cache, domain, entry);
+            }
+        }
+    }
+
+    fn write_soon(&mut self, cache: &Cache, domain: DomainId, entry: EntryId) {
+        if self.to_write.len() < MAX_TO_WRITE {
+            let generation = cache.domain_ref(domain).block(entry).generation;
+            self.to_write.push_back(ToWrite {
+                domain,
+                entry,
+                generation,
+            });
+        }
+    }
+
+    fn begin_writes(&mut self, cache: &mut Cache, now: Instant) {
+        if self.put_off.is_some_and(|until| now < until) {
+            return;
+        }
+        self.put_off = None;
+        while let Some(next) = self.to_write.front() {
+            let (domain, entry) = (next.domain, next.entry);
+            let block = cache.domain_ref(domain).block(entry);
+            let current = block.generation == next.generation && block.sealed && !block.stored;
+            let attempt = match current {
+                true => self.write(cache, now, domain, entry),
+                false => Attempt::Settled,
+            };
+            match attempt {
+                Attempt::Settled => drop(self.to_write.pop_front()),
+                Attempt::Later => {
+                    self.put_off = Some(now + RETRY_WRITES);
+                    return;
+                }
+                Attempt::Hopeless => self.to_write.clear(),
+            }
+        }
+        let step = cache.pool().pool_bytes() / AHEAD_SHARE / LOOKS;
+        let used = |since: u64| cache.taken_bytes() - since >= step.max(1);
+        let resumes = self.cut_at.is_some_and(|writes| self.writes <= writes / 2);
+        if resumes || self.looked_at.is_none_or(used) {
+            self.look_ahead(cache, now);
+        }
+    }
+
+    /// Has the blocks written that will be evicted next.
+    fn look_ahead(&mut self, cache: &mut Cache, now: Instant) {
+        self.looked_at = Some(cache.taken_bytes());
+        self.cut_at = None;
+        let wanted = cache.pool().pool_bytes() / AHEAD_SHARE;
+        let mut ready = cache.pool().free_bytes();
+        if ready >= wanted {
+            return;
+        }
+        let mut domains: Vec<DomainId> = (0..cache.domains().len()).collect();
+        domains.sort_by_key(|domain| std::cmp::Reverse(cache.domain_ref(*domain).bytes));
+        let mut passed = 0;
+        let mut found = Vec::new();
+        let (store, admit) = (&self.store, self.options.admit);
+        for domain in domains {
+            let seen: &Cache = cache;
+            seen.upcoming(domain, &mut |entry: EntryId, block: &Block| {
+                passed += 1;
+                if block.is_idle() {
+                    let is_there = block.stored
+                        && seen
+                            .store_key(domain, entry)
+                            .is_some_and(|key| store.holds(&key));
+                    if !is_there && admit.worth_keeping(block.hits) {
+                        found.push((domain, entry));
+                    }
+                }
+                ready += seen.block_bytes(domain, entry);
+                ready < wanted && passed < LOOK_BLOCKS
+            });
+        }
+        for (domain, entry) in found {
+            match self.write(cache, now, domain, entry) {
+                Attempt::Settled => {}
+                Attempt::Later => {
+                    self.cut_at = Some(self.writes);
+                    self.put_off = (self.writes == 0).then(|| now + RETRY_WRITES);
+                    return;
+                }
+                Attempt::Hopeless => return,
+            }
+        }
+    }
+
+    fn write(
+        &mut self,
+        cache: &mut Cache,
+        now: Instant,
+        domain: DomainId,
+        entry: EntryId,
+    ) -> Attempt {
+        let Some(key) = cache.store_key(domain, entry) else {
+            return Attempt::Settled;
+        };
+        if self.store.holds(&key) {
+            cache.mark_stored(domain, entry, true);
+            return Attempt::Settled;
+        }
+        cache.mark_stored(domain, entry, false);
+        let bytes = cache.block_bytes(domain, entry);
+        let most = cache.pool().pool_bytes() / WRITING_SHARE;
+        if self.writes > 0 && self.write_bytes + bytes > most {
+            return Attempt::Later;
+        }
+        self.pages.clear();
+        if !cache.begin_write(domain, entry, &mut self.pages) {
+            return Attempt::Settled;
+        }
+        let moving = self.put(Moving::Down {
+            domain,
+            entry,
+            key,
+            bytes,
+        });
+        match self.store.write(now, moving as u64, &key, &self.pages) {
+            Ok(()) => {
+                self.writes += 1;
+                self.write_bytes += bytes;
+                Attempt::Settled
+            }
+            Err(why) => {
+                self.take(moving);
+                cache.end_write(domain, entry, false);
+                match why {
+                    Refused::Busy | Refused::RateLimited => Attempt::Later,
+                    Refused::Degraded => Attempt::Hopeless,
+                    Refused::Known | Refused::Absent | Refused::Unfit => Attempt::Settled,
+                }
+            }
+        }
+    }
+
+    /// Ends a prefetch that nobody needs any more: what it holds is let go of, and what it still
+    /// wanted is not fetched. Those who wait for it go on without.
+    pub(super) fn end_prefetch(
+        &mut self,
+        cache: &mut Cache,
+        id: PrefetchId,
+    ) -> Option<(usize, u64)> {
+        let mut ended = self.prefetches.remove(id)?;
+        self.fetched_bytes -= ended.bytes;
+        self.blocked = false;
+        let waiters = ended.waiters.drain(..);
+        self.resume
+            .extend(waiters.map(|waiter| (waiter.session, waiter.request_id)));
+        self.loose.extend(ended.pins());
+        cache.unpin(ended.scope.domain, &self.loose);
+        self.loose.clear();
+        Some((ended.place, ended.promised))
+    }
+
+    /// Prefetches that wait for too long go without what is not in yet.
+    pub(super) fn lose_patience(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) {
+        for id in self.prefetches.ids() {
+            let Some(prefetch) = self.prefetches.get_mut(id) else {
+                continue;
+            };
+            let waited = moment.now.duration_since(prefetch.progress);
+            if prefetch.is_settled() || waited < self.options.patience {
+                continue;
+            }
+            prefetch.give_up(MissReason::InFlight, &mut self.loose);
+            cache.unpin(prefetch.scope.domain, &self.loose);
+            self.loose.clear();
+            moment.tally.add(Counter::PrefetchLate, 1);
+            self.note_settled(id, moment);
+        }
+    }
+
+    /// Waiters whose time has passed take what is there.
+    pub(super) fn call_late_waiters(&mut self, now: Instant) {
+        for id in self.prefetches.ids() {
+            let Some(prefetch) = self.prefetches.get_mut(id) else {
+                continue;
+            };
+            let late = |waiter: &mut crate::lane::prefetch::Waiter| {
+                waiter.until.is_some_and(|until| until <= now)
+            };
+            let late = prefetch.waiters.extract_if(.., late);
+            self.resume
+                .extend(late.map(|waiter| (waiter.session, waiter.request_id)));
+        }
+    }
+
+    /// When the lane has to look again if nothing wakes it.
+    pub(super) fn next_deadline(&self, abandon_after: Duration) -> Option<Instant> {
+        let prefetches = self.prefetches.iter().map(|prefetch| {
+            let until = prefetch
+                .waiters
+                .iter()
+                .filter_map(|waiter| waiter.until)
+                .min();
+            let patience = prefetch.progress + self.options.patience;
+            let patience = (!prefetch.is_settled()).then_some(patience);
+            let abandoned = prefetch
+                .waiters
+                .is_empty()
+                .then(|| prefetch.asked + abandon_after);
+            [until, patience, abandoned].into_iter().flatten().min()
+        });
+        let prefetches = prefetches.flatten().min();
+        [prefetches, self.put_off, self.store.next_deadline()]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+}
+
+fn prefetch_bytes(prefetches: &mut Prefetches, id: PrefetchId, bytes: u64) {
+    if let Some(prefetch) = prefetches.get_mut(id) {
+        prefetch.bytes += bytes;
+    }
+}
+
+fn pinned(cache: &mut Cache, domain: DomainId, entry: EntryId) -> PieceState {
+    match cache.pin_sealed(domain, entry) {
+        Ok(entry) => PieceState::Held {
+            entry,
+            fetched: true,
+        },
+        Err(reason) => PieceState::Missing(reason),
+    }
+}

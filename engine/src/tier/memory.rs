@@ -1,0 +1,229 @@
+//! A store in memory that tests steer: it can hold requests up, refuse them and fail them.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pegaflow_ssd::ShardStats;
+
+use crate::copy::PoolMemory;
+use crate::lane::LaneWake;
+use crate::tier::{BlockStore, PageSpan, Refused, StoreDone, StoreKey, StoreOutcome};
+
+/// What a test does to the store, and what it can see of it.
+#[derive(Default)]
+pub struct State {
+    /// What is stored.
+    pub blocks: BTreeMap<StoreKey, Vec<Vec<u8>>>,
+    /// Requests do not end.
+    pub held: bool,
+    /// Writes are refused with this.
+    pub refuse_writes: Option<Refused>,
+    /// Reads are refused with this.
+    pub refuse_reads: Option<Refused>,
+    /// How the next reads end instead of well.
+    pub reads_end: Option<StoreOutcome>,
+    /// How the next writes end instead of well.
+    pub writes_end: Option<StoreOutcome>,
+    /// Requests that are taken at a time; 0 for any number.
+    pub depth: usize,
+    /// Names of the blocks read, in the order of the requests.
+    pub reads: Vec<StoreKey>,
+    /// Blocks written.
+    pub writes: usize,
+    pending: Vec<Request>,
+    wake: Option<Arc<LaneWake>>,
+}
+
+struct Request {
+    ticket: u64,
+    key: StoreKey,
+    pages: Vec<PageSpan>,
+    write: bool,
+}
+
+/// The test's end of a store.
+#[derive(Clone, Default)]
+pub struct Handle(Arc<Mutex<State>>);
+
+impl Handle {
+    /// Looks or steers.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Requests that have not ended.
+    pub fn pending(&self) -> usize {
+        self.state().pending.len()
+    }
+
+    /// Holds requests up from now on.
+    pub fn hold(&self) {
+        self.state().held = true;
+    }
+
+    /// Lets requests end.
+    pub fn release(&self) {
+        let mut state = self.state();
+        state.held = false;
+        if let Some(wake) = &state.wake {
+            wake.wake();
+        }
+    }
+
+    /// The lane's end.
+    pub fn open(&self, pool: &PoolMemory, wake: Arc<LaneWake>) -> Box<dyn BlockStore> {
+        let mut state = self.state();
+        state.pending.clear();
+        state.wake = Some(wake);
+        Box::new(MemoryStore {
+            state: self.0.clone(),
+            pool: pool.clone(),
+        })
+    }
+}
+
+struct MemoryStore {
+    state: Arc<Mutex<State>>,
+    pool: PoolMemory,
+}
+
+impl MemoryStore {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(
+        &self,
+        refused: impl Fn(&State) -> Option<Refused>,
+        request: Request,
+    ) -> Result<(), Refused> {
+        let mut state = self.lock();
+        if let Some(why) = refused(&state) {
+            return Err(why);
+        }
+        if state.depth > 0 && state.pending.len() >= state.depth {
+            return Err(Refused::Busy);
+        }
+        state.pending.push(request);
+        if let Some(wake) = &state.wake {
+            wake.wake();
+        }
+        Ok(())
+    }
+
+    fn page(&self, span: &PageSpan) -> *mut u8 {
+        assert!(span.offset + u64::from(span.bytes) <= self.pool.bytes());
+        self.pool.base().as_ptr().wrapping_add(span.offset as usize)
+    }
+}
+
+impl BlockStore for MemoryStore {
+    fn lookup(&self, key: &StoreKey) -> Option<Vec<u32>> {
+        let state = self.lock();
+        let pages = state.blocks.get(key)?;
+        Some(pages.iter().map(|page| page.len() as u32).collect())
+    }
+
+    fn write(
+        &mut self,
+        _: Instant,
+        ticket: u64,
+        key: &StoreKey,
+        pages: &[PageSpan],
+    ) -> Result<(), Refused> {
+        let known = self.lock().blocks.contains_key(key);
+        let request = Request {
+            ticket,
+            key: *key,
+            pages: pages.to_vec(),
+            write: true,
+        };
+        let refused = |state: &State| known.then_some(Refused::Known).or(state.refuse_writes);
+        self.take(refused, request)?;
+        self.lock().writes += 1;
+        Ok(())
+    }
+
+    fn read(
+        &mut self,
+        _: Instant,
+        ticket: u64,
+        key: &StoreKey,
+        pages: &[PageSpan],
+    ) -> Result<(), Refused> {
+        let request = Request {
+            ticket,
+            key: *key,
+            pages: pages.to_vec(),
+            write: false,
+        };
+        self.take(|state| state.refuse_reads, request)?;
+        self.lock().reads.push(*key);
+        Ok(())
+    }
+
+    fn poll(&mut self, _: Instant, done: &mut Vec<StoreDone>) {
+        let mut state = self.lock();
+        if state.held {
+            return;
+        }
+        for request in std::mem::take(&mut state.pending) {
+            let mut outcome = match request.write {
+                true => StoreOutcome::Written,
+                false => StoreOutcome::Read,
+            };
+            if let Some(other) = match request.write {
+                true => state.writes_end,
+                false => state.reads_end,
+            } {
+                if other == StoreOutcome::Bad {
+                    state.blocks.remove(&request.key);
+                }
+                outcome = other;
+            } else if request.write {
+                let pages = request.pages.iter().map(|span| {
+                    let mut bytes = vec![0; span.bytes as usize];
+                    // SAFETY: the span lies in the pool, which stays mapped while `self.pool`
+                    // lives; the lane leaves its pages alone until the request has ended.
+                    unsafe {
+                        std::ptr::copy(self.page(span), bytes.as_mut_ptr(), bytes.len());
+                    }
+                    bytes
+                });
+                let pages: Vec<Vec<u8>> = pages.collect();
+                state.blocks.insert(request.key, pages);
+            } else if let Some(pages) = state.blocks.get(&request.key) {
+                for (span, bytes) in request.pages.iter().zip(pages) {
+                    assert_eq!(span.bytes as usize, bytes.len());
+                    // SAFETY: as above.
+                    unsafe { std::ptr::copy(bytes.as_ptr(), self.page(span), bytes.len()) };
+                }
+            } else {
+                outcome = StoreOutcome::Failed;
+            }
+            done.push(StoreDone {
+                ticket: request.ticket,
+                outcome,
+            });
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        None
+    }
+
+    fn remove(&mut self, key: &StoreKey) {
+        self.lock().blocks.remove(key);
+    }
+
+    fn touch(&mut self, _: &StoreKey) {}
+
+    fn shards(&self) -> Vec<ShardStats> {
+        Vec::new()
+    }
+
+    fn close(self: Box<Self>, _: Duration) -> bool {
+        self.lock().pending.is_empty()
+    }
+}
