@@ -32,6 +32,13 @@ try:
 except ImportError:
     base = None
 
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    HIT_SOURCE: Any = CacheHitSource.HOST
+except ImportError:
+    HIT_SOURCE = None
+
 #: Since 0.30 workers can name requests whose loads failed.
 HAS_TRANSFER_RESULTS = hasattr(base, "KVConnectorTransferResults")
 

@@ -49,6 +49,9 @@ class PegaHandshake(KVConnectorHandshakeMetadata):
 class PegaKVConnector(KVConnectorBase_V1, SupportsHMA):
     """Saves computed blocks to the node's daemon, and loads those of prompts seen before."""
 
+    #: Where vLLM's metrics say that hits came from.
+    _cache_hit_source = compat.HIT_SOURCE
+
     def __init__(
         self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any
     ) -> None:
@@ -96,7 +99,9 @@ class PegaKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         """Newer releases: the layout that has all layers of a block side by side, on a GPU."""
         config, _ = parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        return compat.cross_layer_layout() if config.cross_layer_blocks else None
+        # Who only saves along leaves the choice to the connector that loads.
+        wanted = config.cross_layer_blocks and config.mode.loads
+        return compat.cross_layer_layout() if wanted else None
 
     # ------------------------------------------------------------ worker
 

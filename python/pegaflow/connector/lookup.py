@@ -13,6 +13,7 @@ from pegaflow.client import (
     Client,
     Completion,
     Registration,
+    State,
     Status,
     StatusError,
     TimeoutError,
@@ -123,6 +124,11 @@ class Lookup:
     def registration_of(self) -> Registration:
         """The scheduler's registration, for probes."""
         return self._registration
+
+    @property
+    def away(self) -> bool:
+        """There is no daemon at the moment."""
+        return self._client.state != State.CONNECTED
 
     def find(
         self, prompt: Prompt, hashes: Sequence[bytes], computed: int, most: int

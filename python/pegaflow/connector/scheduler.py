@@ -215,6 +215,8 @@ class Scheduler:
         them. Costs a look at shared memory."""
         lookup = self._lookup
         assert lookup is not None
+        if lookup.away:
+            return
         hashes = tracked.request.block_hashes
         for group, own in zip(self._groups, tracked.blocks, strict=True):
             last = local // group.block_tokens
@@ -373,6 +375,8 @@ class Scheduler:
     def _track(self, request: RequestView) -> Tracked:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.request is not request:
+            if tracked is not None and self._lookup is not None:
+                self._lookup.forget(tracked.prompt)
             tracked = Tracked(request, Prompt(self._next_key))
             self._next_key += 1
             self._requests[request.request_id] = tracked
