@@ -15,6 +15,9 @@ ROOT = SOURCES.parent
 LIBRARY = "PEGAFLOW_LIBRARY"
 PROGRAMS = "PEGAFLOW_BIN_DIR"
 PYTHON = "PEGAFLOW_VLLM_PYTHON"
+#: Settings of this environment that engines are to have, of those that change what they do.
+#: PYTHONDONTWRITEBYTECODE is not among them: vLLM's modules take half a minute to compile.
+KEPT = (LIBRARY, PROGRAMS, "PEGAFLOW_SHM_DIR")
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,8 @@ class Place:
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("PEGAFLOW_", "VLLM_", "PYTEST")) or name in (LIBRARY, PROGRAMS)
+            if name in KEPT or not name.startswith(("PEGAFLOW_", "VLLM_", "PYTEST", "PYTHON"))
         }
-        if "PEGAFLOW_SHM_DIR" in os.environ:
-            inherited["PEGAFLOW_SHM_DIR"] = os.environ["PEGAFLOW_SHM_DIR"]
         return inherited | {
             "PYTHONPATH": str(SOURCES),
             # Without it each process would give the same block another hash.
