@@ -108,6 +108,12 @@ def test_layers_that_lie_side_by_side_become_one_segment() -> None:
     assert len(group_layout(apart, BLOCKS).segments) == 3
 
 
+def test_a_layer_that_shares_the_cache_of_another_is_saved_once() -> None:
+    view = tensor((BLOCKS, 4, 3))
+    shared = group_layout([Layer("one", view), Layer("sharing", view)], BLOCKS)
+    assert shared.segments == group_layout([Layer("one", view)], BLOCKS).segments
+
+
 def test_padding_between_blocks_is_not_saved() -> None:
     view = Strided(4096, (BLOCKS, 4, 3), (32, 6, 2), 2, Memory.HOST)
     (segment,) = group_layout([Layer("layer", view)], BLOCKS).segments

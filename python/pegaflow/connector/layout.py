@@ -68,7 +68,8 @@ def _order(view: Strided, block_dim: int) -> str:
 
 
 def group_layout(layers: Sequence[Layer], num_blocks: int) -> GroupLayout:
-    """The segments of a group's layers in their order; neighbours in memory become one.
+    """The segments of a group's layers in their order; neighbours in memory become one. A layer
+    that shares the cache of an earlier one adds nothing.
 
     Raises LayoutError.
     """
@@ -76,9 +77,13 @@ def group_layout(layers: Sequence[Layer], num_blocks: int) -> GroupLayout:
         raise LayoutError("a cache group without layers")
     segments: list[Segment] = []
     orders: list[str] = []
+    seen: set[Strided] = set()
     for layer in layers:
         try:
             view, block_dim, ratio = _logical(layer, num_blocks)
+            if view in seen:
+                continue
+            seen.add(view)
             parts = segments_of(view, block_dim)
         except (TypeError, ValueError) as error:
             raise LayoutError(f"{layer.name}: {error}") from None
