@@ -34,6 +34,7 @@ class Request:
     tokens: list[int]
     request_id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
     num_computed_tokens: int = 0
+    lora_request: object = None
 
     @property
     def num_tokens(self) -> int:

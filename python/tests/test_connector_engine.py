@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import pytest
@@ -310,6 +312,21 @@ def test_after_a_reset_nothing_of_before_is_found(make: Make) -> None:
     fresh = tokens(64, seed=4)
     engine.save(Request(fresh), [[31, 32, 33, 34]])
     assert other.find(Request([*fresh, 1])) == 0
+
+
+def test_an_adapter_of_the_same_name_and_path_with_other_weights_shares_nothing(
+    make: Make, tmp_path: Path
+) -> None:
+    engine, successor, other = make(), make(), make()
+    lora = SimpleNamespace(lora_int_id=1, lora_name="adapter", lora_path=str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    prompt = tokens(100)
+    engine.save(Request(prompt, lora_request=lora), [[1, 2, 3, 4, 5, 6, 7]])
+    assert engine.find(Request(prompt, lora_request=lora)) == 96
+    assert successor.find(Request(prompt, lora_request=lora)) == 96
+    assert successor.find(Request(prompt)) == 0
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"two")
+    assert other.find(Request(prompt, lora_request=lora)) == 0
 
 
 def test_a_window_group_needs_and_loads_its_last_blocks_only(make: Make) -> None:

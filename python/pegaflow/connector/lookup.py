@@ -17,11 +17,11 @@ from pegaflow.client import (
     Status,
     StatusError,
     TimeoutError,
-    pack_hashes,
 )
 from pegaflow.connector.config import ConnectorConfig
 from pegaflow.connector.groups import CacheGroup
 from pegaflow.connector.meta import GroupLoad
+from pegaflow.connector.names import packed
 from pegaflow.connector.stats import Counters
 
 #: How long the scheduler waits for an answer before it goes on with other requests.
@@ -77,6 +77,8 @@ class Prompt:
     """What the lookup keeps for a request."""
 
     key: int
+    #: Its names are those of vLLM changed by this.
+    mask: bytes | None = None
     asked: Asked | None = None
     answer: Answer | None = None
 
@@ -103,23 +105,12 @@ class Lookup:
         self._clock = clock
         #: A hit ends where a block of every group ends.
         self.align = math.lcm(*(group.block_tokens for group in groups))
-        self._mask: bytes | None = None
         #: Completions that polling found, of requests somebody asks for.
         self._arrived: dict[int, Completion] = {}
         self._awaited: set[int] = set()
         #: Requests under way whose answers only `poll` takes.
         self._loose = 0
         self._refusals: set[Status] = set()
-
-    def mask(self, mask: bytes) -> None:
-        """From now on all names are others: nothing of before is found."""
-        self._mask = mask
-
-    def packed(self, names: Sequence[bytes]) -> bytes:
-        """Names as the daemon takes them."""
-        if not names:
-            return b""
-        return masked(pack_hashes(names, len(names[0])), self._mask)
 
     def registration_of(self) -> Registration:
         """The scheduler's registration, for probes."""
@@ -204,7 +195,7 @@ class Lookup:
         try:
             for group in self._groups:
                 if group.number not in asked.requests and group.number not in asked.answers:
-                    asked.requests[group.number] = self._submit(prompt.key, group, asked, hashes)
+                    asked.requests[group.number] = self._submit(prompt, group, asked, hashes)
         except AgainError:
             self.poll()
             return self._later(prompt, asked, now)
@@ -221,13 +212,16 @@ class Lookup:
         return self._conclude(prompt, asked, now)
 
     def _submit(
-        self, key: int, group: CacheGroup, asked: Asked, hashes: Sequence[bytes]
+        self, prompt: Prompt, group: CacheGroup, asked: Asked, hashes: Sequence[bytes]
     ) -> int:
         names = group.names(
             hashes, asked.computed // group.block_tokens, asked.limit // group.block_tokens
         )
         request = self._registration.query(
-            key, self.packed(names), group=group.number, ttl_ms=self._config.lease_ttl_ms
+            prompt.key,
+            packed(names, prompt.mask),
+            group=group.number,
+            ttl_ms=self._config.lease_ttl_ms,
         )
         self._awaited.add(request)
         return request
@@ -369,12 +363,3 @@ def loads_of(answer: Answer, blocks: Sequence[Sequence[int]], tokens: int) -> li
                 GroupLoad(held.group.number, held.lease, first, list(own[begin:end]))
             )
     return loads
-
-
-def masked(packed: bytes, mask: bytes | None) -> bytes:
-    """Names of 32 bytes, each XOR a mask of 32 bytes."""
-    if mask is None or not packed:
-        return packed
-    full = mask * (len(packed) // len(mask))
-    number = int.from_bytes(packed, "little") ^ int.from_bytes(full, "little")
-    return number.to_bytes(len(packed), "little")

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pegaflow.client import pack_hashes
 from pegaflow.connector.blocks import Holder
 from pegaflow.connector.config import ConnectorConfig
 from pegaflow.connector.events import Stored, stored
 from pegaflow.connector.groups import CacheGroup
-from pegaflow.connector.lookup import Lookup, Prompt, loads_of, masked
+from pegaflow.connector.lookup import Lookup, Prompt, loads_of
 from pegaflow.connector.meta import GroupSave, LoadJob, SaveJob, StepMeta, WorkerReport
+from pegaflow.connector.names import Adapters, combined, packed
 from pegaflow.connector.stats import Counters
 
 #: Saves that have not ended for so long do not keep an idle engine stepping.
@@ -110,21 +110,20 @@ class Scheduler:
         self._next_job = 1
         self._loads: list[LoadJob] = []
         #: Complete blocks of requests that ended, held already.
-        self._late: list[tuple[CacheGroup, Sequence[bytes], list[int]]] = []
+        self._late: list[tuple[CacheGroup, bytes, list[int]]] = []
         #: What those blocks, once saved, are told as.
         self._late_events: list[Stored] = []
         self._events: list[Stored] = []
         self._saving: dict[int, Saving] = {}
         self._saving_blocks = 0
         self._progress = clock()
+        self._adapters = Adapters()
         self._mask: bytes | None = None
 
     # ------------------------------------------------------------ wiring
 
     def attach(self, lookup: Lookup) -> None:
         """From now on the daemon can be asked."""
-        if self._mask is not None:
-            lookup.mask(self._mask)
         self._lookup = lookup
 
     @property
@@ -223,13 +222,16 @@ class Scheduler:
             first = 0 if group.window_blocks is None else max(0, last - group.window_blocks)
             names = group.names(hashes, first, last)
             cached = lookup.registration_of().probe_membership(
-                lookup.packed(names), group=group.number
+                packed(names, tracked.prompt.mask), group=group.number
             )
             missing = (~cached.to_int()) & ((1 << len(names)) - 1)
             if missing:
                 chosen = [at for at in range(len(names)) if missing >> at & 1]
                 self._offer(
-                    group, [names[at] for at in chosen], [own[first + at] for at in chosen]
+                    tracked,
+                    group,
+                    [names[at] for at in chosen],
+                    [own[first + at] for at in chosen],
                 )
 
     def _saves(self, scheduled: Mapping[str, int]) -> list[SaveJob]:
@@ -248,11 +250,10 @@ class Scheduler:
         self._next_job += 1
         parts = []
         for group in self._groups:
-            names = [name for one, own, _ in late if one is group for name in own]
+            names = b"".join(own for one, own, _ in late if one is group)
             blocks = [block for one, _, own in late if one is group for block in own]
             if blocks:
-                packed = masked(pack_hashes(names, len(names[0])), self._mask)
-                parts.append(GroupSave(group.number, packed, blocks))
+                parts.append(GroupSave(group.number, names, blocks))
         if not self._saving:
             self._progress = self._clock()
         held = [block for _, _, own in late for block in own]
@@ -271,6 +272,7 @@ class Scheduler:
             last = min(known // group.block_tokens, hashed)
             if last > first:
                 self._offer(
+                    tracked,
                     group,
                     group.names(request.block_hashes, first, last),
                     tracked.blocks[at][first:last],
@@ -280,7 +282,9 @@ class Scheduler:
                     self._late_events.append(stored(request, group, first, last))
             tracked.next_at = min(tracked.next_at, (max(first, last) + 1) * group.block_tokens)
 
-    def _offer(self, group: CacheGroup, names: Sequence[bytes], blocks: list[int]) -> None:
+    def _offer(
+        self, tracked: Tracked, group: CacheGroup, names: Sequence[bytes], blocks: list[int]
+    ) -> None:
         """Holds blocks for a save in this step or the next one."""
         holder = self._holder
         if holder is None:
@@ -295,7 +299,7 @@ class Scheduler:
         if blocks:
             holder.hold(blocks)
             self._saving_blocks += len(blocks)
-            self._late.append((group, names, blocks))
+            self._late.append((group, packed(names, tracked.prompt.mask), blocks))
 
     # ------------------------------------------------------------ ends
 
@@ -361,6 +365,7 @@ class Scheduler:
         for tracked in self._requests.values():
             # What is computed already is not saved under the new names.
             tracked.blocks = []
+            tracked.prompt.mask = combined(self._mask, self._adapters.mask(tracked.request))
             if self._lookup is not None:
                 self._lookup.forget(tracked.prompt)
         late, self._late = self._late, []
@@ -369,15 +374,14 @@ class Scheduler:
             self._saving_blocks -= len(blocks)
             assert self._holder is not None
             self._holder.drop(blocks)
-        if self._lookup is not None:
-            self._lookup.mask(self._mask)
 
     def _track(self, request: RequestView) -> Tracked:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.request is not request:
             if tracked is not None and self._lookup is not None:
                 self._lookup.forget(tracked.prompt)
-            tracked = Tracked(request, Prompt(self._next_key))
+            mask = combined(self._mask, self._adapters.mask(request))
+            tracked = Tracked(request, Prompt(self._next_key, mask))
             self._next_key += 1
             self._requests[request.request_id] = tracked
         return tracked

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 #: What holds weights or says how to read them.
-_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "config.json", "*quant*.json")
+_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*config.json", "*quant*.json")
 #: Places of a file that are read, and how many bytes at each: a checkpoint of any size costs
 #: milliseconds, and training changes nearly all of its bytes.
 _SAMPLES = 64
