@@ -125,12 +125,26 @@ python-venv: $(VENV)/ready ## install the tools for the Python package under tar
 .PHONY: lint-python
 lint-python: python-venv ## ruff and mypy --strict over the Python package
 	$(VENV)/bin/ruff check python
-	cd python && $(VENV)/bin/mypy --strict pegaflow tests examples
+	cd python && $(VENV)/bin/mypy --strict pegaflow tests examples benchmarks
 
 .PHONY: test-python
 test-python: python-venv ## tests of the Python package with a real daemon; no vLLM, no GPU
 	$(CARGO) build --workspace --lib --bins
 	cd python && $(VENV)/bin/pytest -q $(ARGS)
+
+.PHONY: wheel
+wheel: ## build the Python wheel (glibc 2.28 or later) and source distribution into python/dist
+	packaging/wheel.sh
+
+.PHONY: check-wheel
+check-wheel: ## install the wheel into a fresh environment, use it; pack it again: the same bytes
+	packaging/wheel-check.sh
+
+.PHONY: bench-python
+bench-python: build python-venv ## what a query of 32,768 blocks costs a Python scheduler, and where
+	cd python && PEGAFLOW_BIN_DIR=$(abspath $(RELEASE)) \
+	    PEGAFLOW_LIBRARY=$(abspath $(RELEASE))/libpegaflow.so \
+	    $(VENV)/bin/python -m benchmarks.scheduler_cost $(ARGS)
 
 .PHONY: deny
 deny: ## licences, advisories and sources of all dependencies (needs cargo-deny)

@@ -2,9 +2,9 @@
 """Runs what the README shows, so that the README stays true.
 
 The fenced blocks tagged `sh` run as one script, `bash -euo pipefail`, from the repository's root.
-A block tagged `c NAME` is saved as NAME in a scratch folder, where the script goes on from there.
-The script has a home folder, a node name and a socket of its own, so that neither the user's files
-nor the machine's daemon are touched. `--done COMMAND` leaves out blocks of just that command, which
+A block tagged `c NAME` or `py NAME` is saved as NAME in a scratch folder, where the script goes on
+from there. The script has a home folder, a node name and a socket of its own, so that neither the
+user's files nor the machine's daemon are touched. `--done COMMAND` leaves out blocks of just that command, which
 the caller has run already.
 """
 
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FENCE = re.compile(r"```(?P<tag>sh|c (?P<name>\S+))\n(?P<body>.*?)```\n", re.DOTALL)
+FENCE = re.compile(r"```(?P<tag>sh|(?:c|py) (?P<name>\S+))\n(?P<body>.*?)```\n", re.DOTALL)
 LIMIT_SECONDS = 600
 
 

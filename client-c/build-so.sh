@@ -10,6 +10,7 @@
 # Usage: client-c/build-so.sh [--debug] [--install]
 #   DIST       where to lay it out    [TARGET_DIR/dist]
 #   PREFIX     in the .pc file; with --install also where it goes, below DESTDIR  [/usr/local]
+#   TRIPLE     target of the compiler, such as x86_64-unknown-linux-gnu.2.28  [that of the machine]
 #   CARGO, CC, CARGO_TARGET_DIR, STRIP=1
 set -euo pipefail
 
@@ -33,6 +34,8 @@ target=${CARGO_TARGET_DIR:-$root/target}
 dist=${DIST:-$target/dist}
 flags=()
 [[ $profile == release ]] && flags+=(--release)
+triple=${TRIPLE:-}
+[[ -n $triple ]] && flags+=(--target "$triple")
 
 # The note that cargo prints names the system libraries that the static library needs.
 notes=$("$cargo" rustc "${flags[@]}" -p pegaflow-client --lib --crate-type staticlib \
@@ -41,7 +44,8 @@ libs=$(printf '%s\n' "$notes" | sed -n 's/^note: native-static-libs: //p' | tail
 libs=${libs:--lgcc_s -lutil -lrt -lpthread -lm -ldl -lc}
 version=$(sed -n '/^\[workspace.package\]/,/^\[/ s/^version = "\(.*\)"/\1/p' Cargo.toml)
 soname=libpegaflow.so.${version%%.*}
-archive=$target/$profile/libpegaflow.a
+# What follows the first dot is the version of the C library, for cargo-zigbuild.
+archive=$target/${triple:+${triple%%.*}/}$profile/libpegaflow.a
 
 rm -rf "$dist"
 install -d "$dist/lib/pkgconfig" "$dist/include"

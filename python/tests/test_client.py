@@ -519,6 +519,19 @@ def test_closing_ends_the_waits_of_other_threads(daemon: Daemon) -> None:
     assert [type(error) for error in errors] == [ClosedError] * 4
 
 
+def test_a_call_that_never_left_does_not_hold_up_the_end_for_ever(
+    daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = daemon.client()
+    client._longest_call_s = 0.01
+    # As if a signal had come between the entrance and the call.
+    handle = client._gate.__enter__()
+    client.close()
+    assert client.closed
+    assert "1 calls are still inside" in caplog.text
+    client._library.pega_disconnect(handle)
+
+
 def test_a_wait_lets_other_threads_run_and_hears_signals(client: Client) -> None:
     scheduler = client.register_scheduler("signals", NAMESPACE)
     threading.Timer(0.2, os.kill, (os.getpid(), 2)).start()

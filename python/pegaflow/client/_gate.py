@@ -8,7 +8,7 @@ from pegaflow.client.errors import ClosedError
 
 
 class Gate:
-    """Counts the calls inside. `shut` lets no more in and returns once the last one has left."""
+    """Counts the calls inside. `shut` lets no more in and waits until the last one has left."""
 
     __slots__ = ("_handle", "_inside", "_left", "_lock")
 
@@ -36,12 +36,16 @@ class Gate:
             if self._handle is None and not self._inside:
                 self._left.notify_all()
 
-    def shut(self) -> int | None:
-        """The handle, for the one caller that is to free it; None for all others."""
+    def shut(self, timeout_s: float) -> int | None:
+        """The handle, for the one caller that is to free it; None for all others.
+
+        Raises TimeoutError where calls are still inside after `timeout_s`: then nothing may be
+        freed, ever. Each call is bounded, so that is only one that Ctrl-C hit on its way in or out.
+        """
         with self._lock:
             handle, self._handle = self._handle, None
-            while self._inside:
-                self._left.wait()
+            if not self._left.wait_for(lambda: not self._inside, timeout_s):
+                raise TimeoutError(f"{self._inside} calls are still inside after {timeout_s} s")
             return handle
 
     def after_fork(self) -> Gate:

@@ -29,6 +29,9 @@ _logger = logging.getLogger("pegaflow.client")
 #: A wait in the library is cut into pieces of this length, so that Ctrl-C and `close` are heard.
 _PIECE_MS = 50
 
+#: The library's default of `Options.control_timeout_ms`, the longest that any call may take.
+_CONTROL_MS = 30_000
+
 _TIMEOUT = frozenset({Status.TIMEOUT})
 
 #: What pega_wait_ready says only once its time has run out: see pegaflow.h.
@@ -58,6 +61,7 @@ class Client:
         self._bitmaps_lock = threading.Lock()
         # The library calls this until pega_disconnect has returned: it lives as long as the client.
         self._log = _log_function(options.log or _log_to_logger)
+        self._longest_call_s = (options.control_timeout_ms or _CONTROL_MS) / 1000 + 5
         handle = ctypes.c_void_p()
         self._library.check(
             self._library.pega_connect(ctypes.byref(options.to_c(self._log)), ctypes.byref(handle))
@@ -79,11 +83,14 @@ class Client:
 
         Wait for loads, or unregister, before: a load under way may still write for a moment.
         """
-        handle = self._gate.shut()
-        if handle is None:
+        try:
+            handle = self._gate.shut(self._longest_call_s)
+        except TimeoutError as error:
+            _logger.warning("a client stays until the process ends: %s", error)
             return
-        self._library.pega_disconnect(handle)
-        self._bitmaps.clear()
+        if handle is not None:
+            self._library.pega_disconnect(handle)
+            self._bitmaps.clear()
 
     def __enter__(self) -> Client:
         return self
