@@ -4,8 +4,9 @@
 The fenced blocks tagged `sh` run as one script, `bash -euo pipefail`, from the repository's root.
 A block tagged `c NAME` or `py NAME` is saved as NAME in a scratch folder, where the script goes on
 from there. The script has a home folder, a node name and a socket of its own, so that neither the
-user's files nor the machine's daemon are touched. `--done COMMAND` leaves out blocks of just that command, which
-the caller has run already.
+user's files nor the machine's daemon are touched. `--done COMMAND` leaves out blocks of just that
+command, which the caller has run already. A block tagged `sh vllm` needs vLLM: the tests with a
+real vLLM run it.
 """
 
 import argparse

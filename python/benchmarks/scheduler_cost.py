@@ -11,6 +11,8 @@ sample after the other, medians:
     packed     the same with a packed buffer
     again      the same key and hashes once more: the library compares and answers with the lease
     probe      the longest cached prefix, by reading shared memory
+    connector  get_num_new_matched_tokens of the vLLM connector's scheduler side, a new request
+    repeat     the same request again, as vLLM asks in each step until it has room
     copy       copying as many bytes as the hashes have, for comparison
 
 Usage: python benchmarks/scheduler_cost.py [--blocks N] [--samples N]
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import os
 import shutil
 import statistics
@@ -29,13 +32,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from pegaflow._scripts import NATIVE
 from pegaflow.client import Client, Group, Namespace, Options, Registration, _abi, pack_hashes
+from pegaflow.connector.config import ConnectorConfig
+from pegaflow.connector.groups import CacheGroup
+from pegaflow.connector.lookup import Lookup
+from pegaflow.connector.scheduler import Scheduler
 
 PAGE_BYTES = 512
+BLOCK_TOKENS = 16
 BOUND_MS = 60_000
 
 
@@ -145,6 +154,42 @@ class Cost:
             return median_us(samples * 20, calls)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What the connector reads of vLLM's request."""
+
+    request_id: str
+    block_hashes: list[bytes]
+    num_tokens: int
+    num_computed_tokens: int = 0
+
+
+def connector(cost: Cost, samples: int) -> tuple[float, float]:
+    """Medians of the connector's first question about a request, and of the next ones."""
+    logger = logging.getLogger("pegaflow.cost")
+    config, groups = ConnectorConfig(), [CacheGroup(0, 0, BLOCK_TOKENS, 1)]
+    scheduler = Scheduler(config, groups, 1, logger)
+    scheduler.attach(
+        Lookup(cost.client, cost.worker, groups, config, scheduler.counters, logger)
+    )
+    tokens = BLOCK_TOKENS * len(cost.hashes)
+    first: list[int] = []
+    repeat: list[int] = []
+    for _ in range(samples):
+        # vLLM asks about prompts of which at least one token is left to compute.
+        request = Request(f"request-{next(cost.keys)}", cost.hashes, tokens + 1)
+        for times in (first, *[repeat] * 5):
+            start = time.perf_counter_ns()
+            found, _later = scheduler.matched(request, 0)
+            times.append(time.perf_counter_ns() - start)
+            if found != tokens:
+                raise SystemExit(f"{found} of {tokens} tokens are hits")
+        scheduler.finished(request)
+        while cost.client.stats().outstanding:
+            cost.client.poll()
+    return statistics.median(first) / 1000, statistics.median(repeat) / 1000
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=32_768)
@@ -152,7 +197,7 @@ def main() -> None:
     arguments = parser.parse_args()
     blocks, samples = arguments.blocks, arguments.samples
     hashes = [sha256(at.to_bytes(8, "little")).digest() for at in range(blocks)]
-    namespace = Namespace(block_tokens=16, model="cost", dtype="uint8", hash_algorithm="sha256")
+    namespace = Namespace(BLOCK_TOKENS, model="cost", dtype="uint8", hash_algorithm="sha256")
     with daemon(blocks) as options, Client(options) as client:
         kv = client.alloc_host(4096 * PAGE_BYTES).view().cast("B", [4096, PAGE_BYTES])
         worker = client.register_worker("cost", namespace, [Group.of(kv)])
@@ -171,6 +216,7 @@ def main() -> None:
         again = median_us(samples, lambda _: cost.ask(cost.packed, key))
         probe = median_us(samples, lambda _: worker.probe(cost.packed))
         # Another object each time: `bytes(bytes)` would copy nothing.
+        matched, repeat = connector(cost, samples)
         copy = median_us(samples, lambda _: bytearray(cost.packed))
 
     print(f"query of {blocks} blocks, medians of {samples}, microseconds")
@@ -182,6 +228,8 @@ def main() -> None:
     print(f"  packed   {packed:9.1f}   one buffer, a new key")
     print(f"  again    {again:9.1f}   one buffer, the same key: the same lease")
     print(f"  probe    {probe:9.1f}   one buffer")
+    print(f"  connector{matched:9.1f}   get_num_new_matched_tokens, a new request")
+    print(f"  repeat   {repeat:9.1f}   the same request again")
     print(f"  copy     {copy:9.1f}   {32 * blocks} bytes, for comparison")
 
 
