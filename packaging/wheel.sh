@@ -48,7 +48,7 @@ native() {
         -p pegaflow-engine -p pegaflow-tools --bin pegaflowd --bin pegactl
     cat >"$work/zig-cc" <<EOF
 #!/bin/sh
-exec "$tools/bin/python-zig" cc -target x86_64-linux-gnu.$GLIBC "\$@"
+exec "$tools/bin/python-zig" cc -target x86_64-linux-gnu.$GLIBC -Wl,--strip-debug "\$@"
 EOF
     chmod 755 "$work/zig-cc"
     CARGO=cargo-zigbuild CC=$work/zig-cc DIST=$work/lib TRIPLE=$triple client-c/build-so.sh
