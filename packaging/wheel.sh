@@ -5,6 +5,7 @@
 #   wheel.sh            builds both into python/dist
 #   wheel.sh --native   builds library and programs only, into target/wheel/native
 #   wheel.sh --pack     packs what is there
+#   wheel.sh --tools    installs the tools only, which is all that needs a network beside cargo
 #
 # zig, from the Python package ziglang, links against the C library of GLIBC's version;
 # cargo-zigbuild has cargo use it. Both, and all other tools, are installed under the target folder,
@@ -90,6 +91,7 @@ check() {
     done
 }
 
+[[ ${1:-} == --tools ]] && exit 0
 [[ ${1:-} == --pack ]] || native
 [[ ${1:-} == --native ]] && exit 0
 
