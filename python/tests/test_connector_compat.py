@@ -83,6 +83,11 @@ def test_a_model_of_one_window_group_is_asked_for_its_prefix() -> None:
         (MambaSpec(), "MambaSpec"),
         (RSWASpec(16), "RSWASpec"),
         (FullAttentionSpec(24), "no whole number of hashes"),
+        (UniformTypeKVCacheSpecs(a=FullAttentionSpec(16), b=RSWASpec(16)), "RSWASpec"),
+        (
+            SlidingWindowSpec(16, sliding_window=64, prefix_cacheable=False),
+            "none whose blocks vLLM uses again",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_at_start(spec: Any, why: str) -> None:
@@ -111,12 +116,19 @@ def test_a_block_counts_the_tokens_of_all_shards_of_decode_context_parallelism()
         parallel(decode_context_parallel_size=2), config(FullAttentionSpec(16))
     )
     assert group.block_tokens == 32
+    (whole,) = compat.cache_groups(
+        parallel(decode_context_parallel_size=2), config(FullAttentionSpec(16, dcp_sharded=False))
+    )
+    assert whole.block_tokens == 16
 
 
 def test_only_mla_under_tensor_parallelism_alone_is_stored_once() -> None:
     mla, uniform = MLAAttentionSpec(64), UniformTypeKVCacheSpecs(a=MLAAttentionSpec(64))
     assert compat.is_replicated(parallel(tensor_parallel_size=2), mla)
     assert compat.is_replicated(parallel(tensor_parallel_size=2), uniform)
+    # A draft model without MLA, in the same group: its heads are spread over the ranks.
+    mixed = UniformTypeKVCacheSpecs(a=MLAAttentionSpec(64), b=FullAttentionSpec(64))
+    assert not compat.is_replicated(parallel(tensor_parallel_size=2), mixed)
     assert not compat.is_replicated(parallel(), mla)
     assert not compat.is_replicated(parallel(tensor_parallel_size=2), FullAttentionSpec(16))
     assert not compat.is_replicated(

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 import pytest
 
+from pegaflow.client import Completion
 from pegaflow.connector.config import ConnectorConfig, ConnectorMode
 from pegaflow.connector.groups import CacheGroup, window_blocks
+from pegaflow.connector.lookup import STEP_WAIT_MS
 from pegaflow.connector.scheduler import Step
 
 from .engine_support import BLOCK_TOKENS, FULL, Engine, Request, tokens
@@ -191,7 +193,7 @@ def test_a_request_that_ends_before_it_is_scheduled_gives_its_lease_back(
     engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
     request = Request(prompt)
     assert engine.find(request) == 96
-    assert daemon.leases() == 1
+    eventually(lambda: daemon.leases() == 1, "the lease is shown")
     engine.scheduler.finished(request)
     eventually(lambda: (engine.idle(), daemon.leases() == 0)[1], "the lease is given back")
 
@@ -364,6 +366,62 @@ def test_a_question_that_is_not_answered_in_time_is_a_miss(
     assert engine.scheduler.counters.take()["query_timeouts"] == 1
     # Its lease, answered late, is not kept.
     eventually(lambda: (engine.idle(), daemon.leases() == 0)[1], "the late lease is given back")
+
+
+def test_the_late_answer_to_a_question_given_up_leaves_the_next_ones_lease_alone(
+    daemon: Daemon, make: Make
+) -> None:
+    engine = make(config=ConnectorConfig(query_timeout_ms=200))
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    request = Request(prompt)
+    with daemon.stopped():
+        assert engine.find(request) == 0
+        eventually(lambda: engine.scheduler.matched(request, 0)[0] is None, "asked once more")
+    eventually(lambda: engine.find(request) == 96, "the daemon answers")
+    # Its first step gives the late answer's lease back.
+    results = engine.load(request, [[11, 12, 13, 14, 15, 16]], 96)
+    assert not results.failed
+    engine.verify(request, [[11, 12, 13, 14, 15, 16]], 96)
+
+
+def test_open_questions_hold_a_step_up_no_longer_the_more_there_are(
+    daemon: Daemon, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    waits: list[int] = []
+    wait = engine.client.wait
+
+    def recorded(request: int, timeout_ms: int) -> Completion:
+        waits.append(timeout_ms)
+        return wait(request, timeout_ms)
+
+    monkeypatch.setattr(engine.client, "wait", recorded)
+    with daemon.stopped():
+        for round_ in range(2):
+            waits.clear()
+            for at in range(20):
+                request = Request(tokens(64, seed=round_ * 100 + at))
+                assert engine.scheduler.matched(request, 0) == (None, False)
+            assert 0 < sum(waits) <= STEP_WAIT_MS
+            engine.scheduler.build(Step([], [], {}))
+
+
+def test_blocks_of_before_a_preemption_are_not_saved_as_those_of_a_load_of_another_connector(
+    make: Make,
+) -> None:
+    engine = make(config=ConnectorConfig(mode=ConnectorMode.SAVE_ONLY))
+    request = Request(tokens(64))
+    engine.scheduler.allocated(request, [[1, 2, 3, 4]], 0)
+    engine.scheduler.build(
+        Step([(request.request_id, [[1, 2, 3, 4]], 0)], [], {request.request_id: 16})
+    )
+    # Preempted; then another connector of a MultiConnector loads all of it into other blocks, and
+    # the request is aborted in the middle of that.
+    engine.scheduler.allocated(request, [[11, 12, 13, 14]], 0)
+    request.num_computed_tokens = 48
+    engine.scheduler.finished(request)
+    assert not engine.scheduler.build(Step([], [], {})).saves
 
 
 def test_blocks_are_told_once_every_rank_has_stored_them(make: Make) -> None:

@@ -6,6 +6,7 @@ without vLLM, as its tests do.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -52,6 +53,16 @@ def transfer_results(loaded: set[str], failed: set[str]) -> Any:
     return base.KVConnectorTransferResults(finished_recving=loaded, failed_recving=failed)
 
 
+def make_known(name: str, module: str) -> None:
+    """Lets a MultiConnector find the connector by its name alone, as it does when statistics arrive
+    from another process."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    # Refused if the name is taken, so by who made the connector known already.
+    with contextlib.suppress(ValueError):
+        KVConnectorFactory.register_connector(name, module, name)
+
+
 def logger() -> logging.Logger:
     """A logger whose lines appear among vLLM's: only those below "vllm" have a handler."""
     return logging.getLogger("vllm.pegaflow")
@@ -78,13 +89,16 @@ def hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
     return int(resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1])
 
 
+def specs_of(spec: Any) -> list[Any]:
+    """The specifications of a group's layers: a group of one kind may have one for each layer."""
+    several = getattr(spec, "kv_cache_specs", None)
+    return list(several.values()) if isinstance(several, dict) and several else [spec]
+
+
 def kinds_of(spec: Any) -> list[str]:
     """The names of a cache specification's class and its bases; for a group of several
     specifications of one kind, those of the first."""
-    several = getattr(spec, "kv_cache_specs", None)
-    if isinstance(several, dict) and several:
-        spec = next(iter(several.values()))
-    return [kind.__name__ for kind in type(spec).__mro__]
+    return [kind.__name__ for kind in type(specs_of(spec)[0]).__mro__]
 
 
 def cache_groups(vllm_config: Any, kv_cache_config: Any) -> list[CacheGroup]:
@@ -125,15 +139,19 @@ def _block_tokens(vllm_config: Any, spec: Any) -> int:
     shards = int(getattr(parallel, "decode_context_parallel_size", 1) or 1)
     if int(getattr(parallel, "prefill_context_parallel_size", 1) or 1) > 1:
         raise LayoutError("prefill context parallelism is not supported")
-    return int(spec.block_size) * shards
+    # Before 0.30 or so all groups of attention are spread over the shards.
+    return int(spec.block_size) * (shards if getattr(spec, "dcp_sharded", True) else 1)
 
 
 def _window(index: int, spec: Any, block: int) -> int | None:
     """Blocks that a group needs before a boundary; None: all."""
     kinds = kinds_of(spec)
-    other = [kind for kind in kinds if kind in _OTHER_KINDS]
+    other = [kind for one in specs_of(spec) for kind in kinds_of(one) if kind in _OTHER_KINDS]
     if other:
         raise LayoutError(f"cache group {index} ({other[0]}) is not supported")
+    if not getattr(spec, "prefix_cacheable", True):
+        # Such as windows that vLLM fills anew after a hit, with less context than they had.
+        raise LayoutError(f"cache group {index} ({kinds[0]}) is none whose blocks vLLM uses again")
     if any(kind in kinds for kind in _WINDOW_KINDS):
         return window_blocks(int(spec.sliding_window), block)
     if any(kind in kinds for kind in _PREFIX_KINDS):
@@ -145,11 +163,12 @@ def _window(index: int, spec: Any, block: int) -> int | None:
 
 
 def is_replicated(vllm_config: Any, spec: Any) -> bool:
-    """All ranks hold the same bytes of this group."""
+    """All ranks hold the same bytes of this group: MLA in all its layers, those of a draft model
+    included."""
     parallel = vllm_config.parallel_config
     alone = ("pipeline_parallel_size", "decode_context_parallel_size")
     return (
-        any(kind in _MLA_KINDS for kind in kinds_of(spec))
+        all(any(kind in _MLA_KINDS for kind in kinds_of(one)) for one in specs_of(spec))
         and int(parallel.tensor_parallel_size) > 1
         and all(int(getattr(parallel, name, 1) or 1) == 1 for name in alone)
     )

@@ -144,6 +144,13 @@ class PegaKVConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         self._as_worker().start_saves(self._step())
 
+    def clear_connector_metadata(self) -> None:
+        # Older releases do not call `wait_for_save` in a step without tokens. Blocks that are held
+        # for a save that never begins would be held for ever.
+        if self._worker is not None and self.has_connector_metadata():
+            self._worker.start_saves(self._step())
+        super().clear_connector_metadata()
+
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, self._as_worker().results().loaded or None
 
@@ -243,3 +250,6 @@ class PegaKVConnector(KVConnectorBase_V1, SupportsHMA):
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, PegaMetadata)
         return metadata.step
+
+
+compat.make_known(PegaKVConnector.__name__, "pegaflow.connector")

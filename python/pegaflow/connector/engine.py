@@ -261,9 +261,10 @@ class WorkerEnd:
             self._ready().start_loads(step.loads, self._after())
 
     def start_saves(self, step: StepMeta) -> None:
-        """Begins the step's saves."""
-        if step.saves:
-            self._ready().start_saves(step.saves, self._after())
+        """Begins the step's saves, which are the step's no more: a second call begins nothing."""
+        saves, step.saves = step.saves, []
+        if saves:
+            self._ready().start_saves(saves, self._after())
 
     def results(self) -> Results:
         """What ended since the last call. Which blocks failed can be asked for once more, by

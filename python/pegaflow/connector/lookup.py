@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -26,6 +27,9 @@ from pegaflow.connector.stats import Counters
 
 #: How long the scheduler waits for an answer before it goes on with other requests.
 WAIT_MS = 5
+#: How long it waits in one step for all of them, so that no number of requests whose questions a
+#: daemon leaves open holds up those that are running.
+STEP_WAIT_MS = 10
 #: How long a miss is believed. Asking again costs a round trip.
 MISS_S = 0.2
 #: How soon blocks that are coming up from a slower tier are asked for again.
@@ -110,6 +114,9 @@ class Lookup:
         self._awaited: set[int] = set()
         #: Requests under way whose answers only `poll` takes.
         self._loose = 0
+        #: What a prompt is called once a question under its old key was given up.
+        self._new_keys = itertools.count(1 << 32)
+        self._waited_ms = 0.0
         self._refusals: set[Status] = set()
 
     def registration_of(self) -> Registration:
@@ -176,6 +183,10 @@ class Lookup:
 
     def poll(self) -> None:
         """Takes answers that nobody waits for: once per step."""
+        self._waited_ms = 0.0
+        self._take()
+
+    def _take(self) -> None:
         if not self._loose and not self._awaited:
             return
         for completion in self._client.poll():
@@ -197,10 +208,11 @@ class Lookup:
                 if group.number not in asked.requests and group.number not in asked.answers:
                     asked.requests[group.number] = self._submit(prompt, group, asked, hashes)
         except AgainError:
-            self.poll()
+            self._take()
             return self._later(prompt, asked, now)
         except StatusError as error:
             self._refused(error.status, str(error))
+            self._abandon(prompt)
             return self._miss(prompt, asked, now)
         for number, request in list(asked.requests.items()):
             completion = self._completion(request)
@@ -230,10 +242,14 @@ class Lookup:
         arrived = self._arrived.pop(request, None)
         if arrived is not None:
             return arrived
+        began = self._clock()
+        left = max(0, int(STEP_WAIT_MS - self._waited_ms))
         try:
-            return self._client.wait(request, WAIT_MS)
+            return self._client.wait(request, min(WAIT_MS, left))
         except TimeoutError:
             return None
+        finally:
+            self._waited_ms += (self._clock() - began) * 1000
 
     def _later(self, prompt: Prompt, asked: Asked, now: float) -> int | None:
         if now - asked.since < self._config.query_timeout_ms / 1000:
@@ -247,6 +263,9 @@ class Lookup:
         asked, prompt.asked = prompt.asked, None
         if asked is None:
             return
+        if asked.requests:
+            # The same key and hashes would get the lease of the late answer, which is given back.
+            prompt.key = next(self._new_keys)
         for request in asked.requests.values():
             self._awaited.discard(request)
             arrived = self._arrived.pop(request, None)
@@ -346,10 +365,13 @@ def loads_of(answer: Answer, blocks: Sequence[Sequence[int]], tokens: int) -> li
     """What to load for the first `tokens` of an answer into a request's blocks, by group of vLLM.
 
     The null block (0) stands at positions that vLLM does not need: they come first, and are left
-    out. Raises ValueError if vLLM has too few blocks.
+    out. Raises ValueError if vLLM has too few blocks, or takes less than was offered of a window,
+    whose blocks before the new end nobody has asked for.
     """
     loads = []
     for held in answer.held:
+        if tokens != answer.tokens and held.group.window_blocks is not None:
+            raise ValueError(f"{tokens} of {answer.tokens} tokens leave a window incomplete")
         end = min(held.end, (answer.computed + tokens) // held.group.block_tokens)
         own = blocks[held.group.index]
         if len(own) < end:

@@ -160,6 +160,8 @@ class Scheduler:
         """vLLM has given a request its blocks; the first `external` tokens beyond what it has are
         to be loaded into them."""
         tracked = self._track(request)
+        # Those of before a preemption are others' by now; these are its own once it is scheduled.
+        tracked.blocks = []
         lookup = self._lookup
         if lookup is None:
             return

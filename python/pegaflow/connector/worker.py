@@ -30,6 +30,8 @@ from pegaflow.connector.stats import Counters
 #: How long a worker that ends, or goes to sleep, waits for copies under way.
 SETTLE_S = 5.0
 
+_ASLEEP = "the KV cache's memory is gone while the engine sleeps"
+
 #: Reasons that the client says itself: the daemon is away, or about to be.
 _AWAY = (Status.DISCONNECTED, Status.NOT_READY, Status.DRAINING)
 
@@ -193,7 +195,9 @@ class Worker:
             self._waiting.append((request_id, part, after))
             return
         registration = self._registration
-        assert registration is not None
+        if registration is None:
+            self._load_failed(request_id, part.blocks, Status.NOT_READY, _ASLEEP)
+            return
         try:
             request = registration.load(
                 part.lease, part.blocks, first=part.first, group=part.group, after=after
@@ -210,7 +214,9 @@ class Worker:
             self._waiting.append((job, part, after))
             return
         registration = self._registration
-        assert registration is not None
+        if registration is None:
+            self._save_failed(job, len(part.blocks), Status.NOT_READY, _ASLEEP)
+            return
         try:
             request = registration.save(part.hashes, part.blocks, group=part.group, after=after)
         except AgainError:
