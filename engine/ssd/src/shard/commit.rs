@@ -2,18 +2,20 @@
 //!
 //! A commit takes two syncs: one that covers the pages, then, with their records in the tables, one
 //! that covers the tables. The second also covers the pages that ended in between, if they are due.
-//! One commit runs at a time; the openers of empty segments ride along.
+//! One commit runs at a time; the openers of empty segments ride along. It writes no more than
+//! [`CHUNKS_MAX`] chunks: records beyond are left to the next one, their pages are durable already.
 
 use std::time::{Duration, Instant};
 
 use super::table::Plan;
-use super::{Shard, Under};
+use super::{OWN_COMMANDS, Shard, Under};
 use crate::format::{CHUNK_BYTES, Chunk, Place, Record};
 use crate::mover::{Command, Done, Op};
 use crate::stats::ShardFault;
 
-/// The most chunks and openers under way.
+/// The most chunks and openers under way: with a sync fewer than the port takes.
 const CHUNKS_MAX: usize = 128;
+const _: () = assert!(CHUNKS_MAX < OWN_COMMANDS);
 
 /// A page whose record is not durable.
 #[derive(Clone, Copy, Debug)]
@@ -109,6 +111,7 @@ impl Commit {
         self.covered = std::mem::take(&mut self.pending);
         self.pending_bytes = 0;
         self.since = None;
+        self.flush = false;
         true
     }
 }
@@ -116,7 +119,7 @@ impl Commit {
 impl Shard {
     /// Makes everything written so far durable, as soon as can be.
     pub fn flush(&mut self, now: Instant) {
-        self.commit.flush = true;
+        self.commit.flush = self.commit.since.is_some();
         self.step(now);
     }
 
@@ -169,16 +172,25 @@ impl Shard {
             wanted
         });
         synced.sort_by_key(|page| page.segment);
-        for pages in synced.chunk_by(|a, b| a.segment == b.segment) {
-            let segment = pages[0].segment;
-            let records: Vec<Record> = pages.iter().map(|page| page.record).collect();
-            let plan = self.segments.table(segment).plan(&records);
+        let mut taken = 0;
+        while taken < synced.len() && count < CHUNKS_MAX {
+            let segment = synced[taken].segment;
+            let table = self.segments.table(segment);
+            let records: Vec<Record> = synced[taken..]
+                .iter()
+                .take_while(|page| page.segment == segment)
+                .take(table.room_in(CHUNKS_MAX - count))
+                .map(|page| page.record)
+                .collect();
+            let plan = table.plan(&records);
+            taken += records.len();
             for (slot, records) in &plan.chunks {
                 self.write_chunk(now, Under::Chunk, segment, *slot, records.clone());
                 count += 1;
             }
             self.commit.plans.push((segment, plan));
         }
+        self.commit.synced = synced.split_off(taken);
         self.commit.recorded = synced;
         while count < CHUNKS_MAX {
             let Some((segment, _)) = self.segments.next_opener() else {
@@ -293,7 +305,7 @@ impl Shard {
         for segment in std::mem::take(&mut self.commit.openers) {
             self.segments.opened(segment);
         }
-        self.commit.synced = std::mem::take(&mut self.commit.covered);
+        self.commit.synced.append(&mut self.commit.covered);
     }
 
     fn page_is_durable(&mut self, page: &Unsettled) {
@@ -313,7 +325,7 @@ impl Shard {
         self.commit.failed = false;
         self.commit.phase = Phase::Idle;
         self.commit.plans.clear();
-        self.commit.synced = std::mem::take(&mut self.commit.recorded);
+        self.commit.synced.append(&mut self.commit.recorded);
         for segment in std::mem::take(&mut self.commit.openers) {
             self.segments.opener_failed(segment);
         }

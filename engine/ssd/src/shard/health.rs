@@ -203,6 +203,11 @@ impl Health {
         self.refuses_reads(self.looked).is_none()
     }
 
+    /// Whether tables can be written, as of the last look.
+    pub fn can_commit(&self) -> bool {
+        !self.refuses_tables(self.looked)
+    }
+
     /// When to look again.
     pub fn deadline(&self, busy: bool) -> Option<Instant> {
         let retries = [&self.reads, &self.writes, &self.tables];

@@ -12,6 +12,8 @@ mod health;
 mod request;
 mod segments;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -185,7 +187,8 @@ impl Shard {
 
     /// When [`Shard::poll`] has something to do though nothing ended.
     pub fn deadline(&self) -> Option<Instant> {
-        let commit = self.commit.deadline();
+        // While no table can be written, health says when one may be tried again.
+        let commit = self.commit.deadline().filter(|_| self.health.can_commit());
         let health = self.health.deadline(self.is_busy());
         commit.into_iter().chain(health).min()
     }

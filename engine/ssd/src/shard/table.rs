@@ -42,6 +42,12 @@ impl TableWriter {
         }
     }
 
+    /// How many more records fit that many chunks.
+    pub fn room_in(&self, chunks: usize) -> usize {
+        let kept = self.tail.as_ref().map_or(0, |tail| tail.records.len());
+        (chunks * RECORDS_PER_CHUNK).saturating_sub(kept)
+    }
+
     /// Chooses chunks for `records` more records.
     pub fn plan(&self, records: &[Record]) -> Plan {
         let kept = self.tail.as_ref().map_or(&[][..], |tail| &tail.records);
