@@ -59,6 +59,11 @@ EOF
     install -m 755 "$work/lib/lib/libpegaflow.so.0" "$folder/"
     install -m 644 packaging/THIRD-PARTY.md "$folder/"
     packaging/third-party.sh --texts "$folder/licenses"
+    # zig's runtime for the compiler, and LLVM's unwinder in the place of libgcc_s.
+    local zig
+    zig=$(python -c 'import ziglang; print(ziglang.__path__[0])')
+    install -m 644 "$zig/LICENSE" "$folder/licenses/zig-compiler_rt-LICENSE"
+    install -m 644 "$zig/lib/libunwind/LICENSE.TXT" "$folder/licenses/llvm-libunwind-LICENSE"
     check "$folder"
 }
 
