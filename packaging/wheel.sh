@@ -68,7 +68,7 @@ EOF
 }
 
 contents() {
-    python -m zipfile --list "$1" | awk 'NR > 1 { print $1 }' | LC_ALL=C sort
+    python -m zipfile --list "$1" | awk 'NR > 1 && $1 !~ /\/$/ { print $1 }' | LC_ALL=C sort
 }
 
 # Nothing but the C library may be needed, and no version of it that is newer than promised.
