@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -10,8 +11,14 @@ from typing import Any
 
 import pytest
 
-from pegaflow.connector.engine import WorkerEnd
-from pegaflow.connector.meta import GroupSave, SaveJob, StepMeta
+from pegaflow.client import Status, StatusError
+from pegaflow.connector import compat
+from pegaflow.connector.config import ConnectorConfig, ConnectorMode
+from pegaflow.connector.engine import SchedulerEnd, WorkerEnd
+from pegaflow.connector.groups import CacheGroup
+from pegaflow.connector.layout import LayoutError
+from pegaflow.connector.meta import GroupSave, SaveJob, StepMeta, WorkerReport
+from pegaflow.connector.scheduler import Scheduler
 
 BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 METRICS = "vllm.distributed.kv_transfer.kv_connector.v1.metrics"
@@ -130,3 +137,44 @@ def test_a_multiconnector_finds_the_connector_by_its_name(adapter: Any) -> None:
     # Made known by somebody else before: that stays.
     adapter.compat.make_known("PegaKVConnector", "another")
     assert Factory.known == {"PegaKVConnector": ("pegaflow.connector", "PegaKVConnector")}
+
+
+@pytest.mark.parametrize(
+    ("groups", "by_request"),
+    [
+        ([CacheGroup(0, 0, 16, 1)], False),
+        ([CacheGroup(0, 0, 16, 1, sliding=True)], True),
+        ([CacheGroup(0, 0, 16, 1), CacheGroup(1, 1, 16, 1, 4, sliding=True)], True),
+    ],
+)
+def test_failed_loads_are_told_by_request_where_blocks_do_not_say_enough(
+    monkeypatch: pytest.MonkeyPatch, groups: list[CacheGroup], by_request: bool
+) -> None:
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace())
+    monkeypatch.setattr(compat, "cache_groups", lambda *_: groups)
+    monkeypatch.setattr(compat, "HAS_TRANSFER_RESULTS", True)
+    end = WorkerEnd(ConnectorConfig(), vllm_config, None)
+    end._failed_blocks = {3, 4}
+    assert end.names_failed_requests == by_request
+    assert end.failed_blocks() == (set() if by_request else {3, 4})
+    assert not end.failed_blocks()
+    # A vLLM that cannot be told is refused at start, unless nothing is loaded.
+    monkeypatch.setattr(compat, "HAS_TRANSFER_RESULTS", False)
+    WorkerEnd(ConnectorConfig(mode=ConnectorMode.SAVE_ONLY), vllm_config, None)
+    if by_request:
+        with pytest.raises(LayoutError, match="cannot be told"):
+            WorkerEnd(ConnectorConfig(), vllm_config, None)
+
+
+def test_a_scheduler_that_cannot_register_between_steps_lets_the_engine_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(_end: SchedulerEnd, _namespaces: object) -> None:
+        raise StatusError(Status.TIMEOUT, "no answer")
+
+    monkeypatch.setattr(SchedulerEnd, "handshake", refused)
+    end = SchedulerEnd.__new__(SchedulerEnd)
+    end._logger = logging.getLogger("pegaflow.test")
+    end._scheduler = Scheduler(ConnectorConfig(), [CacheGroup(0, 0, 16, 1)], 1, end._logger)
+    end.report(WorkerReport(namespaces=[{}]))
+    assert end._scheduler.matched(object(), 0) == (0, False)  # type: ignore[arg-type]

@@ -73,7 +73,19 @@ def test_full_attention_is_the_daemons_group_0_wherever_it_stands() -> None:
 @pytest.mark.usefixtures("hash_tokens")
 def test_a_model_of_one_window_group_is_asked_for_its_prefix() -> None:
     (group,) = compat.cache_groups(parallel(), config(SlidingWindowSpec(16, sliding_window=64)))
-    assert (group.number, group.window_blocks) == (0, None)
+    assert (group.number, group.window_blocks, group.sliding) == (0, None, True)
+
+
+@pytest.mark.usefixtures("hash_tokens")
+def test_a_window_reaches_as_far_back_as_a_draft_model_may() -> None:
+    groups = compat.cache_groups(
+        parallel(),
+        config(
+            FullAttentionSpec(16), SlidingWindowSpec(16, sliding_window=65, extra_retained_tokens=1)
+        ),
+    )
+    assert [group.window_blocks for group in groups] == [None, 5]
+    assert [group.sliding for group in groups] == [False, True]
 
 
 @pytest.mark.usefixtures("hash_tokens")

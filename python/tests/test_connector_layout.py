@@ -137,6 +137,17 @@ def test_arrangements_of_the_same_sizes_have_different_fingerprints() -> None:
     assert again.fingerprint == prints["NHD"]
 
 
+def test_stages_of_a_pipeline_with_different_numbers_of_layers_describe_themselves_alike() -> None:
+    layers = [
+        Layer(f"layer {at}", tensor((BLOCKS, 4, 3), address=4096 * (at + 1))) for at in range(3)
+    ]
+    one, other = group_layout(layers[:1], BLOCKS), group_layout(layers[1:], BLOCKS)
+    assert one.fingerprint != other.fingerprint
+    assert one.of_any_stage == other.of_any_stage
+    turned = group_layout([Layer("turned", tensor((BLOCKS, 4, 3), (0, 2, 1)))], BLOCKS)
+    assert turned.of_any_stage != one.of_any_stage
+
+
 @pytest.mark.parametrize(
     ("layers", "why"),
     [

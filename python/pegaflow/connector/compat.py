@@ -129,7 +129,9 @@ def cache_groups(vllm_config: Any, kv_cache_config: Any) -> list[CacheGroup]:
             own, number = number, number + 1
         # Group 0 is asked for a prefix: it cannot do with its last blocks alone.
         groups.append(
-            CacheGroup(index, own, block, block // tokens, None if own == 0 else window)
+            CacheGroup(
+                index, own, block, block // tokens, None if own == 0 else window, window is not None
+            )
         )
     return groups
 
@@ -153,7 +155,9 @@ def _window(index: int, spec: Any, block: int) -> int | None:
         # Such as windows that vLLM fills anew after a hit, with less context than they had.
         raise LayoutError(f"cache group {index} ({kinds[0]}) is none whose blocks vLLM uses again")
     if any(kind in kinds for kind in _WINDOW_KINDS):
-        return window_blocks(int(spec.sliding_window), block)
+        # Some draft models need more than the window.
+        more = int(getattr(spec, "extra_retained_tokens", 0))
+        return window_blocks(int(spec.sliding_window) + more, block)
     if any(kind in kinds for kind in _PREFIX_KINDS):
         return None
     raise LayoutError(

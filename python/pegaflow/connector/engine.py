@@ -72,12 +72,16 @@ class SchedulerEnd:
         if any(other != first for other in namespaces[1:]):
             raise RuntimeError(f"ranks of one engine differ in their namespace: {namespaces}")
         client = connect(self._config, f"vllm scheduler {os.getpid()}", self._logger)
-        registration = client.register_scheduler(
-            self._instance,
-            from_wire(first),
-            world_size=self._world_size,
-            mode=_mode(self._config),
-        )
+        try:
+            registration = client.register_scheduler(
+                self._instance,
+                from_wire(first),
+                world_size=self._world_size,
+                mode=_mode(self._config),
+            )
+        except StatusError:
+            client.close()
+            raise
         self._client = client
         self._watch = Watch(client)
         self._scheduler.attach(
@@ -115,7 +119,11 @@ class SchedulerEnd:
         """What the workers say; in their first report, where no handshake brought it, also the
         namespace."""
         if report.namespaces:
-            self.handshake(report.namespaces)
+            try:
+                self.handshake(report.namespaces)
+            except StatusError as error:
+                # The engine is at work by now, and can do without.
+                self._logger.error("nothing is looked up until the next start: %s", error)
         self._scheduler.report(report)
 
     def finished(self, request: Any) -> None:
@@ -168,10 +176,13 @@ class WorkerEnd:
                 "sleep mode is not supported with this vLLM, which does not tell connectors that"
                 " the KV cache's memory goes: use 0.33 or later"
             )
-        if config.mode.loads and len(self._groups) > 1 and not compat.HAS_TRANSFER_RESULTS:
+        # Numbers of blocks say nothing of several groups. And a window cannot be computed from a
+        # block in its middle on: what it needs before was never loaded.
+        self.names_failed_requests = len(self._groups) > 1 or self._groups[0].sliding
+        if config.mode.loads and self.names_failed_requests and not compat.HAS_TRANSFER_RESULTS:
             raise LayoutError(
-                "this vLLM cannot be told that the load of a request with several cache groups"
-                " failed: use a newer one, or pegaflow.mode=save_only"
+                "this vLLM cannot be told that the load of a request with several cache groups, or"
+                " with sliding windows, failed: use a newer one, or pegaflow.mode=save_only"
             )
         self._worker: Worker | None = None
         self._device = "cpu"
@@ -202,8 +213,11 @@ class WorkerEnd:
             replicated = compat.is_replicated(self._vllm_config, spec)
             groups.append(to_group(layout, number, blocks, replicated=replicated))
             texts.append(f"{compat.kinds_of(spec)[0]}:{spec.block_size}")
+        # All ranks have one namespace; what each has of the layers, the daemon sees by their sizes.
+        staged = int(self._vllm_config.parallel_config.pipeline_parallel_size) > 1
         layout_text = "|".join(
-            layout.fingerprint for _, _, layout in sorted(described, key=lambda one: one[0])
+            layout.of_any_stage if staged else layout.fingerprint
+            for _, _, layout in sorted(described, key=lambda one: one[0])
         )
         namespace = namespace_of(
             self._config,
@@ -274,15 +288,9 @@ class WorkerEnd:
         return results
 
     def failed_blocks(self) -> set[int]:
-        """Blocks that failed loads left without bytes. Numbers of several groups say nothing to
-        vLLM: there, `results` names the requests."""
+        """Blocks that failed loads left without bytes; none where `results` names the requests."""
         failed, self._failed_blocks = self._failed_blocks, set()
-        return failed if len(self._groups) == 1 else set()
-
-    @property
-    def names_failed_requests(self) -> bool:
-        """Failed loads are told by request, not by block."""
-        return len(self._groups) > 1
+        return set() if self.names_failed_requests else failed
 
     def report(self) -> WorkerReport | None:
         """What the scheduler has to know."""

@@ -20,6 +20,8 @@ class CacheGroup:
     hashes_per_block: int
     #: Blocks that a token needs before its own: None is all, else the last so many.
     window_blocks: int | None = None
+    #: vLLM leaves out blocks before a window, also where `window_blocks` is None.
+    sliding: bool = False
 
     def names(self, hashes: Sequence[bytes], first: int, last: int) -> Sequence[bytes]:
         """The names of blocks `first` to `last - 1`. A hash of vLLM contains its predecessors, so

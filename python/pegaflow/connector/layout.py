@@ -34,6 +34,8 @@ class GroupLayout:
 
     segments: list[Segment]
     fingerprint: str
+    #: The same without the number of layers, in which stages of a pipeline differ.
+    of_any_stage: str
 
 
 def _logical(layer: Layer, num_blocks: int) -> tuple[Strided, int, int]:
@@ -92,7 +94,7 @@ def group_layout(layers: Sequence[Layer], num_blocks: int) -> GroupLayout:
             for part in parts
         ]
         orders.append(f"{view.itemsize}x{_order(view, block_dim)}/{ratio}")
-    return GroupLayout(_joined(segments), _shortened(orders))
+    return GroupLayout(_joined(segments), _shortened(orders), ",".join(sorted(set(orders))))
 
 
 def _joined(segments: list[Segment]) -> list[Segment]:
