@@ -22,6 +22,9 @@ mod slab;
 mod stats;
 mod tier;
 
+#[cfg(test)]
+mod simulated;
+
 pub use block::{BlockInfo, BlockKey, PageRef};
 pub use error::OpenError;
 pub use memory::PoolMemory;

@@ -137,3 +137,30 @@ pub(crate) fn aligned(bytes: usize) -> Area {
         _keep_alive: Arc::new(Aligned { base, layout }),
     }
 }
+
+#[cfg(test)]
+impl Area {
+    /// Puts content at `offset`, which no request names.
+    pub fn fill(&self, offset: u64, content: &[u8]) {
+        let target = self.at(offset, content.len() as u64);
+        // SAFETY: in the area (checked by `at`); the content lies elsewhere.
+        unsafe {
+            target
+                .as_ptr()
+                .copy_from_nonoverlapping(content.as_ptr(), content.len());
+        }
+    }
+
+    /// What is at `offset`, which no request names.
+    pub fn content(&self, offset: u64, bytes: u32) -> Vec<u8> {
+        // SAFETY: nobody writes meanwhile.
+        unsafe { self.bytes_at(offset, bytes) }.to_vec()
+    }
+}
+
+#[cfg(test)]
+impl From<Area> for PoolMemory {
+    fn from(area: Area) -> Self {
+        Self { area }
+    }
+}

@@ -151,9 +151,14 @@ impl<E: Engine> Mover<E> {
         }
     }
 
-    /// The engine's name.
+    /// The engine.
     pub fn engine(&self) -> &E {
         &self.engine
+    }
+
+    #[cfg(test)]
+    pub fn engine_mut(&mut self) -> &mut E {
+        &mut self.engine
     }
 
     /// Whether nothing is waiting or at the engine.

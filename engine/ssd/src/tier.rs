@@ -280,6 +280,13 @@ impl Tier {
         self.shards.iter().map(Shard::stats).collect()
     }
 
+    /// Whether a block that is there would survive a power loss.
+    #[cfg(test)]
+    pub(crate) fn is_durable(&self, key: &BlockKey) -> bool {
+        let at = self.index.get(key);
+        at.is_some_and(|&(shard, block)| self.shards[usize::from(shard)].is_durable(block))
+    }
+
     /// Starts to make durable what was written, without waiting for the interval.
     pub fn flush(&mut self, now: Instant) {
         for shard in &mut self.shards {

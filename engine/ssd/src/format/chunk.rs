@@ -88,7 +88,7 @@ impl Chunk {
         geometry: &Geometry,
     ) -> Result<Self, ChunkError> {
         let bytes: &[u8; CHUNK_BYTES] = bytes.try_into().map_err(|_| ChunkError::Damaged)?;
-        if bytes.iter().all(|&byte| byte == 0) {
+        if *bytes == [0; CHUNK_BYTES] {
             return Err(ChunkError::Blank);
         }
         let mut header: Header = bytemuck::pod_read_unaligned(&bytes[..64]);

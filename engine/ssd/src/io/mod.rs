@@ -4,6 +4,10 @@
 //! `pwrite`. Both pass the same suite (`conformance.rs`). An engine belongs to one thread, its
 //! [`Bell`] to everybody.
 
+#[cfg(test)]
+mod conformance;
+#[cfg(test)]
+pub(crate) mod disk;
 mod threads;
 mod uring;
 

@@ -227,6 +227,12 @@ impl Shard {
         (block.state == BlockState::Live).then_some(&block.pages[..])
     }
 
+    /// Whether a block's records are durable.
+    #[cfg(test)]
+    pub fn is_durable(&self, block: u32) -> bool {
+        self.live(block).is_some() && self.blocks.get(block).is_some_and(|b| b.uncommitted == 0)
+    }
+
     /// Notes a use of a block.
     pub fn touch(&mut self, block: u32) {
         if let Some(block) = self.blocks.get(block) {

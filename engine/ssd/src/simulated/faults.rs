@@ -1,0 +1,1 @@
+//! Drives that fail, hang and come back.
