@@ -65,6 +65,9 @@ pub enum ToolError {
         /// Its answer.
         source: pegaflow::Error,
     },
+    /// An SSD shard cannot be used.
+    #[error(transparent)]
+    Ssd(#[from] pegaflow_ssd::OpenError),
     /// A daemon of our own did not start or did not last.
     #[error("{message}\n--- last lines of the daemon's log ({}) ---\n{log}", log_path.display())]
     Daemon {

@@ -8,6 +8,9 @@ mod block;
 mod error;
 mod file;
 mod format;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+mod inspect;
 mod io;
 mod limiter;
 mod memory;
@@ -27,6 +30,7 @@ mod simulated;
 
 pub use block::{BlockInfo, BlockKey, PageRef};
 pub use error::OpenError;
+pub use inspect::{BadPage, ShardFill, ShardLayout, ShardView, Verified};
 pub use memory::PoolMemory;
 pub use options::{IoChoice, Options, ShardSpec};
 pub use outcome::{Completion, Outcome, Refused};

@@ -50,6 +50,16 @@ impl PoolMemory {
         }
     }
 
+    /// Memory with that content, at a page's boundary, for programs that have no pool.
+    ///
+    /// # Panics
+    /// If there is no content.
+    pub fn with_content(content: &[u8]) -> Self {
+        let area = aligned(content.len());
+        area.fill(0, content);
+        Self { area }
+    }
+
     /// The size in bytes.
     pub fn bytes(&self) -> u64 {
         self.area.bytes
@@ -74,6 +84,17 @@ impl Area {
         assert!(bytes <= self.bytes && offset <= self.bytes - bytes);
         // SAFETY: the sum lies in the area, which is one mapping.
         unsafe { self.base.add(offset as usize) }
+    }
+
+    /// Puts content at `offset`, which no request names.
+    pub fn fill(&self, offset: u64, content: &[u8]) {
+        let target = self.at(offset, content.len() as u64);
+        // SAFETY: in the area (checked by `at`); the content lies elsewhere.
+        unsafe {
+            target
+                .as_ptr()
+                .copy_from_nonoverlapping(content.as_ptr(), content.len());
+        }
     }
 
     /// The bytes at `offset`, to be hashed.
@@ -140,17 +161,6 @@ pub(crate) fn aligned(bytes: usize) -> Area {
 
 #[cfg(test)]
 impl Area {
-    /// Puts content at `offset`, which no request names.
-    pub fn fill(&self, offset: u64, content: &[u8]) {
-        let target = self.at(offset, content.len() as u64);
-        // SAFETY: in the area (checked by `at`); the content lies elsewhere.
-        unsafe {
-            target
-                .as_ptr()
-                .copy_from_nonoverlapping(content.as_ptr(), content.len());
-        }
-    }
-
     /// What is at `offset`, which no request names.
     pub fn content(&self, offset: u64, bytes: u32) -> Vec<u8> {
         // SAFETY: nobody writes meanwhile.

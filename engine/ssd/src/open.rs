@@ -323,12 +323,13 @@ fn start(
     };
     let commands = (options.max_pending as usize).max(Options::MAX_PAGES) + OWN_COMMANDS;
     let name = format!("ssd-{index}");
+    let lock = Arc::clone(&file.plain);
     let port: Box<dyn Port> = match uring {
         Ok((engine, shortfall)) => {
             report.notes.extend(shortfall);
             report.io = engine.name();
             let mover = Mover::new(engine, pool.area(), bounce, alignment);
-            let port = ThreadPort::start(name, mover, commands, Arc::clone(wake));
+            let port = ThreadPort::start(name, mover, lock, commands, Arc::clone(wake));
             Box::new(port.map_err(failed("start of a thread"))?)
         }
         Err(Some(source)) if options.io == IoChoice::Uring => {
@@ -346,7 +347,7 @@ fn start(
             let engine = Threads::new(pages, depth, areas).map_err(failed("start of a thread"))?;
             report.io = engine.name();
             let mover = Mover::new(engine, pool.area(), bounce, alignment);
-            let port = ThreadPort::start(name, mover, commands, Arc::clone(wake));
+            let port = ThreadPort::start(name, mover, lock, commands, Arc::clone(wake));
             Box::new(port.map_err(failed("start of a thread"))?)
         }
     };

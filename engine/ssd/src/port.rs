@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -49,10 +50,11 @@ pub(crate) struct ThreadPort {
 
 impl ThreadPort {
     /// Starts the thread. At most `commands` commands are under way at any time; `wake` is called
-    /// behind each batch of ends.
+    /// behind each batch of ends. The thread keeps `lock` as long as it may touch the shard.
     pub fn start<E: Engine + 'static>(
         name: String,
         mover: Mover<E>,
+        lock: Arc<File>,
         commands: usize,
         wake: Arc<dyn Fn() + Send + Sync>,
     ) -> io::Result<Self> {
@@ -64,9 +66,10 @@ impl ThreadPort {
         });
         let bell = mover.engine().bell();
         let theirs = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name(name)
-            .spawn(move || run(&theirs, mover, &*wake))?;
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            run(&theirs, mover, &*wake);
+            drop(lock);
+        })?;
         Ok(Self {
             shared,
             bell,

@@ -12,6 +12,7 @@ pub mod restart;
 pub mod rings;
 pub mod rings_table;
 pub mod save;
+pub mod ssd;
 
 use std::num::NonZero;
 use std::path::Path;
@@ -44,6 +45,8 @@ pub enum BenchCommand {
     Gpu(gpu::GpuArgs),
     /// Restart of a killed daemon over its full pool, until the first query is a hit
     Restart(RestartArgs),
+    /// Pages to and from an SSD shard, against fio over the same file in the same run (needs fio)
+    Ssd(ssd::SsdArgs),
 }
 
 /// Flags of `bench rings`.
@@ -143,6 +146,7 @@ pub fn bench(
         BenchCommand::Save(args) => save::command(args, socket, place, as_json),
         BenchCommand::Gpu(args) => gpu::command(args, socket, place, as_json),
         BenchCommand::Restart(args) => restart::command(args, socket, place, as_json),
+        BenchCommand::Ssd(args) => ssd::command(args, as_json),
     }
 }
 

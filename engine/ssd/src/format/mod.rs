@@ -19,6 +19,9 @@ mod geometry;
 mod record;
 mod superblock;
 
+#[cfg(test)]
+mod tests;
+
 pub(crate) use chunk::{Chunk, ChunkError, RECORDS_PER_CHUNK};
 pub(crate) use geometry::{ALIGNMENT, Geometry, align_up};
 pub(crate) use record::{Place, Record};

@@ -16,9 +16,11 @@ const SLOT: u64 = 16384;
 /// Only a test that fails waits for it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+type Make = fn(Arc<File>, Area) -> Box<dyn Engine>;
+
 /// Runs a test over an engine of each kind, over a file of `bytes` zeroes.
 fn for_each_engine(bytes: u64, test: impl Fn(&mut dyn Engine, &Area, &File)) {
-    let makers: [(&str, fn(Arc<File>, Area) -> Box<dyn Engine>); 4] = [
+    let makers: [(&str, Make); 4] = [
         ("io_uring", |file, area| {
             let engine = Uring::new(file, DEPTH, None, vec![area]).expect("io_uring is allowed");
             Box::new(engine.0)

@@ -8,8 +8,13 @@ use crate::block::{BlockKey, PageRef};
 use crate::io::disk::{Dice, lock};
 use crate::outcome::{Outcome, Refused};
 
-/// Power losses per run of the test; `PEGAFLOW_SSD_POWER_LOSSES` asks for another number.
-const LOSSES: u64 = 10_000;
+/// Power losses per run of the test; `PEGAFLOW_SSD_POWER_LOSSES` asks for another number. Without
+/// optimization they take long.
+const LOSSES: u64 = if cfg!(debug_assertions) {
+    1_000
+} else {
+    10_000
+};
 /// How often one tier loses power before the next begins.
 const LIVES: u64 = 10;
 const BLOCKS: u64 = 48;
