@@ -85,7 +85,8 @@ impl Port for ThreadPort {
         // SYNC: ssd-wait. Either the thread sees the command before it waits, or we see that it
         // waits.
         fence(Ordering::SeqCst);
-        if self.shared.waits.load(Ordering::Relaxed) {
+        if self.shared.waits.swap(false, Ordering::Relaxed) {
+            // Once is enough, however many commands follow.
             self.bell.ring();
         }
     }

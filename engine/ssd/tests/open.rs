@@ -111,9 +111,7 @@ fn a_shard_of_another_node_version_or_set_is_refused_and_a_copy_too() {
     let error = refused(&place, &b, both());
     assert!(matches!(error, OpenError::SameShard { .. }), "{error}");
     let mut bytes = fs::read(&a).expect("read");
-    for version in [&mut bytes[8..12]] {
-        version.copy_from_slice(&99u32.to_le_bytes());
-    }
+    bytes[8..12].copy_from_slice(&99u32.to_le_bytes());
     bytes[4096..8192].fill(0);
     fs::write(&b, &bytes).expect("written");
     let error = refused(&place, &b, options(IoChoice::Auto, &[(&b, 16 * MIB)]));
