@@ -155,7 +155,7 @@ fn run_and_kill(folder: &Path, io: &str, first: u64, kill: u64) -> Option<u64> {
     child.wait().expect("waited for");
     let mut rest = String::new();
     output.read_to_string(&mut rest).expect("reads");
-    rest.lines().filter_map(durable).last().or(last)
+    rest.lines().filter_map(durable).next_back().or(last)
 }
 
 fn durable(line: &str) -> Option<u64> {
