@@ -69,15 +69,24 @@ def build(root: Path) -> Path:
     environment = {**os.environ, "CARGO_TARGET_DIR": str(target), "STRIP": "1"}
     subprocess.run(
         [
-            "cargo", "build", "--release", "--locked", "--config", "profile.release.strip=true",
+            "cargo",
+            "build",
+            "--release",
+            "--locked",
+            "--config",
+            "profile.release.strip=true",
             *(word for name in PROGRAMS for word in ("--bin", name)),
         ],
-        cwd=workspace, env=environment, check=True,
+        cwd=workspace,
+        env=environment,
+        check=True,
     )
     native = target / "native"
     subprocess.run(
         [workspace / "client-c" / "build-so.sh"],
-        cwd=workspace, env={**environment, "DIST": str(target / "native-dist")}, check=True,
+        cwd=workspace,
+        env={**environment, "DIST": str(target / "native-dist")},
+        check=True,
     )
     shutil.rmtree(native, ignore_errors=True)
     native.mkdir()

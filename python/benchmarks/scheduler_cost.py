@@ -58,10 +58,20 @@ def daemon(blocks: int) -> Iterator[Options]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [
-                program, "--node", node, "--socket", socket, "--http", "off",
-                "--pool-size", str(pool), "--extent-size", "4MiB",
+                program,
+                "--node",
+                node,
+                "--socket",
+                socket,
+                "--http",
+                "off",
+                "--pool-size",
+                str(pool),
+                "--extent-size",
+                "4MiB",
             ],
-            stdout=log, stderr=log,
+            stdout=log,
+            stderr=log,
         )
     try:
         while not socket.exists():
@@ -131,7 +141,15 @@ class Cost:
                 key = next(self.keys)
                 start = time.perf_counter_ns()
                 library.pega_query(
-                    handle, self.worker.id, 0, key, self.packed, len(self.hashes), 0, None, 0,
+                    handle,
+                    self.worker.id,
+                    0,
+                    key,
+                    self.packed,
+                    len(self.hashes),
+                    0,
+                    None,
+                    0,
                     ctypes.byref(request),
                 )
                 library.pega_wait(handle, request.value, BOUND_MS, ctypes.byref(done))
@@ -170,16 +188,14 @@ def connector(cost: Cost, samples: int) -> tuple[float, float, int]:
     logger = logging.getLogger("pegaflow.cost")
     config, groups = ConnectorConfig(), [CacheGroup(0, 0, BLOCK_TOKENS, 1)]
     scheduler = Scheduler(config, groups, 1, logger)
-    scheduler.attach(
-        Lookup(cost.client, cost.worker, groups, config, scheduler.counters, logger)
-    )
+    scheduler.attach(Lookup(cost.client, cost.worker, groups, config, scheduler.counters, logger))
     tokens = BLOCK_TOKENS * len(cost.hashes)
     first: list[int] = []
     repeat: list[int] = []
     later = 0
     while len(first) < samples:
         if later > 10 * samples:
-            raise SystemExit(f"{later} questions were answered with \"ask again\": too busy")
+            raise SystemExit(f'{later} questions were answered with "ask again": too busy')
         # vLLM asks about prompts of which at least one token is left to compute.
         request = Request(f"request-{next(cost.keys)}", cost.hashes, tokens + 1)
         for times in (first, *[repeat] * 5):
@@ -236,8 +252,10 @@ def main() -> None:
     print(f"  packed   {packed:9.1f}   one buffer, a new key")
     print(f"  again    {again:9.1f}   one buffer, the same key: the same lease")
     print(f"  probe    {probe:9.1f}   one buffer")
-    print(f"  connector{matched:9.1f}   get_num_new_matched_tokens, a new request"
-          + (f" ({later} asked again)" if later else ""))
+    print(
+        f"  connector{matched:9.1f}   get_num_new_matched_tokens, a new request"
+        + (f" ({later} asked again)" if later else "")
+    )
     print(f"  repeat   {repeat:9.1f}   the same request again")
     print(f"  copy     {copy:9.1f}   {32 * blocks} bytes, for comparison")
 

@@ -64,11 +64,23 @@ class Daemon:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    binaries() / "pegaflowd", "--node", self.node, "--socket", self.socket,
-                    "--pool-size", "64MiB", "--extent-size", "4MiB", "--http", "off",
+                    binaries() / "pegaflowd",
+                    "--node",
+                    self.node,
+                    "--socket",
+                    self.socket,
+                    "--pool-size",
+                    "64MiB",
+                    "--extent-size",
+                    "4MiB",
+                    "--http",
+                    "off",
                     *self.arguments,
                 ],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=kept,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=kept,
             )
         eventually(self._answers, f"pegaflowd serves; its log is {self.log}")
 
@@ -114,7 +126,8 @@ class Daemon:
         """How many leases live."""
         told = subprocess.run(
             [binaries() / "pegactl", "--node", self.node, "--json", "status"],
-            check=True, capture_output=True,
+            check=True,
+            capture_output=True,
         )
         return int(json.loads(told.stdout)["leases"])
 
@@ -149,9 +162,9 @@ class Daemon:
 NAMESPACE = Namespace(block_tokens=16, model="test", dtype="float16", hash_algorithm="test")
 
 
-def worker(client: Client, blocks: int = 16, block_bytes: int = 4096) -> tuple[
-    Registration, memoryview
-]:
+def worker(
+    client: Client, blocks: int = 16, block_bytes: int = 4096
+) -> tuple[Registration, memoryview]:
     """A registered single rank with its memory, one segment."""
     memory = client.alloc_host(blocks * block_bytes)
     view = memory.view()

@@ -48,9 +48,7 @@ def test_every_function_of_the_header_is_bound_and_used_or_left_out_with_a_reaso
     declared = set(re.findall(r"\b(pega_\w+)\(", header()))
     assert declared == set(_abi.PROTOTYPES)
     folder = Path(_abi.__file__).parent
-    sources = "".join(
-        path.read_text() for path in folder.glob("*.py") if path.name != "_abi.py"
-    )
+    sources = "".join(path.read_text() for path in folder.glob("*.py") if path.name != "_abi.py")
     used = set(re.findall(r"\.(pega_\w+)\(", sources)) | {"pega_abi_version"}
     used -= {struct.__name__ for struct in _abi.STRUCTS}
     assert declared == used | set(_abi.LEFT_OUT)
@@ -64,8 +62,12 @@ def test_every_exported_symbol_is_bound() -> None:
 
 
 C_TYPES = {
-    "uint8_t": ctypes.c_uint8, "uint16_t": ctypes.c_uint16, "uint32_t": ctypes.c_uint32,
-    "uint64_t": ctypes.c_uint64, "int32_t": ctypes.c_int32, "int": ctypes.c_int,
+    "uint8_t": ctypes.c_uint8,
+    "uint16_t": ctypes.c_uint16,
+    "uint32_t": ctypes.c_uint32,
+    "uint64_t": ctypes.c_uint64,
+    "int32_t": ctypes.c_int32,
+    "int": ctypes.c_int,
     "size_t": ctypes.c_size_t,
 }
 

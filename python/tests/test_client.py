@@ -202,7 +202,9 @@ def test_what_the_daemon_says_is_an_exception_of_its_own(client: Client) -> None
     assert isinstance(caught.value, ValueError)
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (type(copy), copy.status, str(copy)) == (
-        BlockOutOfRangeError, caught.value.status, str(caught.value),
+        BlockOutOfRangeError,
+        caught.value.status,
+        str(caught.value),
     )
     client.wait(registration.save(hashes(1), [0]), SOON_MS).check()
     lease = client.wait(registration.query(1, hashes(1)), SOON_MS).check().lease
@@ -350,7 +352,9 @@ def test_a_client_outlives_its_daemon(daemon: Daemon) -> None:
     lines: list[tuple[LogLevel, str]] = []
     options = daemon.options()
     with connect(
-        node=options.node, socket=options.socket, client_name="outliver",
+        node=options.node,
+        socket=options.socket,
+        client_name="outliver",
         log=lambda level, line: lines.append((level, line)),
     ) as client:
         registration, view = worker(client)
@@ -436,7 +440,9 @@ def test_the_daemon_is_started_on_demand(daemon: Daemon) -> None:
     options = daemon.options()
     with pytest.raises(NoDaemonError):
         connect(
-            node=options.node, socket=options.socket, autostart=True,
+            node=options.node,
+            socket=options.socket,
+            autostart=True,
             daemon=str(daemon.folder / "no-such-program"),
         )
     environment = {**os.environ, "PEGAFLOW_POOL_SIZE": "16MiB", "PEGAFLOW_HTTP": "off"}
@@ -448,10 +454,16 @@ def test_the_daemon_is_started_on_demand(daemon: Daemon) -> None:
     )
     subprocess.run(
         [
-            sys.executable, "-c", code, daemon.node, str(daemon.socket),
+            sys.executable,
+            "-c",
+            code,
+            daemon.node,
+            str(daemon.socket),
             str(binaries() / "pegaflowd"),
         ],
-        check=True, env=environment, cwd=Path(__file__).parent.parent,
+        check=True,
+        env=environment,
+        cwd=Path(__file__).parent.parent,
     )
     with daemon.client() as client:
         client.wait(client.nop(), SOON_MS).check()
@@ -483,10 +495,17 @@ def test_a_closed_client_answers_with_an_error(daemon: Daemon) -> None:
     assert client.closed
     assert client.state == State.CLOSED
     for call in (
-        client.stats, client.limits, client.nop, client.poll, client.fileno,
-        lambda: client.wait(1, 0), lambda: client.alloc_host(1),
-        lambda: registration.probe(hashes(1)), lambda: registration.save(hashes(1), [0]),
-        lambda: registration.query(1, hashes(1), group=1), lambda: memory.address,
+        client.stats,
+        client.limits,
+        client.nop,
+        client.poll,
+        client.fileno,
+        lambda: client.wait(1, 0),
+        lambda: client.alloc_host(1),
+        lambda: registration.probe(hashes(1)),
+        lambda: registration.save(hashes(1), [0]),
+        lambda: registration.query(1, hashes(1), group=1),
+        lambda: memory.address,
     ):
         with pytest.raises(ClosedError):
             call()
@@ -597,7 +616,8 @@ def test_a_forked_child_is_refused_and_leaves_the_parents_session(daemon: Daemon
     )
     subprocess.run(
         [sys.executable, "-c", code, daemon.node, str(daemon.socket)],
-        check=True, cwd=Path(__file__).parent.parent,
+        check=True,
+        cwd=Path(__file__).parent.parent,
     )
 
 
@@ -612,9 +632,16 @@ def test_a_process_ends_well_while_the_library_logs(daemon: Daemon) -> None:
     assert daemon.process is not None
     subprocess.run(
         [
-            sys.executable, "-c", code, daemon.node, str(daemon.socket), str(daemon.process.pid),
+            sys.executable,
+            "-c",
+            code,
+            daemon.node,
+            str(daemon.socket),
+            str(daemon.process.pid),
         ],
-        check=True, cwd=Path(__file__).parent.parent, timeout=SOON_MS / 1000,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+        timeout=SOON_MS / 1000,
     )
 
 

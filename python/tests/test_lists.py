@@ -18,8 +18,11 @@ from .support import hashes
 def content(words: Words, item_bytes: int) -> bytes:
     address = words.address
     if not isinstance(address, int):
-        address = ctypes.c_void_p.from_buffer_copy(ctypes.c_char_p(words.address)).value \
-            if isinstance(address, bytes) else ctypes.addressof(address)
+        address = (
+            ctypes.c_void_p.from_buffer_copy(ctypes.c_char_p(words.address)).value
+            if isinstance(address, bytes)
+            else ctypes.addressof(address)
+        )
     return ctypes.string_at(address, words.count * item_bytes)
 
 
@@ -30,8 +33,14 @@ READ_ONLY = np.frombuffer(PACKED, dtype=np.uint8).reshape(3, 32)
 @pytest.mark.parametrize(
     "given",
     [
-        hashes(3), tuple(hashes(3)), PACKED, bytearray(PACKED), memoryview(PACKED),
-        memoryview(bytearray(PACKED)), READ_ONLY, READ_ONLY.copy(),
+        hashes(3),
+        tuple(hashes(3)),
+        PACKED,
+        bytearray(PACKED),
+        memoryview(PACKED),
+        memoryview(bytearray(PACKED)),
+        READ_ONLY,
+        READ_ONLY.copy(),
     ],
     ids=lambda given: type(given).__name__,
 )
@@ -81,9 +90,13 @@ def test_short_hashes_are_filled_up() -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        [3, 0, 4_294_967_295], (3, 0, 4_294_967_295), array("I", [3, 0, 4_294_967_295]),
-        array("q", [3, 0, 4_294_967_295]), np.array([3, 0, 4_294_967_295]),
-        np.array([3, 0, 4_294_967_295], np.uint32), np.array([3, 9, 0, 9, 4_294_967_295])[::2],
+        [3, 0, 4_294_967_295],
+        (3, 0, 4_294_967_295),
+        array("I", [3, 0, 4_294_967_295]),
+        array("q", [3, 0, 4_294_967_295]),
+        np.array([3, 0, 4_294_967_295]),
+        np.array([3, 0, 4_294_967_295], np.uint32),
+        np.array([3, 9, 0, 9, 4_294_967_295])[::2],
     ],
     ids=lambda given: type(given).__name__,
 )

@@ -21,7 +21,10 @@ RUN = (
 def run(native: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", RUN, native, *arguments],
-        capture_output=True, text=True, check=False, cwd=ROOT / "python",
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT / "python",
     )
 
 

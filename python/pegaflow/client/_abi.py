@@ -200,8 +200,16 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "pega_query": (
         c.c_int,
         (
-            _client, _id, _group, c.c_uint64, _list, _count,
-            c.c_uint64, c.c_void_p, _count, _request,
+            _client,
+            _id,
+            _group,
+            c.c_uint64,
+            _list,
+            _count,
+            c.c_uint64,
+            c.c_void_p,
+            _count,
+            _request,
         ),
     ),
     "pega_load": (
@@ -212,8 +220,15 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "pega_load_after": (
         c.c_int,
         (
-            _client, _id, _group, c.c_uint64, c.c_uint32, _list, _count,
-            c.POINTER(pega_order), _request,
+            _client,
+            _id,
+            _group,
+            c.c_uint64,
+            c.c_uint32,
+            _list,
+            _count,
+            c.POINTER(pega_order),
+            _request,
         ),
     ),
     "pega_save_after": (

@@ -19,8 +19,15 @@ BUNDLED = Path(__file__).resolve().parent.parent / "_native" / "libpegaflow.so.0
 # call itself, and a busy interpreter would let the thread wait for its turn.
 _QUICK = frozenset(
     {
-        "pega_version", "pega_abi_version", "pega_last_error", "pega_status_label",
-        "pega_status_text", "pega_reason_label", "pega_op_label", "pega_options_init", "pega_state",
+        "pega_version",
+        "pega_abi_version",
+        "pega_last_error",
+        "pega_status_label",
+        "pega_status_text",
+        "pega_reason_label",
+        "pega_op_label",
+        "pega_options_init",
+        "pega_state",
     }
 )
 

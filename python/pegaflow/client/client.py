@@ -146,9 +146,7 @@ class Client:
             raise ValueError(f"{nbytes} bytes of memory")
         memory = ctypes.c_void_p()
         with self._gate as handle:
-            self._library.check(
-                self._library.pega_alloc_host(handle, nbytes, ctypes.byref(memory))
-            )
+            self._library.check(self._library.pega_alloc_host(handle, nbytes, ctypes.byref(memory)))
         assert memory.value is not None
         return HostMemory(self, memory.value, nbytes)
 

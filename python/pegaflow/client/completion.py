@@ -59,8 +59,19 @@ def completion_of(c: _abi.pega_completion, bitmap: Bitmap | None, library: Libra
     """A copy of what the library wrote."""
     status = Status(c.status)
     return Completion(
-        Op(c.op), status, Reason(c.reason), c.request, c.lease, c.count, c.skipped, c.dropped,
-        c.bytes, c.value, c.daemon_ns, bitmap, library.status_text(status) if c.status else "",
+        Op(c.op),
+        status,
+        Reason(c.reason),
+        c.request,
+        c.lease,
+        c.count,
+        c.skipped,
+        c.dropped,
+        c.bytes,
+        c.value,
+        c.daemon_ns,
+        bitmap,
+        library.status_text(status) if c.status else "",
     )
 
 

@@ -84,7 +84,11 @@ class Registration:
         with self._client._gate as handle:
             self._library.check(
                 self._library.pega_probe(
-                    handle, self.id, _small(group), words.address, words.count,
+                    handle,
+                    self.id,
+                    _small(group),
+                    words.address,
+                    words.count,
                     ctypes.byref(hits),
                 )
             )
@@ -98,8 +102,14 @@ class Registration:
         with self._client._gate as handle:
             self._library.check(
                 self._library.pega_probe_membership(
-                    handle, self.id, _small(group), words.address, words.count, bitmap.address,
-                    bitmap.words, ctypes.byref(hits),
+                    handle,
+                    self.id,
+                    _small(group),
+                    words.address,
+                    words.count,
+                    bitmap.address,
+                    bitmap.words,
+                    ctypes.byref(hits),
                 )
             )
         return bitmap
@@ -137,7 +147,12 @@ class Registration:
         with self._client._gate as handle:
             self._library.check(
                 self._library.pega_query(
-                    handle, self.id, _small(group), fits("key", key, U64), address, count,
+                    handle,
+                    self.id,
+                    _small(group),
+                    fits("key", key, U64),
+                    address,
+                    count,
                     fits("ttl_ms", ttl_ms, U64),
                     None if bitmap is None else bitmap.address,
                     0 if bitmap is None else bitmap.words,
@@ -166,8 +181,14 @@ class Registration:
         with self._client._gate as handle:
             self._library.check(
                 self._library.pega_load_after(
-                    handle, self.id, _small(group), fits("lease", lease, U64),
-                    fits("first", first, U32), words.address, words.count, _after(after),
+                    handle,
+                    self.id,
+                    _small(group),
+                    fits("lease", lease, U64),
+                    fits("first", first, U32),
+                    words.address,
+                    words.count,
+                    _after(after),
                     ctypes.byref(request),
                 )
             )
@@ -193,8 +214,14 @@ class Registration:
         with self._client._gate as handle:
             self._library.check(
                 self._library.pega_save_after(
-                    handle, self.id, _small(group), names.address, words.address, words.count,
-                    _after(after), ctypes.byref(request),
+                    handle,
+                    self.id,
+                    _small(group),
+                    names.address,
+                    words.address,
+                    words.count,
+                    _after(after),
+                    ctypes.byref(request),
                 )
             )
         return request.value
@@ -217,7 +244,10 @@ class Registration:
         with self._client._gate as handle:
             self._library.check(
                 self._library.pega_renew(
-                    handle, self.id, fits("lease", lease, U64), fits("ttl_ms", ttl_ms, U64),
+                    handle,
+                    self.id,
+                    fits("lease", lease, U64),
+                    fits("ttl_ms", ttl_ms, U64),
                     ctypes.byref(request),
                 )
             )
