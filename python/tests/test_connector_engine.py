@@ -343,6 +343,19 @@ def test_a_window_group_needs_and_loads_its_last_blocks_only(make: Make) -> None
     engine.verify(request, [[21, 22, 23, 24, 25, 26], [0, 0, 0, 0, 35, 36]], 96)
 
 
+def test_blocks_that_vllm_wants_and_nobody_loads_are_computed(make: Make) -> None:
+    window = CacheGroup(1, 1, BLOCK_TOKENS, 1, window_blocks(32, BLOCK_TOKENS))
+    engine = make(groups=[FULL, window])
+    prompt = tokens(96)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16]])
+    request = Request([*prompt, 1])
+    assert engine.find(request) == 96
+    # Block 3 of the window group is not null: vLLM would keep it as computed.
+    results = engine.load(request, [[21, 22, 23, 24, 25, 26], [0, 0, 0, 34, 35, 36]], 96)
+    assert results.failed == {request.request_id}
+    assert engine.find(request) == 0
+
+
 def test_a_hit_ends_where_every_group_can_serve_it(make: Make) -> None:
     window = CacheGroup(1, 1, BLOCK_TOKENS, 1, window_blocks(32, BLOCK_TOKENS))
     engine = make(groups=[FULL, window])

@@ -365,8 +365,9 @@ def loads_of(answer: Answer, blocks: Sequence[Sequence[int]], tokens: int) -> li
     """What to load for the first `tokens` of an answer into a request's blocks, by group of vLLM.
 
     The null block (0) stands at positions that vLLM does not need: they come first, and are left
-    out. Raises ValueError if vLLM has too few blocks, or takes less than was offered of a window,
-    whose blocks before the new end nobody has asked for.
+    out. Raises ValueError if vLLM has other blocks than the answer is for, or takes less than was
+    offered of a window, whose blocks before the new end nobody has asked for: what vLLM takes for
+    computed and nobody loads would be wrong bytes.
     """
     loads = []
     for held in answer.held:
@@ -376,6 +377,12 @@ def loads_of(answer: Answer, blocks: Sequence[Sequence[int]], tokens: int) -> li
         own = blocks[held.group.index]
         if len(own) < end:
             raise ValueError(f"group {held.group.index}: {len(own)} blocks for {end}")
+        base = answer.computed // held.group.block_tokens
+        if any(own[base : held.begin]):
+            raise ValueError(
+                f"group {held.group.index}: vLLM wants blocks {base} to {held.begin - 1}, which"
+                f" are before a window of {held.group.window_blocks} blocks"
+            )
         begin = held.begin
         while begin < end and own[begin] == 0:
             begin += 1

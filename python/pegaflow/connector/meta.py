@@ -22,6 +22,8 @@ class LoadJob:
 
     request_id: str
     parts: list[GroupLoad]
+    #: Blocks that cannot be loaded: vLLM has to compute them.
+    refused: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -175,12 +175,20 @@ class Scheduler:
                 f"request {request.request_id}: vLLM wants {external} tokens loaded that the"
                 " connector has not offered"
             )
-        parts = loads_of(answer, blocks, external)
+        refused: list[int] = []
+        try:
+            parts = loads_of(answer, blocks, external)
+        except ValueError as error:
+            self._logger.error(
+                "request %s is computed, not loaded: %s", request.request_id, error
+            )
+            parts = []
+            refused = [block for own in blocks for block in own if block != NULL_BLOCK]
         loaded = {part.lease for part in parts}
         for held in answer.held:
             if held.lease not in loaded:
                 lookup.release(held.lease)
-        self._loads.append(LoadJob(request.request_id, parts))
+        self._loads.append(LoadJob(request.request_id, parts, refused))
         tracked.loading = True
 
     # ------------------------------------------------------------ steps

@@ -131,7 +131,7 @@ class Worker:
     def start_loads(self, loads: Sequence[LoadJob], after: Order | None) -> None:
         """Loads begin once the stream's present work has ended: it may still use the blocks."""
         for job in loads:
-            self._loads[job.request_id] = _Loading(len(job.parts))
+            self._loads[job.request_id] = _Loading(len(job.parts), list(job.refused))
             if not job.parts:
                 self._end_load(job.request_id)
             for part in job.parts:
