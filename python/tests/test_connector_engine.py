@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import pytest
 
 from pegaflow.client import Completion
+from pegaflow.connector import names
 from pegaflow.connector.config import ConnectorConfig, ConnectorMode
 from pegaflow.connector.groups import CacheGroup, window_blocks
 from pegaflow.connector.lookup import STEP_WAIT_MS
@@ -316,6 +317,20 @@ def test_after_a_reset_nothing_of_before_is_found(make: Make) -> None:
     assert other.find(Request([*fresh, 1])) == 0
 
 
+def test_an_adapter_whose_files_cannot_be_read_shares_with_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(_path: str) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(names, "fingerprint", gone)
+    lora = SimpleNamespace(lora_int_id=1, lora_name="adapter", lora_path="/gone")
+    request = SimpleNamespace(lora_request=lora)
+    one, other = names.Adapters(), names.Adapters()
+    assert one.mask(request) == one.mask(request)
+    assert one.mask(request) != other.mask(request)
+
+
 def test_an_adapter_of_the_same_name_and_path_with_other_weights_shares_nothing(
     make: Make, tmp_path: Path
 ) -> None:
@@ -396,6 +411,21 @@ def test_the_late_answer_to_a_question_given_up_leaves_the_next_ones_lease_alone
     results = engine.load(request, [[11, 12, 13, 14, 15, 16]], 96)
     assert not results.failed
     engine.verify(request, [[11, 12, 13, 14, 15, 16]], 96)
+
+
+def test_a_hit_that_cannot_be_asked_for_anew_gives_its_lease_back(
+    daemon: Daemon, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(config=ConnectorConfig(query_timeout_ms=50, lease_ttl_ms=600_000))
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    request = Request(prompt)
+    assert engine.find(request) == 96
+    eventually(lambda: daemon.leases() == 1, "the lease is shown")
+    monkeypatch.setattr(engine.lookup, "_clock", lambda: time.monotonic() + 3600)
+    with daemon.stopped():
+        assert engine.find(request) == 0
+    eventually(lambda: (engine.idle(), daemon.leases() == 0)[1], "the lease is given back")
 
 
 def test_open_questions_hold_a_step_up_no_longer_the_more_there_are(

@@ -168,6 +168,9 @@ class Lookup:
     def forget(self, prompt: Prompt) -> None:
         """The request is over, or loads nothing: gives its leases back."""
         self._abandon(prompt)
+        self._give_back(prompt)
+
+    def _give_back(self, prompt: Prompt) -> None:
         answer, prompt.answer = prompt.answer, None
         if answer is not None:
             for held in answer.held:
@@ -333,6 +336,8 @@ class Lookup:
         self._counters.add("queries")
         self._counters.add("query_misses")
         prompt.asked = None
+        # One that was to be asked for anew.
+        self._give_back(prompt)
         prompt.answer = Answer(asked.computed, asked.limit, 0, [], now + MISS_S)
         return 0
 

@@ -6,6 +6,7 @@ A name is changed by XOR with a mask of 32 bytes, which costs no loop over the b
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,11 @@ class Adapters:
         key = (lora.lora_int_id, str(lora.lora_name), str(lora.lora_path))
         mask = self._masks.get(key)
         if mask is None or getattr(lora, "load_inplace", False):
-            content = fingerprint(key[2])
+            try:
+                content = fingerprint(key[2])
+            except OSError:
+                # Gone, or going: nobody else's blocks are certain to be of the same adapter.
+                content = secrets.token_hex()
             mask = hashlib.sha256(f"{key[1]}\0{content or key[2]}".encode()).digest()
             self._masks[key] = mask
         return mask
