@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,10 @@ READ_ONLY = np.frombuffer(PACKED, dtype=np.uint8).reshape(3, 32)
         memoryview(bytearray(PACKED)),
         READ_ONLY,
         READ_ONLY.copy(),
+        READ_ONLY.copy().view("S32"),
+        READ_ONLY.copy().view("V32"),
+        array("Q", PACKED),
+        SimpleNamespace(numpy=READ_ONLY.copy),
     ],
     ids=lambda given: type(given).__name__,
 )
@@ -50,10 +55,22 @@ def test_hashes_are_taken_in_every_form(given: Any) -> None:
     assert content(words, 32) == PACKED
 
 
-def test_a_writable_buffer_of_hashes_is_not_copied() -> None:
-    buffer = READ_ONLY.copy()
+@pytest.mark.parametrize("buffer", [READ_ONLY, READ_ONLY.copy()], ids=["read-only", "writable"])
+def test_an_array_of_hashes_is_not_copied(buffer: Any) -> None:
     words = hash_list(buffer)
-    assert ctypes.addressof(words.address) == buffer.ctypes.data
+    assert words.address == buffer.ctypes.data
+
+
+def test_a_writable_buffer_of_hashes_is_not_copied() -> None:
+    buffer = bytearray(PACKED)
+    words = hash_list(buffer)
+    buffer[0] ^= 0xFF
+    assert content(words, 32) == bytes(buffer)
+
+
+def test_the_memory_of_hashes_is_kept_by_their_list() -> None:
+    words = hash_list(READ_ONLY.copy())
+    assert content(words, 32) == PACKED
 
 
 @pytest.mark.parametrize("given", [[], b"", bytearray(), np.zeros((0, 32), np.uint8)])
@@ -121,8 +138,9 @@ def test_a_block_id_beyond_32_bits_is_an_error(wrong: int) -> None:
 
 
 def test_block_ids_are_integers() -> None:
-    with pytest.raises(TypeError):
-        block_list([0.5])
+    for wrong in ([0.5], np.array([0.5]), [[0]], np.zeros((2, 2), np.int64), "01", bytes(4)):
+        with pytest.raises(TypeError):
+            block_list(wrong)
 
 
 def test_a_bitmap_tells_its_positions() -> None:

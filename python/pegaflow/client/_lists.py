@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from pegaflow.client._abi import HASH_BYTES
@@ -26,9 +27,6 @@ def fits(name: str, value: int, most: int) -> int:
     if not 0 <= value <= most:
         raise ValueError(f"{name} {value} is not in 0 to {most}")
     return value
-
-
-_BUFFERS = (bytes, bytearray, memoryview)
 
 
 class Words:
@@ -65,32 +63,41 @@ def pack_hashes(hashes: Sequence[bytes], width: int = HASH_BYTES) -> bytes:
 
 
 def hash_list(hashes: Hashes) -> Words:
-    """Any accepted form of hashes; a contiguous buffer is not copied where ctypes can point at it.
+    """Any accepted form of hashes; a buffer is not copied where its address can be had.
 
     Raises ValueError for a buffer that is no whole number of hashes or not contiguous.
     """
     if isinstance(hashes, bytes):
-        packed: Any = hashes
-        size = len(hashes)
-    elif isinstance(hashes, _BUFFERS) or hasattr(hashes, "__array_interface__"):
-        buffer: Any = hashes
-        view = memoryview(buffer)
+        return _whole(len(hashes), hashes)
+    to_numpy = getattr(hashes, "numpy", None)
+    if callable(to_numpy):
+        # A torch tensor, which is no buffer by itself.
+        hashes = to_numpy()
+    interface: dict[str, Any] | None = getattr(hashes, "__array_interface__", None)
+    if interface is not None:
+        if interface.get("strides") is not None:
+            raise ValueError(_NOT_CONTIGUOUS)
+        size = int(interface["typestr"][2:]) * prod(interface["shape"])
+        return _whole(size, int(interface["data"][0]), hashes)
+    if isinstance(hashes, (bytearray, memoryview, array)):
+        view = memoryview(hashes)
         if not view.c_contiguous:
-            raise ValueError("a buffer of hashes must be contiguous")
+            raise ValueError(_NOT_CONTIGUOUS)
         size = view.nbytes
-        packed = bytes(view) if view.readonly or not size else None
-        if packed is None:
-            return _whole(size, (ctypes.c_char * size).from_buffer(view.cast("B")))
-    else:
-        packed = pack_hashes(hashes)
-        size = len(packed)
-    return _whole(size, packed)
+        if view.readonly or not size:
+            return _whole(size, bytes(view))
+        return _whole(size, (ctypes.c_char * size).from_buffer(view))
+    packed = pack_hashes(hashes)
+    return _whole(len(packed), packed)
 
 
-def _whole(size: int, packed: Any) -> Words:
+_NOT_CONTIGUOUS = "a buffer of hashes must be contiguous"
+
+
+def _whole(size: int, address: Any, keep: object = None) -> Words:
     if size % HASH_BYTES:
         raise ValueError(f"a buffer of {size} bytes is no whole number of hashes of {HASH_BYTES}")
-    return Words(packed if size else b"", size // HASH_BYTES, packed)
+    return Words(address if size else b"", size // HASH_BYTES, (address, keep))
 
 
 def block_list(blocks: Blocks) -> Words:
@@ -98,6 +105,8 @@ def block_list(blocks: Blocks) -> Words:
 
     Raises ValueError for an id that is no unsigned 32-bit number, TypeError for other elements.
     """
+    if isinstance(blocks, (bytes, bytearray)):
+        raise TypeError(f"{type(blocks).__name__} says nothing about the size of a block id")
     if hasattr(blocks, "tolist") and not isinstance(blocks, array):
         blocks = blocks.tolist()
     try:
