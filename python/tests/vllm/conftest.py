@@ -13,6 +13,7 @@ from tests.vllm.model import write
 from tests.vllm.place import PYTHON, Place
 from tests.vllm.process import Vllm
 from tests.vllm.reference import Reference
+from tests.vllm.template import Template
 
 #: Usual arguments of an engine. In 32-bit floats the order in which a batch adds numbers up changes
 #: a logit by about 1e-6, and the margins of the reference (see `reference.py`) are far above that:
@@ -50,13 +51,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(
-    python: str, model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Reference]:
+def outside(python: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A place of no test, without a daemon."""
+    folder = tmp_path_factory.mktemp("outside")
+    return Place(folder=folder, model=model, python=python, engine=ENGINE | {"model": str(model)})
+
+
+@pytest.fixture(scope="session")
+def template(outside: Place) -> Iterator[Template]:
+    """What engine processes are forked from."""
+    template = Template(outside)
+    yield template
+    template.stop()
+
+
+@pytest.fixture(scope="session")
+def reference(outside: Place, template: Template) -> Iterator[Reference]:
     """A vLLM without a connector, which tells what is right."""
-    folder = tmp_path_factory.mktemp("reference")
-    place = Place(folder=folder, model=model, python=python, engine=ENGINE | {"model": str(model)})
-    with Vllm(place, "reference", multiprocess=False) as engine:
+    with Vllm(outside, "reference", multiprocess=False, template=template) as engine:
         yield Reference(engine)
 
 
@@ -78,12 +90,12 @@ def daemon(place: Place) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def vllm(place: Place) -> Iterator[Callable[..., Vllm]]:
+def vllm(place: Place, template: Template) -> Iterator[Callable[..., Vllm]]:
     """Starts vLLM processes, which end with the test. `vllm(name, multiprocess=...)`."""
     started: list[Vllm] = []
 
     def start(name: str, *, multiprocess: bool = False, **environment: str) -> Vllm:
-        engine = Vllm(place, name, multiprocess=multiprocess, **environment)
+        engine = Vllm(place, name, multiprocess=multiprocess, template=template, **environment)
         started.append(engine)
         return engine
 

@@ -163,16 +163,21 @@ def leads_of(logprobs: Any) -> list[float]:
     return leads
 
 
-def serve(kind: type[Server]) -> None:
-    """Serves standard input, which vLLM does not get to see, on the descriptor of the argument."""
-    commands = os.fdopen(os.dup(sys.stdin.fileno()), encoding="utf-8")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, sys.stdin.fileno())
-    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as replies:
-        server = kind(replies)
-        server.serve(commands)
+def serve_on(kind: type[Server], commands: int, replies: int) -> None:
+    """Serves until the commands end."""
+    with os.fdopen(commands, encoding="utf-8") as lines, os.fdopen(replies, "w") as answers:
+        server = kind(answers)
+        server.serve(lines)
         if server.llm is not None:
             server.close()
+
+
+def serve(kind: type[Server]) -> None:
+    """Serves standard input, which vLLM does not get to see, on the descriptor of the argument."""
+    commands = os.dup(sys.stdin.fileno())
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, sys.stdin.fileno())
+    serve_on(kind, commands, int(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from tests.vllm.template import Template
 
 #: Nothing here measures time. The limit only ends a test whose engine hangs, on any machine.
 LIMIT_SECONDS = 600.0
@@ -64,26 +67,38 @@ class Vllm:
     LIMIT_SECONDS = LIMIT_SECONDS
 
     def __init__(
-        self, place: Surroundings, name: str, *, multiprocess: bool, **environment: str
+        self,
+        place: Surroundings,
+        name: str,
+        *,
+        multiprocess: bool,
+        template: Template | None = None,
+        **environment: str,
     ) -> None:
-        self.log_path = place.folder / f"{name}.log"
-        ours, theirs = os.pipe()
-        # The pipe's end and the log are the child's alone once it runs.
-        with self.log_path.open("ab") as log:
-            self.child = subprocess.Popen(
-                [place.python, "-m", self.MODULE, str(theirs)],
-                cwd=place.folder,
-                env=place.environment(multiprocess=multiprocess) | environment,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                pass_fds=[theirs],
-                start_new_session=True,
-                text=True,
-            )
-        os.close(theirs)
-        self.replies = os.fdopen(ours, encoding="utf-8")
         self.place = place
+        self.log_path = place.folder / f"{name}.log"
+        self.popen: subprocess.Popen[bytes] | None = None
+        their_commands, commands = os.pipe()
+        replies, their_replies = os.pipe()
+        variables = place.environment(multiprocess=multiprocess) | environment
+        with self.log_path.open("ab") as log:
+            if template is not None:
+                self.pid = template.fork(
+                    place.folder, variables, their_commands, their_replies, log.fileno()
+                )
+            else:
+                self.popen = subprocess.Popen(
+                    [place.python, "-m", self.MODULE, str(their_replies)],
+                    cwd=place.folder, env=variables, stdin=their_commands, stdout=log,
+                    stderr=log, pass_fds=[their_replies], start_new_session=True,
+                )  # fmt: skip
+                self.pid = self.popen.pid
+        self.pidfd = os.pidfd_open(self.pid)
+        # Our copies of its ends would keep both of us waiting for each other for ever.
+        os.close(their_commands)
+        os.close(their_replies)
+        self.commands = os.fdopen(commands, "w", encoding="utf-8")
+        self.replies = os.fdopen(replies, encoding="utf-8")
         self.ended = False
 
     def __enter__(self) -> Vllm:
@@ -94,11 +109,10 @@ class Vllm:
 
     def events(self, command: str, **arguments: Any) -> Iterator[dict[str, Any]]:
         """Sends one command and yields what comes back, the answer last."""
-        assert self.child.stdin is not None
         line = json.dumps({"command": command, "arguments": arguments})
         try:
-            self.child.stdin.write(line + "\n")
-            self.child.stdin.flush()
+            self.commands.write(line + "\n")
+            self.commands.flush()
         except BrokenPipeError:
             raise self.error(command, "its process has ended") from None
         # A process that hangs is killed, and the read below then finds the end of the pipe.
@@ -149,32 +163,36 @@ class Vllm:
         """Ends the process the way a service is stopped, and waits for all below it."""
         if self.ended:
             return
-        self.ended = True
-        assert self.child.stdin is not None
-        try:
-            self.child.stdin.close()
-            self.child.wait(LIMIT_SECONDS)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            pass
-        finally:
-            self.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self.commands.close()
+        select.select([self.pidfd], [], [], self.LIMIT_SECONDS)
+        self.kill()
 
     def kill(self) -> None:
         """SIGKILL to the process and to all that it has started."""
+        if self.ended:
+            return
         self.ended = True
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.child.pid, signal.SIGKILL)
-        self.child.wait()
+        self.signal_all()
+        select.select([self.pidfd], [], [])
+        if self.popen is not None:
+            self.popen.wait()
+        os.close(self.pidfd)
         self.replies.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.commands.close()
+
+    def signal_all(self) -> None:
+        """SIGKILL to the process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 class Deadline:
     """Kills the engine's processes when a command takes longer than any command may."""
 
     def __init__(self, engine: Vllm) -> None:
-        self.timer = threading.Timer(
-            engine.LIMIT_SECONDS, os.killpg, (engine.child.pid, signal.SIGKILL)
-        )
+        self.timer = threading.Timer(engine.LIMIT_SECONDS, engine.signal_all)
 
     def __enter__(self) -> None:
         self.timer.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -56,3 +57,33 @@ def test_aborts_in_mid_load_leak_nothing_and_disturb_nobody(
     daemon.settle()
     status = daemon.pegactl("status")
     assert (status["leases"], status["blocks_pinned"]) == (0, 0)
+
+
+def test_blocks_of_an_aborted_load_are_not_given_away_while_the_daemon_may_write_them(
+    reference: Reference, daemon: Daemon, vllm: Callable[..., Vllm]
+) -> None:
+    loaded = families(8, seed=32, prefix=(500, 900), suffix=(1, 60), each=1)
+    computed = families(8, seed=33, prefix=(500, 900), suffix=(1, 60), each=1)
+    wanted = reference.outputs(computed)
+    engine = vllm("frozen")
+    # Blocks for half of all prompts: what is freed is given to the next one at once.
+    engine.open(num_gpu_blocks_override=190, kv_transfer_config=connector())
+    for prompt in loaded:
+        engine.run([prompt], max_tokens=1)
+    daemon.settle()
+    # The daemon stops at a moment that no one chooses, and goes on when the loads that it has not
+    # finished belong to nobody any more.
+    for delay_ms in (0, 5, 10, 15, 20, 30, 40, 60):
+        assert engine.reset()
+        later = threading.Timer(delay_ms / 1e3, daemon.freeze)
+        thaw = threading.Timer(delay_ms / 1e3 + 0.4, daemon.thaw)
+        later.start()
+        thaw.start()
+        outcome = engine.run(
+            loaded + computed, aborts=list(range(len(loaded))), abort_after_steps=3
+        )
+        thaw.join()
+        assert outcome.failed == []
+        assert differences(outcome.tokens[len(loaded) :], wanted) == []
+    daemon.settle()
+    assert daemon.pegactl("status")["blocks_pinned"] == 0
