@@ -281,9 +281,11 @@ class WorkerEnd:
             self._ready().start_saves(saves, self._after())
 
     def results(self) -> Results:
-        """What ended since the last call. Which blocks failed can be asked for once more, by
-        `failed_blocks`, which vLLM calls next."""
-        results = self._ready().results()
+        """What ended since the last call: nothing, while vLLM has registered no KV cache. Which
+        blocks failed can be asked for once more, by `failed_blocks`, which vLLM calls next."""
+        if self._worker is None:
+            return Results(set(), set(), set())
+        results = self._worker.results()
         self._failed_blocks |= results.failed_blocks
         return results
 
@@ -294,13 +296,14 @@ class WorkerEnd:
 
     def report(self) -> WorkerReport | None:
         """What the scheduler has to know."""
-        return self._ready().report()
+        return None if self._worker is None else self._worker.report()
 
     def counted(self) -> dict[str, int]:
         """What was counted since the last call."""
-        worker = self._ready()
-        worker.count_transitions()
-        return worker.counters.take()
+        if self._worker is None:
+            return {}
+        self._worker.count_transitions()
+        return self._worker.counters.take()
 
     def shutdown(self) -> None:
         """Lets copies end and ends the session."""

@@ -40,7 +40,7 @@ def test_save_only_saves_without_a_query_and_the_next_replica_hits(
     prompts = families(12, seed=40, each=3)
     wanted = reference.outputs(prompts)
 
-    saver = vllm("saver")
+    saver = vllm("saver", multiprocess=True)
     save_only = connector(**{"pegaflow.mode": "save_only"})
     saver.open(kv_transfer_config=behind_another(save_only, place.folder))
     assert differences(saver.run(prompts).tokens, wanted) == []
