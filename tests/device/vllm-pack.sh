@@ -6,15 +6,17 @@
 # only what a dense model with FlashAttention 3 runs is taken. What comes out is one archive, cut
 # into parts that can travel one by one:
 #
-#   OUT/1/part, OUT/2/part    about 50 MiB each
+#   PACK/1/part, PACK/2/part   about 42 MiB each
+#   PACK/2/programs            this project's, apart, so that they are quickly renewed
 #
-# Usage: tests/device/vllm-pack.sh [OUT]          [OUT: target/device/vllm]
+# Usage: tests/device/vllm-pack.sh [--programs]    --programs packs only these anew
+#   PACK               where to [target/device/vllm]
 #   PEGAFLOW_BIN_DIR   has pegaflowd, pegactl and libpegaflow.so [target/release: make build]
 #   PYTHON             a Python with pip [python3]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 target=${CARGO_TARGET_DIR:-$PWD/target}
-out=${1:-$target/device/vllm}
+out=${PACK:-$target/device/vllm}
 programs=${PEGAFLOW_BIN_DIR:-$target/release}
 python=${PYTHON:-python3}
 cache=$target/device/wheels
@@ -24,6 +26,24 @@ built=(pegaflowd pegactl libpegaflow.so)
 for file in "${built[@]}"; do
     [[ -e $programs/$file ]] || { echo "vllm-pack.sh: no $programs/$file: make build" >&2; exit 1; }
 done
+
+stage=$(mktemp -d)
+trap 'rm -rf "$stage"' EXIT
+reproducible=(--sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner)
+
+pack_programs() {
+    mkdir -p "$stage/bin" "$out/$parts"
+    for file in "${built[@]}"; do
+        install -m 755 "$programs/$file" "$stage/bin"
+    done
+    strip --strip-unneeded "$stage"/bin/*
+    tar "${reproducible[@]}" -C "$stage" -cJf "$out/$parts/programs" bin
+}
+
+if [[ ${1:-} == --programs ]]; then
+    pack_programs
+    exit
+fi
 
 platforms=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
 for floor in 5 12 17 24 26 27 28 31 34 35; do
@@ -49,9 +69,8 @@ download pegaflow-llm-cu13==0.25.1
 download --requirement tests/device/vllm-needs.txt
 
 echo '==> Slimming'
-stage=$(mktemp -d)
-trap 'rm -rf "$stage"' EXIT
-"$python" - "$cache" "$stage" tests/device/vllm-needs.txt <<'PYTHON'
+mkdir "$stage/vllm"
+"$python" - "$cache" "$stage/vllm" tests/device/vllm-needs.txt <<'PYTHON'
 """Unpacks the wheels: site/ for vLLM and its needs, peer/ for public PegaFlow."""
 import re
 import sys
@@ -90,25 +109,20 @@ for line in needs.read_text().splitlines():
 for program in (stage / "peer" / "pegaflow").glob("pegaflow-*-py"):
     program.chmod(0o755)
 PYTHON
-mkdir -p "$stage/bin"
-for file in "${built[@]}"; do
-    install -m 755 "$programs/$file" "$stage/bin"
-done
-strip --strip-unneeded "$stage"/bin/*
 # The peer's second server is not used, and symbols are dead weight.
-rm "$stage/peer/pegaflow/pegaflow-metaserver-py"
+rm "$stage/vllm/peer/pegaflow/pegaflow-metaserver-py"
 
 echo '==> Packing (minutes)'
 rm -rf "$out"
 mkdir -p "$out"
-tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -C "$stage" -c . |
+tar "${reproducible[@]}" -C "$stage/vllm" -c . |
     xz -9 -T "${THREADS:-2}" --block-size=256MiB >"$out/archive"
-size=$(stat -c %s "$out/archive")
+split --number="$parts" --numeric-suffixes=1 --suffix-length=1 "$out/archive" "$out/part."
 for ((part = 1; part <= parts; part++)); do
     mkdir "$out/$part"
-    each=$(((size + parts - 1) / parts))
-    tail -c "+$(((part - 1) * each + 1))" "$out/archive" | head -c "$each" >"$out/$part/part"
+    mv "$out/part.$part" "$out/$part/part"
 done
 (cd "$out" && sha256sum archive | sed 's/archive/-/' | tee 1/sum >2/sum)
 rm "$out/archive"
-du -b "$out"/*/part
+pack_programs
+du -b "$out"/*/*

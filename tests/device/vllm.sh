@@ -20,6 +20,7 @@ keep() {
     mkdir -p "$store/parts"
     cp "$1/part" "$store/parts/$(basename "$1")"
     cp "$1/sum" "$store/parts/sum"
+    [[ ! -e $1/programs ]] || cp "$1/programs" "$store/programs"
 }
 
 unpack() {
@@ -32,9 +33,10 @@ unpack() {
     mkdir "$store/pack"
     cat "$store"/parts/[0-9]* | python3 -c '
 import sys, tarfile
-with tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz") as archive:
-    archive.extractall(sys.argv[1], filter="data")
-' "$store/pack"
+for source in (sys.stdin.buffer, open(sys.argv[2], "rb")):
+    with tarfile.open(fileobj=source, mode="r|xz") as archive:
+        archive.extractall(sys.argv[1], filter="data")
+' "$store/pack" "$store/programs"
 }
 
 case ${1:-} in

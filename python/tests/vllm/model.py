@@ -104,5 +104,24 @@ def write(folder: Path, seed: int = 0) -> None:
         data.tofile(file)
 
 
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer with a word for each token, for servers, which want one."""
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer: dict[str, object] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2", "bos_token": "w1"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 if __name__ == "__main__":
     write(Path(sys.argv[1]))
