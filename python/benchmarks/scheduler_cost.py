@@ -188,7 +188,8 @@ def connector(cost: Cost, samples: int) -> tuple[float, float, int]:
     logger = logging.getLogger("pegaflow.cost")
     config, groups = ConnectorConfig(), [CacheGroup(0, 0, BLOCK_TOKENS, 1)]
     scheduler = Scheduler(config, groups, 1, logger)
-    scheduler.attach(Lookup(cost.client, cost.worker, groups, config, scheduler.counters, logger))
+    lookup = Lookup(cost.client, cost.worker, groups, config, scheduler.counters, logger)
+    scheduler.attach(lookup)
     tokens = BLOCK_TOKENS * len(cost.hashes)
     first: list[int] = []
     repeat: list[int] = []
@@ -210,7 +211,8 @@ def connector(cost: Cost, samples: int) -> tuple[float, float, int]:
             times.append(took)
         scheduler.finished(request)
         while cost.client.stats().outstanding:
-            cost.client.poll()
+            # As each step of vLLM does: also leases of questions that were given up go back.
+            lookup.poll()
     return statistics.median(first) / 1000, statistics.median(repeat) / 1000, later
 
 

@@ -78,9 +78,7 @@ def prompt(chance: random.Random, tokens: int) -> dict[str, list[int]]:
 def timed(llm: Any, prompts: list[dict[str, list[int]]], output: int) -> float:
     from vllm import SamplingParams
 
-    sampling = SamplingParams(
-        temperature=0, max_tokens=output, ignore_eos=True, detokenize=False
-    )
+    sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
     began = time.perf_counter()
     llm.generate(prompts, sampling, use_tqdm=False)
     return (time.perf_counter() - began) * 1e3
@@ -129,10 +127,26 @@ def run(options: argparse.Namespace, which: str, what: str, seed: int) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result"
         line = [
-            sys.executable, __file__, options.model, "--engine", which, "--what", what,
-            "--seed", str(seed), "--result", str(result), "--rounds", str(options.rounds),
-            "--batch-tokens", str(options.batch_tokens), "--output", str(options.output),
-            "--tokens", *map(str, options.tokens), *(["--dummy"] if options.dummy else []),
+            sys.executable,
+            __file__,
+            options.model,
+            "--engine",
+            which,
+            "--what",
+            what,
+            "--seed",
+            str(seed),
+            "--result",
+            str(result),
+            "--rounds",
+            str(options.rounds),
+            "--batch-tokens",
+            str(options.batch_tokens),
+            "--output",
+            str(options.output),
+            "--tokens",
+            *map(str, options.tokens),
+            *(["--dummy"] if options.dummy else []),
         ]
         subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
         found: dict[str, Any] = json.loads(result.read_text())
