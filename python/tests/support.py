@@ -31,7 +31,7 @@ def binaries() -> Path:
     """Where pegaflowd, pegactl and libpegaflow.so are."""
     named = os.environ.get("PEGAFLOW_BIN_DIR")
     target = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
-    return Path(named) if named else target / "debug"
+    return (Path(named) if named else target / "debug").absolute()
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:

@@ -238,6 +238,47 @@ def test_arguments_that_do_not_fit_are_refused_and_not_cut_off(client: Client) -
     assert client.stats().outstanding == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("connect_timeout_ms", Options(connect_timeout_ms=-1)),
+        ("control_timeout_ms", Options(control_timeout_ms=1 << 64)),
+        ("spin_ns", Options(spin_ns=-1)),
+        ("arena_bytes", Options(arena_bytes=-1)),
+        ("ring_slots", Options(ring_slots=(1 << 32) + 256)),
+        ("completion_slots", Options(completion_slots=-1)),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_by_name(name: str, options: Options) -> None:
+    with pytest.raises(ValueError, match=f"{name} .* is not in 0 to"):
+        Client(options)
+
+
+def test_a_registration_that_does_not_fit_is_refused_by_name(client: Client) -> None:
+    memory = client.alloc_host(8192)
+    segment = Segment(memory.address, 1024, 1024)
+    group = Group([segment], 8)
+    register = client.register_worker
+
+    def of_segment(changed: Segment) -> Registration:
+        return register("a", NAMESPACE, [Group([changed], 8)])
+
+    for name, call in (
+        ("world_size", lambda: register("a", NAMESPACE, [group], world_size=(1 << 32) + 1)),
+        ("rank", lambda: register("a", NAMESPACE, [group], rank=-2)),
+        ("rank", lambda: register("a", NAMESPACE, [group], rank=1 << 32)),
+        ("block_tokens", lambda: register("a", replace(NAMESPACE, block_tokens=-1), [group])),
+        ("num_blocks", lambda: register("a", NAMESPACE, [replace(group, num_blocks=1 << 32)])),
+        ("group", lambda: register("a", NAMESPACE, [replace(group, group=1 << 16)])),
+        ("block_stride", lambda: of_segment(replace(segment, block_stride=-1024))),
+        ("block_bytes", lambda: of_segment(replace(segment, block_bytes=1 << 64))),
+        ("address", lambda: of_segment(replace(segment, address=-1))),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} .* is not in 0 to"):
+            call()
+    register("a", NAMESPACE, [group])
+
+
 def test_a_list_beyond_the_limits_names_them(client: Client) -> None:
     registration, _ = worker(client)
     limits = client.limits()

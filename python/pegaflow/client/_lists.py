@@ -18,6 +18,8 @@ Blocks = Sequence[int] | Any
 
 assert array("I").itemsize == 4
 
+U16 = 0xFFFF
+I32 = 0x7FFF_FFFF
 U32 = 0xFFFF_FFFF
 U64 = 0xFFFF_FFFF_FFFF_FFFF
 

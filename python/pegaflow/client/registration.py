@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pegaflow.client import _abi
 from pegaflow.client._lists import (
+    U16,
     U32,
     U64,
     Bitmap,
@@ -268,4 +269,4 @@ def _after(order: Order | None) -> _abi.pega_order | None:
 
 
 def _small(group: int) -> int:
-    return fits("group", group, 0xFFFF)
+    return fits("group", group, U16)

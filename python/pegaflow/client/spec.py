@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pegaflow.client import _abi
-from pegaflow.client.constants import LogLevel, Mode, OrderKind
+from pegaflow.client._lists import I32, U16, U32, U64, fits
+from pegaflow.client.constants import SCHEDULER, LogLevel, Mode, OrderKind
 from pegaflow.client.memory import Group
 
 #: Takes a line about a change of the connection. The library's own thread calls it: it must return
@@ -72,16 +73,16 @@ class Options:
         """As the library takes them; `log` is the C function for the lines."""
         return _abi.pega_options(
             size=ctypes.sizeof(_abi.pega_options),
-            ring_slots=self.ring_slots,
+            ring_slots=fits("ring_slots", self.ring_slots, U32),
             node=encode("node", self.node),
             socket=encode("socket", self.socket),
             client_name=encode("client_name", self.client_name),
             daemon=encode("daemon", self.daemon),
-            arena_bytes=self.arena_bytes,
-            connect_timeout_ms=self.connect_timeout_ms,
-            control_timeout_ms=self.control_timeout_ms,
-            spin_ns=self.spin_ns,
-            completion_slots=self.completion_slots,
+            arena_bytes=fits("arena_bytes", self.arena_bytes, U64),
+            connect_timeout_ms=fits("connect_timeout_ms", self.connect_timeout_ms, U64),
+            control_timeout_ms=fits("control_timeout_ms", self.control_timeout_ms, U64),
+            spin_ns=fits("spin_ns", self.spin_ns, U64),
+            completion_slots=fits("completion_slots", self.completion_slots, U32),
             autostart=_switch(self.autostart),
             reconnect=_switch(self.reconnect),
             no_spin=_DEFAULT if self.spin else _ON,
@@ -117,7 +118,7 @@ class Namespace:
         """As the library takes it."""
         return _abi.pega_namespace(
             size=ctypes.sizeof(_abi.pega_namespace),
-            block_tokens=self.block_tokens,
+            block_tokens=fits("block_tokens", self.block_tokens, U32),
             model=encode("model", self.model),
             revision=encode("revision", self.revision),
             dtype=encode("dtype", self.dtype),
@@ -148,7 +149,9 @@ class Order:
 
     def to_c(self) -> _abi.pega_order:
         """As the library takes it."""
-        return _abi.pega_order(ctypes.sizeof(_abi.pega_order), int(self.kind), self.handle or None)
+        return _abi.pega_order(
+            ctypes.sizeof(_abi.pega_order), int(self.kind), fits("handle", self.handle, U64) or None
+        )
 
 
 def registration_to_c(
@@ -167,23 +170,23 @@ def registration_to_c(
                 _abi.pega_segment(
                     ctypes.sizeof(_abi.pega_segment),
                     int(one.memory),
-                    one.address,
-                    one.block_stride,
-                    one.block_bytes,
+                    fits("address", one.address, U64),
+                    fits("block_stride", one.block_stride, U64),
+                    fits("block_bytes", one.block_bytes, U64),
                 )
                 for one in group.segments
             )
         )
         c_group.size = ctypes.sizeof(_abi.pega_group)
-        c_group.group = group.group
-        c_group.num_blocks = group.num_blocks
+        c_group.group = fits("group", group.group, U16)
+        c_group.num_blocks = fits("num_blocks", group.num_blocks, U32)
         c_group.num_segments = len(group.segments)
         c_group.segments = c_segments
         c_group.replicated = _ON if group.replicated else _DEFAULT
     spec = _abi.pega_registration(
         size=ctypes.sizeof(_abi.pega_registration),
-        world_size=world_size,
-        rank=rank,
+        world_size=fits("world_size", world_size, U32),
+        rank=rank if rank == SCHEDULER else fits("rank", rank, I32),
         mode=int(mode),
         instance=encode("instance", instance),
         num_groups=len(groups),
