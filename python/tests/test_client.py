@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,7 +264,7 @@ def test_a_registration_that_does_not_fit_is_refused_by_name(client: Client) -> 
     def of_segment(changed: Segment) -> Registration:
         return register("a", NAMESPACE, [Group([changed], 8)])
 
-    for name, call in (
+    refused: list[tuple[str, Callable[[], object]]] = [
         ("world_size", lambda: register("a", NAMESPACE, [group], world_size=(1 << 32) + 1)),
         ("rank", lambda: register("a", NAMESPACE, [group], rank=-2)),
         ("rank", lambda: register("a", NAMESPACE, [group], rank=1 << 32)),
@@ -273,7 +274,8 @@ def test_a_registration_that_does_not_fit_is_refused_by_name(client: Client) -> 
         ("block_stride", lambda: of_segment(replace(segment, block_stride=-1024))),
         ("block_bytes", lambda: of_segment(replace(segment, block_bytes=1 << 64))),
         ("address", lambda: of_segment(replace(segment, address=-1))),
-    ):
+    ]
+    for name, call in refused:
         with pytest.raises(ValueError, match=f"^{name} .* is not in 0 to"):
             call()
     register("a", NAMESPACE, [group])
