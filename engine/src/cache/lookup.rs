@@ -123,6 +123,16 @@ impl Cache {
         self.most_pins() - self.domains[domain].pins
     }
 
+    /// Takes back that a pin call counted these as found; that which is at its limit stays there.
+    pub fn uncount_hits(&mut self, domain: DomainId, entries: &[u32]) {
+        for entry in entries {
+            let block = &mut self.domains[domain].blocks[*entry as usize];
+            if block.hits < u8::MAX {
+                block.hits = block.hits.saturating_sub(1);
+            }
+        }
+    }
+
     /// Lets go of blocks that a pin call gave.
     pub fn unpin(&mut self, domain: DomainId, entries: &[u32]) {
         self.domains[domain].pins -= entries.len() as u64;

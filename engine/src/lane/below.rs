@@ -223,21 +223,25 @@ impl<M: Machine> Lane<M> {
         (request, now): (RequestKey, Instant),
     ) -> Below {
         let below = self.with_tier(|lane, tier| {
-            let Some(id) = tier.prefetches.of(&request) else {
+            let id = tier.prefetches.of(&request);
+            let (total, digest) = (query.list.head.total, query.digest);
+            let same = id
+                .and_then(|id| tier.prefetches.get(id))
+                .filter(|prefetch| {
+                    prefetch.digest == digest && prefetch.total == total && prefetch.scope == *scope
+                });
+            let (Some(id), true) = (id, same.is_some() && query.reach != Reach::Now) else {
                 if query.resumed {
-                    // It was ended under the query that waited for it.
+                    // It was ended under the query that waited for it. What another query may have
+                    // begun under its key since is not touched.
                     query.miss_all(MissReason::InFlight);
+                    return Below::Settled;
+                }
+                if let Some(other) = id {
+                    lane.end_prefetch(tier, other);
                 }
                 return lane.begin_below(tier, session, scope, query, (request, now));
             };
-            let (total, digest) = (query.list.head.total, query.digest);
-            let same = tier.prefetches.get(id).is_some_and(|prefetch| {
-                prefetch.digest == digest && prefetch.total == total && prefetch.scope == *scope
-            });
-            if !same || query.reach == Reach::Now {
-                lane.end_prefetch(tier, id);
-                return lane.begin_below(tier, session, scope, query, (request, now));
-            }
             lane.drop_pins(query);
             let waiter = lane.waiter(session.0, query, now);
             let Some(prefetch) = tier.prefetches.get_mut(id) else {
@@ -372,9 +376,11 @@ impl<M: Machine> Lane<M> {
         };
         let mut loose = Vec::new();
         prefetch.give_up(MissReason::InFlight, &mut loose);
+        let (cache, domain) = (&self.cache, prefetch.scope.domain);
+        prefetch.drop_held(|entry| cache.is_withdrawn(domain, entry), &mut loose);
         let took = now.duration_since(prefetch.started).as_nanos() as u64;
         let pieces = std::mem::take(&mut prefetch.pieces);
-        let (domain, total, after) = (prefetch.scope.domain, prefetch.total, prefetch.after);
+        let (total, after) = (prefetch.total, prefetch.after);
         let is_prefix = prefetch.is_prefix();
         self.cache.unpin(domain, &loose);
         query.misses.fill(0);
@@ -507,10 +513,12 @@ impl<M: Machine> Lane<M> {
         self.resume_waiters();
     }
 
-    /// Lets go of the blocks of a query that goes on with those of its prefetch.
+    /// Lets go of the blocks of a query that goes on with those of its prefetch. It has not found
+    /// them once more.
     fn drop_pins(&mut self, query: &mut QueryRequest) {
         let entries = std::mem::take(&mut query.entries);
         let Some(scope) = query.scope else { return };
+        self.cache.uncount_hits(scope.domain, &entries);
         self.cache.unpin(scope.domain, &entries);
         self.recycle(entries);
         let held = query
@@ -521,6 +529,7 @@ impl<M: Machine> Lane<M> {
                 _ => None,
             });
         let held: Vec<u32> = held.collect();
+        self.cache.uncount_hits(scope.domain, &held);
         self.cache.unpin(scope.domain, &held);
         query.entries = self.entry_lists.pop().unwrap_or_default();
     }

@@ -153,6 +153,20 @@ impl Prefetch {
         debug_assert_eq!(self.open, 0);
     }
 
+    /// Gives up blocks that are in and not to be served any more.
+    pub(super) fn drop_held(&mut self, gone: impl Fn(u32) -> bool, loose: &mut Vec<u32>) {
+        let mut at = 0;
+        while at < self.pieces.len() {
+            if let PieceState::Held { entry, .. } = self.pieces[at].state
+                && gone(entry)
+            {
+                loose.push(entry);
+                self.set(at, PieceState::Missing(MissReason::Absent), loose);
+            }
+            at += 1;
+        }
+    }
+
     /// Takes the pins out.
     pub(super) fn pins(&mut self) -> impl Iterator<Item = u32> + '_ {
         self.pieces.drain(..).filter_map(|piece| match piece.state {
@@ -223,6 +237,11 @@ impl Prefetches {
         self.by_request.remove(&prefetch.request);
         self.free.push(id.slot);
         Some(prefetch)
+    }
+
+    /// Whether somebody may have a block to fetch.
+    pub(super) fn has_turns(&self) -> bool {
+        !self.turns.is_empty()
     }
 
     /// Whose turn it is to have a block fetched; [`Self::turn_again`] when it has more.
@@ -339,6 +358,19 @@ mod tests {
         assert_eq!((prefix.held(), prefix.open), (1, 0));
         assert_eq!(loose, [2]);
         assert_eq!(prefix.next_wanted(), None);
+    }
+
+    #[test]
+    fn what_was_withdrawn_meanwhile_is_let_go_of_with_what_comes_after_it() {
+        let mut prefix = prefetch(0, &[held(1), held(2), held(3)]);
+        let mut loose = Vec::new();
+        prefix.drop_held(|entry| entry == 2, &mut loose);
+        assert_eq!((prefix.held(), prefix.pieces.len()), (1, 1));
+        assert_eq!(loose, [2, 3]);
+        let mut members = prefetch(3, &[held(1), held(2), held(3)]);
+        loose.clear();
+        members.drop_held(|entry| entry == 2, &mut loose);
+        assert_eq!((members.held(), loose.as_slice()), (2, &[2][..]));
     }
 
     #[test]

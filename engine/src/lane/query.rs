@@ -412,7 +412,8 @@ impl<M: Machine> Lane<M> {
                 reason,
             });
         }
-        if untouched {
+        // A query that has waited is older than the lease: it does not take its place.
+        if untouched && !query.resumed {
             let ended = self.leases.end(id, LeaseEnd::Replaced);
             self.finish_leases(ended);
         }

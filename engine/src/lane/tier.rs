@@ -56,6 +56,8 @@ struct Fetch {
     domain: DomainId,
     entry: EntryId,
     started: Instant,
+    /// It does not count as one that is on its way: its drive has stalled.
+    late: bool,
     waiters: Vec<(PrefetchId, u32)>,
 }
 
@@ -98,6 +100,10 @@ pub(super) struct LaneTier {
     free: Vec<usize>,
     /// Fetches by the entry that they fill.
     by_entry: HashMap<(DomainId, u32), usize>,
+    /// Of these, those that are late.
+    late: u32,
+    /// No other one becomes late before; `None` when there may be one.
+    late_at: Option<Instant>,
     writes: u32,
     write_bytes: u64,
     /// Bytes that prefetches had brought in and hold.
@@ -106,6 +112,7 @@ pub(super) struct LaneTier {
     /// Writes under way when the last look ahead was cut short.
     cut_at: Option<u32>,
     looked_at: Option<u64>,
+    told_unfit: bool,
     put_off: Option<Instant>,
     /// No fetch can begin before something ends.
     blocked: bool,
@@ -130,12 +137,15 @@ impl LaneTier {
             moving: Vec::new(),
             free: Vec::new(),
             by_entry: HashMap::new(),
+            late: 0,
+            late_at: None,
             writes: 0,
             write_bytes: 0,
             fetched_bytes: 0,
             to_write: VecDeque::new(),
             cut_at: None,
             looked_at: None,
+            told_unfit: false,
             put_off: None,
             blocked: false,
             done: Vec::new(),
@@ -274,10 +284,12 @@ impl LaneTier {
         let Fetch {
             domain,
             entry,
+            late,
             waiters,
             ..
         } = fetch;
         self.by_entry.remove(&(domain, entry.0));
+        self.late -= u32::from(late);
         let sealed = cache.end_fetch(domain, entry, outcome == StoreOutcome::Read);
         let what = match outcome {
             StoreOutcome::Read => Counter::SsdFetched,
@@ -334,9 +346,38 @@ impl LaneTier {
             .extend(waiters.map(|waiter| (waiter.session, waiter.request_id)));
     }
 
+    /// Whether one more block may be on its way. Those that a stalled drive holds do not count, or
+    /// nothing would come from the others as long as it stalls; how many it holds is bounded by
+    /// what it takes.
+    fn has_room(&self) -> bool {
+        self.by_entry.len() as u32 - self.late < self.options.max_prefetch
+    }
+
+    /// [`Self::has_room`], of which there may be more by now.
+    fn finds_room(&mut self, now: Instant) -> bool {
+        if self.has_room() || self.late_at.is_some_and(|at| now < at) {
+            return self.has_room();
+        }
+        let mut oldest = now;
+        for moving in self.moving.iter_mut().flatten() {
+            match moving {
+                Moving::Up(fetch) if !fetch.late => {
+                    fetch.late = now.duration_since(fetch.started) >= self.options.patience;
+                    self.late += u32::from(fetch.late);
+                    if !fetch.late {
+                        oldest = oldest.min(fetch.started);
+                    }
+                }
+                Moving::Up(_) | Moving::Down { .. } => {}
+            }
+        }
+        self.late_at = Some(oldest + self.options.patience);
+        self.has_room()
+    }
+
     /// Fetches in turn, a block for each prefetch, as far as the options allow.
     fn begin_fetches(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) {
-        while (self.by_entry.len() as u32) < self.options.max_prefetch {
+        while self.prefetches.has_turns() && self.finds_room(moment.now) {
             let Some(id) = self.prefetches.next_turn() else {
                 return;
             };
@@ -432,6 +473,7 @@ impl LaneTier {
             domain,
             entry,
             started: moment.now,
+            late: false,
             waiters,
         }));
         match self.store.read(moment.now, moving as u64, key, &self.pages) {
@@ -600,9 +642,26 @@ impl LaneTier {
                 match why {
                     Refused::Busy | Refused::RateLimited => Attempt::Later,
                     Refused::Degraded => Attempt::Hopeless,
-                    Refused::Known | Refused::Absent | Refused::Unfit => Attempt::Settled,
+                    Refused::Unfit => {
+                        self.tell_unfit();
+                        Attempt::Settled
+                    }
+                    Refused::Known | Refused::Absent => Attempt::Settled,
                 }
             }
+        }
+    }
+
+    /// Says once that there are blocks that the tier can never hold.
+    fn tell_unfit(&mut self) {
+        if !std::mem::replace(&mut self.told_unfit, true) {
+            let bytes: Vec<u32> = self.pages.iter().map(|page| page.bytes).collect();
+            tracing::warn!(
+                ?bytes,
+                "a block with pages of these sizes does not fit the SSD tier: it and others like \
+                 it are never written (pegaflow_ssd_blocks counts them as evicted_unwritten); make \
+                 the engine's blocks smaller or the shards larger"
+            );
         }
     }
 
@@ -675,7 +734,11 @@ impl LaneTier {
             [until, patience, abandoned].into_iter().flatten().min()
         });
         let prefetches = prefetches.flatten().min();
-        [prefetches, self.put_off, self.store.next_deadline()]
+        let late_at = self
+            .late_at
+            .filter(|_| !self.blocked && self.prefetches.has_turns());
+        let late = late_at.filter(|_| !self.has_room());
+        [prefetches, late, self.put_off, self.store.next_deadline()]
             .into_iter()
             .flatten()
             .min()

@@ -1,9 +1,10 @@
 //! A store in memory that tests steer: it can hold requests up, refuse them and fail them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use pegaflow_shm::BlockHash;
 use pegaflow_ssd::ShardStats;
 
 use crate::copy::PoolMemory;
@@ -17,6 +18,8 @@ pub struct State {
     pub blocks: BTreeMap<StoreKey, Vec<Vec<u8>>>,
     /// Requests do not end.
     pub held: bool,
+    /// Requests for these do not end, as if on a drive of their own.
+    pub held_keys: BTreeSet<BlockHash>,
     /// Writes are refused with this.
     pub refuse_writes: Option<Refused>,
     /// Reads are refused with this.
@@ -66,6 +69,7 @@ impl Handle {
     pub fn release(&self) {
         let mut state = self.state();
         state.held = false;
+        state.held_keys.clear();
         if let Some(wake) = &state.wake {
             wake.wake();
         }
@@ -169,6 +173,10 @@ impl BlockStore for MemoryStore {
             return;
         }
         for request in std::mem::take(&mut state.pending) {
+            if state.held_keys.contains(&request.key.hash) {
+                state.pending.push(request);
+                continue;
+            }
             let mut outcome = match request.write {
                 true => StoreOutcome::Written,
                 false => StoreOutcome::Read,

@@ -574,3 +574,143 @@ fn a_rank_that_leaves_ends_the_wait_of_its_instance() {
     below.rig.expect_gauge(Gauge::SsdReading, 0);
     below.rig.expect_gauge(Gauge::BlocksPinned, 0);
 }
+
+#[test]
+fn a_query_that_takes_the_key_of_one_that_waits_keeps_its_own_blocks() {
+    for flag in [flags::WAIT, flags::NOW] {
+        let mut below = Below::start();
+        let memory = Memory::new();
+        let (mut client, worker) = below.rig.worker("a", "", &memory);
+        let last = 2 * POOL_BLOCKS;
+        save(&mut client, worker, &memory, 0..last);
+        below.store.hold();
+        let names = hashes(0..4);
+        let first = Submission {
+            request_id: 1000,
+            ..reach(worker, 9, flags::WAIT, 4, 0)
+        };
+        client.submit_list(0, &names.concat(), first);
+        client.flush();
+        below.rig.expect_gauge(Gauge::Requests, 1);
+        // The same key with other hashes: in the pool for who wants them now, else below it.
+        let numbers = match flag {
+            flags::NOW => last - 4..last,
+            _ => 4..8,
+        };
+        let second = Submission {
+            request_id: 1001,
+            ..reach(worker, 9, flag, 4, 0)
+        };
+        client.submit_list(0, &hashes(numbers.clone()).concat(), second);
+        // What is ended or in the pool needs no drive.
+        let first = client.completion();
+        if flag == flags::WAIT {
+            below.store.release();
+        }
+        let mut answers = [first, client.completion()];
+        below.store.release();
+        answers.sort_by_key(|answer| answer.request_id);
+        let [first, second] = answers;
+        assert_eq!((first.status(), first.count), (Status::Ok, 0));
+        assert_eq!(
+            (first.lease, first.reason),
+            (0, MissReason::InFlight as u16)
+        );
+        assert_eq!((second.status(), second.count), (Status::Ok, 4));
+        load_and_check(&mut client, worker, &memory, &second, numbers);
+        below.rig.expect_gauge(Gauge::BlocksPinned, 0);
+        below.rig.expect_gauge(Gauge::Prefetches, 0);
+    }
+}
+
+#[test]
+fn a_membership_query_that_lost_its_prefetch_names_no_hit() {
+    let mut below = Below::start();
+    let memory = Memory::new();
+    let (mut client, worker) = below.rig.worker("a", "", &memory);
+    client.save(worker, 1, &hashes([1]), &[0]);
+    save(&mut client, worker, &memory, 100..100 + 2 * POOL_BLOCKS);
+    client.save(worker, 1, &hashes([2]), &[0]);
+    below.store.hold();
+    let query = |request_id, flag| Submission {
+        arg0: 9,
+        request_id,
+        flags: flag,
+        ..list(Op::Query, worker, 1, 2)
+    };
+    client.submit_list(0, &hashes([1, 2]).concat(), query(1000, flags::WAIT));
+    client.flush();
+    below.rig.expect_gauge(Gauge::Requests, 1);
+    client.submit_list(0, &hashes([2, 1]).concat(), query(1001, 0));
+    let mut answers = [client.completion(), client.completion()];
+    answers.sort_by_key(|answer| answer.request_id);
+    assert_eq!(answers[1].status(), Status::Loading);
+    assert_eq!((answers[0].status(), answers[0].count), (Status::Ok, 0));
+    assert_eq!(answers[0].lease, 0);
+    assert_eq!(client.result_word() & 0b11, 0, "hits without a lease");
+    below.store.release();
+    below.rig.close(&client);
+    below.rig.expect_gauge(Gauge::BlocksPinned, 0);
+}
+
+#[test]
+fn what_a_stalled_drive_holds_does_not_keep_the_other_drives_blocks_down() {
+    let mut below = Below::with(tier(|tier| {
+        tier.patience = Duration::from_millis(50);
+        tier.max_prefetch = 2;
+    }));
+    let memory = Memory::new();
+    let (mut client, worker) = below.rig.worker("a", "", &memory);
+    save(&mut client, worker, &memory, 0..2 * POOL_BLOCKS);
+    below.rig.expect_gauge(Gauge::SsdWriting, 0);
+    below.store.state().held_keys.extend(hashes(0..2));
+    let stalled = reach(worker, 1, flags::WAIT, 2, 0);
+    client.submit_list(0, &hashes(0..2).concat(), stalled);
+    let answer = client.completion();
+    assert_eq!((answer.status(), answer.count), (Status::Ok, 0));
+    let healthy = reach(worker, 2, flags::WAIT, 4, 0);
+    client.submit_list(0, &hashes(4..8).concat(), healthy);
+    let answer = client.completion();
+    assert_eq!((answer.status(), answer.count), (Status::Ok, 4));
+    load_and_check(&mut client, worker, &memory, &answer, 4..8);
+    below.rig.expect_gauge(Gauge::SsdReading, 2);
+    below.store.release();
+    below.rig.expect_gauge(Gauge::SsdReading, 0);
+    // What is late counts no more once it has ended.
+    let answer = settled(&mut client, worker, 3, 8..16);
+    assert_eq!((answer.status(), answer.count), (Status::Ok, 8));
+}
+
+#[test]
+fn asking_again_for_what_is_loading_is_no_further_hit() {
+    let mut below = Below::with(tier(|tier| tier.admit = AdmitWhen::Hits(2)));
+    let memory = Memory::new();
+    let (mut client, worker) = below.rig.worker("a", "", &memory);
+    save(&mut client, worker, &memory, 0..1);
+    for key in 0..2 {
+        let answer = client.query_key(worker, 0, key, &hashes(0..1));
+        assert_eq!(client.simple(Op::Release, worker, answer.lease), Status::Ok);
+    }
+    below.rig.expect_sum(&[Counter::SsdWritten], 1);
+    save(&mut client, worker, &memory, 1..2 * POOL_BLOCKS);
+    // One that is in the pool, and one that is below.
+    let names = hashes([2 * POOL_BLOCKS - 1, 0]);
+    below.store.hold();
+    for _ in 0..5 {
+        let answer = client.query_key(worker, 0, 7, &names);
+        assert_eq!((answer.status(), answer.count), (Status::Loading, 1));
+    }
+    below.store.release();
+    let until = Instant::now() + Duration::from_secs(10);
+    let answer = loop {
+        let answer = client.query_key(worker, 0, 7, &names);
+        if answer.status() != Status::Loading {
+            break answer;
+        }
+        assert!(Instant::now() < until);
+    };
+    assert_eq!(client.simple(Op::Release, worker, answer.lease), Status::Ok);
+    save(&mut client, worker, &memory, 1000..1000 + 2 * POOL_BLOCKS);
+    below.rig.expect_gauge(Gauge::SsdWriting, 0);
+    assert_eq!(below.store.state().blocks.len(), 1);
+}
