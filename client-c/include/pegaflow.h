@@ -37,7 +37,7 @@ extern "C" {
 /* ---------------------------------------------------------------- constants */
 
 /* Version of this interface. It grows only; pega_abi_version() tells the library's. */
-#define PEGA_ABI_VERSION 3
+#define PEGA_ABI_VERSION 4
 
 /* Status codes. Functions return them negated; completions carry them as they are. */
 #define PEGA_OK 0                    /* The operation succeeded. */
@@ -113,6 +113,11 @@ extern "C" {
 #define PEGA_ORDER_NONE 0    /* Nothing is pending. */
 #define PEGA_ORDER_STREAM 1  /* After all that a CUDA stream has at the moment of the call. */
 #define PEGA_ORDER_EVENT 2   /* After a CUDA event, as it was recorded last. */
+
+/* pega_query_options.fetch */
+#define PEGA_FETCH_POLL 0   /* Fetch what is below the pool; PEGA_LOADING until it is in. */
+#define PEGA_FETCH_NEVER 1  /* Take what is in the pool now. */
+#define PEGA_FETCH_WAIT 2   /* Fetch what is below the pool, and complete when it is in. */
 
 /* Switches in pega_options. */
 #define PEGA_DEFAULT 0
@@ -225,6 +230,17 @@ typedef struct pega_order {
     uint32_t kind; /* PEGA_ORDER_* */
     void *handle;  /* cudaStream_t or CUstream (NULL: default stream), cudaEvent_t or CUevent. */
 } pega_order;
+
+/*
+ * What a query does about blocks that are not in the daemon's pool but in a tier below it (--ssd).
+ * Set `size` to sizeof(pega_query_options).
+ */
+typedef struct pega_query_options {
+    uint32_t size;     /* sizeof(pega_query_options) */
+    uint32_t fetch;    /* PEGA_FETCH_* [PEGA_FETCH_POLL] */
+    uint64_t ttl_ms;   /* As in pega_query(); of PEGA_FETCH_WAIT at most 2^32 - 1. */
+    uint64_t limit_ms; /* PEGA_FETCH_WAIT: completes by then with what is in [no limit]. */
+} pega_query_options;
 
 /* A worker rank with its KV memory, or a scheduler without. */
 typedef struct pega_registration {
@@ -507,6 +523,26 @@ int pega_probe_membership(pega_client *client, uint32_t registration, uint16_t g
 int pega_query(pega_client *client, uint32_t registration, uint16_t group, uint64_t key,
                const pega_hash *hashes, size_t count, uint64_t ttl_ms, uint64_t *bitmap,
                size_t bitmap_words, uint64_t *request);
+
+/*
+ * pega_query() that says what becomes of blocks below the pool; NULL options are those of
+ * pega_query(). In each way, what has come up is pinned for the query until its answer, or until
+ * it has not been repeated for as long as a lease lives by default.
+ *
+ * PEGA_FETCH_POLL   Completes at once. With PEGA_LOADING, `count` blocks are in so far, `value` are
+ *                   still coming up, and there is no lease: repeat the query with the same key and
+ *                   hashes until its status is another one.
+ * PEGA_FETCH_NEVER  Completes at once with a lease on what is in the pool. Ends the fetching that
+ *                   an earlier query of the same key began.
+ * PEGA_FETCH_WAIT   Completes when the blocks are in, or after limit_ms with those that are. The
+ *                   daemon bounds the wait, too: a block that does not come within its
+ *                   --prefetch-timeout is done without. pega_cancel() ends it with PEGA_CANCELLED.
+ *
+ * A block that cannot be read is a miss. pega_probe() looks at the pool alone.
+ */
+int pega_query_with(pega_client *client, uint32_t registration, uint16_t group, uint64_t key,
+                    const pega_hash *hashes, size_t count, const pega_query_options *options,
+                    uint64_t *bitmap, size_t bitmap_words, uint64_t *request);
 
 /*
  * Copies pages of a lease into the engine's blocks: the lease's position first + i goes to

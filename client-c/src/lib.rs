@@ -42,6 +42,7 @@ mod keeper;
 mod log;
 pub mod memory;
 mod options;
+mod query;
 mod requests;
 mod session;
 mod shared;
@@ -54,6 +55,7 @@ pub use error::Error;
 pub use log::{Log, LogLevel};
 pub use memory::{GroupMemory, HostMemory, MemoryKind, Registration, SegmentMemory};
 pub use options::Options;
+pub use query::Fetch;
 pub use stats::{Limits, State, Stats};
 
 pub use pegaflow_shm::BlockHash;

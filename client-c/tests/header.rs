@@ -158,6 +158,9 @@ fn the_constants_of_the_header_are_those_of_the_code() {
         ("PEGA_ORDER_NONE", i64::from(PEGA_ORDER_NONE)),
         ("PEGA_ORDER_STREAM", i64::from(PEGA_ORDER_STREAM)),
         ("PEGA_ORDER_EVENT", i64::from(PEGA_ORDER_EVENT)),
+        ("PEGA_FETCH_POLL", i64::from(PEGA_FETCH_POLL)),
+        ("PEGA_FETCH_NEVER", i64::from(PEGA_FETCH_NEVER)),
+        ("PEGA_FETCH_WAIT", i64::from(PEGA_FETCH_WAIT)),
         ("PEGA_LOG_OFF", i64::from(PEGA_LOG_OFF)),
         ("PEGA_LOG_WARN", i64::from(PEGA_LOG_WARN)),
         ("PEGA_LOG_INFO", i64::from(PEGA_LOG_INFO)),
@@ -210,6 +213,7 @@ fn layout_checks() -> String {
         pega_segment { size, memory, address, block_stride, bytes }
         pega_group { size, group, num_blocks, num_segments, segments, replicated, reserved }
         pega_order { size, kind, handle }
+        pega_query_options { size, fetch, ttl_ms, limit_ms }
         pega_registration { size, world_size, rank, mode, instance, ns, groups, num_groups,
             reserved }
         pega_completion { size, op, status, reason, request, lease, count, skipped, dropped,

@@ -60,6 +60,9 @@ pub const PROTOCOL_MAX: u32 = 4;
 pub const PROTOCOL_DRAINING: u32 = 2;
 /// First version with device memory, events, replicated groups, and the messages about devices.
 pub const PROTOCOL_DEVICES: u32 = 3;
+/// First version with queries that say what they do about blocks below the pool
+/// ([`crate::desc::flags::NOW`], [`crate::desc::flags::WAIT`]).
+pub const PROTOCOL_TIERS: u32 = 4;
 /// Longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 160 * 1024;
 /// Most descriptors beside one message.

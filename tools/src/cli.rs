@@ -192,6 +192,7 @@ mod tests {
                 "--capacity-blocks",
                 "7",
             ],
+            vec!["pegactl", "replay", "--ssd-admit", "seal"],
             vec!["pegactl", "replay", "--policy", "fifo"],
             vec!["pegactl", "top", "--interval", "soon"],
             vec!["pegactl", "bench"],

@@ -28,7 +28,7 @@ use crate::memory::{HostMemory, Registration};
 use crate::requests::Draft;
 use crate::session::{Bound, Session};
 use crate::stats::{Limits, State, Stats};
-use crate::{Error, Options, autostart, keeper};
+use crate::{Error, Fetch, Options, autostart, keeper};
 
 /// A connection to the node daemon that mends itself.
 ///
@@ -152,6 +152,24 @@ impl Client {
     ) -> Result<RequestId, Error> {
         self.shared
             .submit(&Draft::query(registration, group, key, hashes, ttl_ms))
+    }
+
+    /// [`Self::query`] that says what becomes of blocks below the pool. A daemon that is older than
+    /// its tiers takes it for a plain query.
+    ///
+    /// # Errors
+    /// As [`Self::query`].
+    pub fn query_with(
+        &self,
+        registration: RegistrationId,
+        group: u16,
+        key: u64,
+        hashes: &[BlockHash],
+        ttl_ms: u64,
+        fetch: Fetch,
+    ) -> Result<RequestId, Error> {
+        let draft = Draft::query(registration, group, key, hashes, ttl_ms);
+        self.shared.submit(&draft.with_fetch(fetch))
     }
 
     /// Copies the pages of a lease into the engine's blocks: position `first + i` of the lease goes

@@ -32,6 +32,7 @@ sized!(
     pega_segment,
     pega_group,
     pega_order,
+    pega_query_options,
     pega_registration,
     pega_stats,
     pega_limits

@@ -1,12 +1,13 @@
 //! Probes and submissions.
 
 use std::ffi::c_int;
+use std::time::Duration;
 
 use super::guard::exports;
 use super::pointers::{array, array_mut, handle, null, put, read_sized};
 use super::types::*;
 use crate::requests::Draft;
-use crate::{BlockHash, Error, Order, RegistrationId, RequestId};
+use crate::{BlockHash, Error, Fetch, Order, RegistrationId, RequestId};
 
 exports! {
     /// Length of the cached prefix, by reading memory.
@@ -49,15 +50,29 @@ exports! {
         // SAFETY: by the header: a handle of `pega_connect`, `count` hashes; `bitmap` is only
         // remembered here.
         let hashes = unsafe { read_hashes(hashes, count)? };
-        if group != 0 && (bitmap.is_null() || bitmap_words < count.div_ceil(64)) {
-            let value = format!("{bitmap:p} of {bitmap_words} words for {count} positions");
-            let way_out = "a query of another group than 0 needs a bit for each hash";
-            return Err(Error::argument("bitmap", value, way_out));
-        }
+        check_bitmap(group, count, bitmap, bitmap_words)?;
         let draft = Draft::query(RegistrationId(registration), group, key, hashes, ttl_ms);
         let cookie = bitmap.expose_provenance() as u64;
         // SAFETY: as above, and a place for the answer.
         unsafe { submit(client, draft.with_cookie(cookie), request) }
+    }
+
+    /// Pins cached blocks, those below the pool as the options say.
+    try fn pega_query_with(
+        client: *mut pega_client, registration: u32, group: u16, key: u64,
+        hashes: *const pega_hash, count: usize, options: *const pega_query_options,
+        bitmap: *mut u64, bitmap_words: usize, request: *mut u64,
+    ) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, `count` hashes, NULL or options, a
+        // place for the answer; `bitmap` is only remembered here.
+        unsafe {
+            let hashes = read_hashes(hashes, count)?;
+            let (ttl_ms, fetch) = read_query_options(options)?;
+            check_bitmap(group, count, bitmap, bitmap_words)?;
+            let draft = Draft::query(RegistrationId(registration), group, key, hashes, ttl_ms);
+            let cookie = bitmap.expose_provenance() as u64;
+            submit(client, draft.with_fetch(fetch).with_cookie(cookie), request)
+        }
     }
 
     /// Copies a lease's pages into the engine's blocks.
@@ -201,6 +216,49 @@ unsafe fn read_order(order: *const pega_order) -> Result<Order, Error> {
             }
         }
     }
+}
+
+fn check_bitmap(group: u16, count: usize, bitmap: *mut u64, words: usize) -> Result<(), Error> {
+    if group != 0 && (bitmap.is_null() || words < count.div_ceil(64)) {
+        let value = format!("{bitmap:p} of {words} words for {count} positions");
+        let way_out = "a query of another group than 0 needs a bit for each hash";
+        return Err(Error::argument("bitmap", value, way_out));
+    }
+    Ok(())
+}
+
+/// # Safety
+/// `options` is NULL or as `pegaflow.h` says.
+unsafe fn read_query_options(options: *const pega_query_options) -> Result<(u64, Fetch), Error> {
+    if options.is_null() {
+        return Ok((0, Fetch::Poll));
+    }
+    // SAFETY: the caller's promise.
+    let pega_query_options {
+        fetch,
+        ttl_ms,
+        limit_ms,
+        ..
+    } = unsafe { read_sized(options)? };
+    let fetch = match (fetch, limit_ms) {
+        (PEGA_FETCH_POLL, 0) => Fetch::Poll,
+        (PEGA_FETCH_NEVER, 0) => Fetch::Never,
+        (PEGA_FETCH_WAIT, 0) => Fetch::Wait(None),
+        (PEGA_FETCH_WAIT, limit) => Fetch::Wait(Some(Duration::from_millis(limit))),
+        (PEGA_FETCH_POLL | PEGA_FETCH_NEVER, limit) => {
+            let way_out = "only PEGA_FETCH_WAIT has a limit";
+            return Err(Error::argument(
+                "options.limit_ms",
+                limit.to_string(),
+                way_out,
+            ));
+        }
+        (other, _) => {
+            let way_out = "PEGA_FETCH_POLL, PEGA_FETCH_NEVER or PEGA_FETCH_WAIT";
+            return Err(Error::argument("options.fetch", other.to_string(), way_out));
+        }
+    };
+    Ok((ttl_ms, fetch))
 }
 
 /// # Safety

@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use crate::{Client, HostMemory};
 
 /// Version of this ABI: raised with each addition.
-pub const PEGA_ABI_VERSION: u32 = 3;
+pub const PEGA_ABI_VERSION: u32 = 4;
 /// Rank of a scheduler.
 pub const PEGA_SCHEDULER: i32 = -1;
 /// Saves, queries and loads.
@@ -43,6 +43,12 @@ pub const PEGA_ORDER_NONE: u32 = 0;
 pub const PEGA_ORDER_STREAM: u32 = 1;
 /// After an event as it was recorded last.
 pub const PEGA_ORDER_EVENT: u32 = 2;
+/// `pega_query_options.fetch`: blocks below the pool are fetched, and the query says so at once.
+pub const PEGA_FETCH_POLL: u32 = 0;
+/// They are left where they are.
+pub const PEGA_FETCH_NEVER: u32 = 1;
+/// They are fetched, and the query completes when they are in.
+pub const PEGA_FETCH_WAIT: u32 = 2;
 
 /// A client and the memory it gave out.
 #[derive(Debug)]
@@ -175,6 +181,20 @@ pub struct pega_order {
     pub kind: u32,
     /// `cudaStream_t`, `CUstream`, `cudaEvent_t` or `CUevent`.
     pub handle: *mut c_void,
+}
+
+/// What a query does about blocks below the pool.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct pega_query_options {
+    /// `sizeof(pega_query_options)` of the caller.
+    pub size: u32,
+    /// A `PEGA_FETCH_*`.
+    pub fetch: u32,
+    /// Time to live of the lease.
+    pub ttl_ms: u64,
+    /// How long a query that waits does so at most.
+    pub limit_ms: u64,
 }
 
 /// A rank with its memory, or a scheduler.

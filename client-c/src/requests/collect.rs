@@ -106,7 +106,8 @@ impl Shared {
     ) {
         let stats = &mut inner.stats;
         stats.completed += 1;
-        stats.failed += u64::from(answer.status != 0);
+        let answered = [Status::Ok as u8, Status::Loading as u8].contains(&answer.status);
+        stats.failed += u64::from(!answered);
         match Op::from_code(answer.op) {
             Some(Op::Load) => stats.loaded_bytes += answer.bytes,
             Some(Op::Save) => stats.saved_bytes += answer.bytes,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use bytemuck::Zeroable;
 use pegaflow_shm::BlockHash;
+use pegaflow_shm::control::PROTOCOL_TIERS;
 use pegaflow_shm::desc::{Completion as Answer, Op, Submission, flags};
 use pegaflow_shm::payload::{encode_blocks, items_per_chunk};
 use pegaflow_shm::status::Status;
@@ -22,6 +23,7 @@ use crate::Error;
 use crate::client::{Inner, Shared, Wakes};
 use crate::completion::{RegistrationId, RequestId};
 use crate::cuda::EventSlot;
+use crate::query::Fetch;
 use crate::session::{Live, Session};
 use crate::stats::Limits;
 
@@ -42,6 +44,7 @@ pub(crate) struct Draft<'a> {
     arg1: u64,
     arg2: u64,
     cookie: u64,
+    fetch: Fetch,
 }
 
 impl<'a> Draft<'a> {
@@ -56,6 +59,7 @@ impl<'a> Draft<'a> {
             arg1: 0,
             arg2: 0,
             cookie: 0,
+            fetch: Fetch::Poll,
         }
     }
 
@@ -133,6 +137,11 @@ impl<'a> Draft<'a> {
 
     pub(crate) fn nop() -> Draft<'a> {
         Draft::new(Op::Nop, None)
+    }
+
+    /// What a query does about blocks below the pool.
+    pub(crate) fn with_fetch(self, fetch: Fetch) -> Draft<'a> {
+        Draft { fetch, ..self }
     }
 
     /// Comes back in the completion.
@@ -383,6 +392,9 @@ impl Inner {
             arg2: draft.arg2,
             ..Submission::zeroed()
         };
+        if live.session.welcome.protocol >= PROTOCOL_TIERS {
+            draft.fetch.apply(&mut template);
+        }
         if let Some(slot) = &after {
             template = template.with_after(Some(slot.index()));
         }
@@ -488,7 +500,7 @@ fn publish(reserved: &Reserved, draft: &Draft<'_>) -> Result<(), Error> {
         let (flags, bytes) = write_chunk(session, draft, chunk, start..end)?;
         let more = if end < total { flags::MORE } else { 0 };
         let submission = Submission {
-            flags: flags | more,
+            flags: template.flags | flags | more,
             payload_offset: session.chunk_offset(chunk),
             payload_bytes: bytes as u32,
             count: (end - start) as u32,

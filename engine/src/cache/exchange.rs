@@ -101,6 +101,12 @@ impl Cache {
         bytes.sum()
     }
 
+    /// Whether victims that the tier has are preferred to those that would be lost: as long as it
+    /// takes blocks at all.
+    pub fn spare_unwritten(&mut self, yes: bool) {
+        self.spares_unwritten = yes;
+    }
+
     /// Notes whether the tier has the block.
     pub fn mark_stored(&mut self, domain: DomainId, entry: EntryId, stored: bool) {
         self.domains[domain].block_mut(entry).stored = stored;

@@ -120,6 +120,8 @@ pub struct Cache {
     busy_extents: Vec<ExtentId>,
     /// Bytes of pages that copies were ever begun into.
     taken_bytes: u64,
+    /// Victims that the tier has are preferred: those that it has not are on their way there.
+    spares_unwritten: bool,
     /// Blocks that ever left an index: tells whether an earlier look-up may be stale.
     removals: u64,
     found: Vec<Option<EntryId>>,
@@ -172,6 +174,7 @@ impl Cache {
             exhausted: false,
             busy_extents: Vec::new(),
             taken_bytes: 0,
+            spares_unwritten: false,
             removals: 0,
             found: Vec::new(),
         }

@@ -20,6 +20,9 @@ use crate::pool::{Allocation, ExtentId, PageAddr};
 /// Extents of another page size that are tried in vain before a list goes without room.
 const EVACUATION_TRIES: usize = 8;
 
+/// Victims that would be lost for the tier and are passed over for one that it has.
+const MOST_SPARED: u32 = 256;
+
 /// Why there is no page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NoRoom {
@@ -159,10 +162,25 @@ impl Cache {
                 Shard::Empty => true,
             })
         };
-        let victim = home.policy.victim(&mut |id| {
+        let may_leave = |block: &Block| block.is_idle() && (busy.is_empty() || !is_busy(block));
+        let tier = self.options.tier.filter(|_| self.spares_unwritten);
+        let mut spared = 0;
+        let mut victim = home.policy.victim(&mut |id| {
             let block = &blocks[id as usize];
-            block.is_idle() && (busy.is_empty() || !is_busy(block))
-        })?;
+            if !may_leave(block) {
+                return false;
+            }
+            let lost = tier.is_some_and(|admit| !block.stored && admit.worth_keeping(block.hits));
+            spared += u32::from(lost && spared < MOST_SPARED);
+            !lost || spared == MOST_SPARED
+        });
+        if victim.is_none() && spared > 0 {
+            // All would be lost: a save does not wait for the tier.
+            victim = home
+                .policy
+                .victim(&mut |id| may_leave(&blocks[id as usize]));
+        }
+        let victim = victim?;
         Some((domain, EntryId(victim)))
     }
 

@@ -18,6 +18,7 @@ use crate::catalog::{Catalog, Geometry};
 use crate::isolation::IsolationDomain;
 use crate::policy::{AdmissionKind, PolicyKind};
 use crate::pool::{Pool, PoolIdentity};
+use crate::tier::AdmitWhen;
 
 const EXTENT: u64 = 16 * 1024;
 
@@ -27,6 +28,15 @@ struct Fixture {
 }
 
 fn fixture(extents: u64, max_blocks: u32, policy: PolicyKind) -> Fixture {
+    fixture_over(extents, max_blocks, policy, None)
+}
+
+fn fixture_over(
+    extents: u64,
+    max_blocks: u32,
+    policy: PolicyKind,
+    tier: Option<AdmitWhen>,
+) -> Fixture {
     let dir = tempfile::tempdir_in("/dev/shm").expect("a folder in /dev/shm");
     let pool_bytes = extents * EXTENT;
     let identity = PoolIdentity {
@@ -57,7 +67,7 @@ fn fixture(extents: u64, max_blocks: u32, policy: PolicyKind) -> Fixture {
         admission: AdmissionKind::Off,
         incomplete_ttl: Duration::from_secs(3600),
         checksums: true,
-        tier: None,
+        tier,
     };
     let pool = Pool::new(pool_bytes, EXTENT).expect("a pool");
     let mut cache = Cache::new(pool, catalog, options);
@@ -398,5 +408,46 @@ fn a_page_of_another_size_gets_the_extent_that_nobody_holds() {
             "{policy:?} {offers:?}"
         );
         cache.unpin(0, &pinned);
+    }
+}
+
+/// Saves a block of namespace 0 and tells its entry; it must find room.
+fn save_one(cache: &mut Cache, number: u8) -> EntryId {
+    let mut taken = None;
+    cache.offer(&scope(0, 0), &[hash(number)], |_, offer| match offer {
+        Offer::Copy { entry, .. } => taken = Some(entry),
+        other => panic!("block {number}: {other:?}"),
+    });
+    let entry = taken.expect("an offer");
+    assert!(cache.shard_copied(&scope(0, 0), entry, 0));
+    entry
+}
+
+fn has(cache: &Cache, number: u8) -> bool {
+    cache.presence(0, (0, 0), &hash(number)) != crate::cache::exchange::Presence::Absent
+}
+
+#[test]
+fn what_would_be_lost_is_spared_as_long_as_the_tier_takes_blocks_and_no_longer() {
+    const FULL: u8 = 64;
+    for policy in PolicyKind::ALL {
+        let tier = Some(AdmitWhen::Evict);
+        let mut fixture = fixture_over(4, 1024, policy, tier);
+        let cache = &mut fixture.cache;
+        let entries: Vec<EntryId> = (0..FULL).map(|number| save_one(cache, number)).collect();
+        assert_eq!(cache.pool().free_bytes(), 0);
+        // The tier has this one alone, which is not the next to leave.
+        const STORED: u8 = 40;
+        cache.mark_stored(0, entries[usize::from(STORED)], true);
+        cache.spare_unwritten(true);
+        save_one(cache, FULL);
+        assert!((0..FULL).all(|number| has(cache, number) == (number != STORED)));
+        assert_eq!(cache.take_evictions().unwritten, 0);
+        // Now it has none: a save finds room all the same, and the loss is counted.
+        save_one(cache, FULL + 1);
+        assert_eq!(cache.take_evictions().unwritten, 1);
+        cache.spare_unwritten(false);
+        save_one(cache, FULL + 2);
+        assert_eq!(cache.take_evictions().unwritten, 1);
     }
 }

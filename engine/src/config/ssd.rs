@@ -18,6 +18,9 @@ use crate::tier::{AdmitWhen, TierOptions};
 const MIN_SHARD_BYTES: u64 = 128 << 20;
 /// Most requests at one drive.
 const MAX_QUEUE_DEPTH: u32 = 1024;
+/// Requests of a shard that wait or are at its drive. Enough to keep it busy while it makes a batch
+/// durable.
+const MAX_PENDING: u32 = 1024;
 /// Most blocks on their way up at once.
 const MAX_PREFETCH: u32 = 65_536;
 /// Slowest writing, in bytes a second.
@@ -157,7 +160,7 @@ impl Config {
             SsdIo::Threads => ssd::IoChoice::Threads,
         };
         options.queue_depth = self.ssd_queue_depth;
-        options.max_pending = options.max_pending.max(self.ssd_queue_depth);
+        options.max_pending = MAX_PENDING.max(self.ssd_queue_depth);
         options.sqpoll_idle = self.ssd_sqpoll;
         options.policy = self.ssd_policy;
         options.write_limit = self.ssd_write_limit;

@@ -26,17 +26,20 @@ use crate::tier::{
 };
 
 /// Part of the pool that is kept free or on the tier, so that a burst of saves finds room.
-const AHEAD_SHARE: u64 = 4;
+const AHEAD_SHARE: u64 = 2;
 /// Parts of that which must have been used up before the next look ahead.
-const LOOKS: u64 = 8;
-/// Blocks that one look ahead passes, at most.
-const LOOK_BLOCKS: usize = 2048;
+const LOOKS: u64 = 16;
+/// Blocks that one look ahead passes, at most: a fraction of a millisecond.
+const LOOK_BLOCKS: u64 = 4096;
 /// Part of the pool that may be on its way to the tier.
-const WRITING_SHARE: u64 = 8;
+const WRITING_SHARE: u64 = 4;
 /// Part of the pool that queries may hold with blocks that they had fetched.
 const FETCHED_SHARE: u64 = 2;
 /// Blocks to be written as soon as the tier takes them; beyond, they wait for the look ahead.
 const MAX_TO_WRITE: usize = 64 * 1024;
+/// How long blocks are spared for a tier that has finished no write: longer than a drive takes to
+/// make a batch durable, shorter than anybody would notice a cache out of order.
+const SPARING: Duration = Duration::from_millis(500);
 /// When a write that was put off is tried again, at the latest.
 pub(super) const RETRY_WRITES: Duration = Duration::from_millis(5);
 
@@ -109,8 +112,8 @@ pub(super) struct LaneTier {
     /// Bytes that prefetches had brought in and hold.
     fetched_bytes: u64,
     to_write: VecDeque<ToWrite>,
-    /// Writes under way when the last look ahead was cut short.
-    cut_at: Option<u32>,
+    /// When the tier took or finished a write last, and whether it takes any.
+    wrote: Option<Instant>,
     looked_at: Option<u64>,
     told_unfit: bool,
     put_off: Option<Instant>,
@@ -143,7 +146,7 @@ impl LaneTier {
             write_bytes: 0,
             fetched_bytes: 0,
             to_write: VecDeque::new(),
-            cut_at: None,
+            wrote: None,
             looked_at: None,
             told_unfit: false,
             put_off: None,
@@ -224,6 +227,8 @@ impl LaneTier {
             self.begin_fetches(cache, moment);
         }
         self.begin_writes(cache, moment.now);
+        let moves = |at: Instant| moment.now.duration_since(at) < SPARING;
+        cache.spare_unwritten(self.wrote.is_some_and(moves));
     }
 
     fn put(&mut self, moving: Moving) -> usize {
@@ -255,6 +260,9 @@ impl LaneTier {
                 let written = ended.outcome == StoreOutcome::Written;
                 self.writes -= 1;
                 self.write_bytes -= bytes;
+                if written {
+                    self.wrote = Some(moment.now);
+                }
                 if cache.is_withdrawn(domain, entry.0) {
                     // Its bytes turned out to be wrong while they were written.
                     self.store.remove(&key);
@@ -531,6 +539,9 @@ impl LaneTier {
             return;
         }
         self.put_off = None;
+        if self.to_write.is_empty() && self.look_is_due(cache) {
+            self.look_ahead(cache);
+        }
         while let Some(next) = self.to_write.front() {
             let (domain, entry) = (next.domain, next.entry);
             let block = cache.domain_ref(domain).block(entry);
@@ -545,21 +556,37 @@ impl LaneTier {
                     self.put_off = Some(now + RETRY_WRITES);
                     return;
                 }
-                Attempt::Hopeless => self.to_write.clear(),
+                Attempt::Hopeless => {
+                    self.wrote = None;
+                    self.to_write.clear();
+                }
             }
-        }
-        let step = cache.pool().pool_bytes() / AHEAD_SHARE / LOOKS;
-        let used = |since: u64| cache.taken_bytes() - since >= step.max(1);
-        let resumes = self.cut_at.is_some_and(|writes| self.writes <= writes / 2);
-        if resumes || self.looked_at.is_none_or(used) {
-            self.look_ahead(cache, now);
         }
     }
 
-    /// Has the blocks written that will be evicted next.
-    fn look_ahead(&mut self, cache: &mut Cache, now: Instant) {
+    /// So much of the pool has been used up since the last look that there may be more to write.
+    fn look_is_due(&self, cache: &Cache) -> bool {
+        let Some(looked_at) = self.looked_at else {
+            return true;
+        };
+        let used = cache.taken_bytes() - looked_at;
+        if used == 0 {
+            return false;
+        }
+        let pool = cache.pool();
+        let sealed = cache
+            .domains()
+            .iter()
+            .map(|d| u64::from(d.index.writer.sealed_len()));
+        let taken = pool.pool_bytes() - pool.free_bytes();
+        let block_bytes = taken / sealed.sum::<u64>().max(1);
+        let step = pool.pool_bytes() / AHEAD_SHARE / LOOKS;
+        used >= step.min(LOOK_BLOCKS / LOOKS * block_bytes).max(1)
+    }
+
+    /// Lists the blocks that will be evicted next and are not on the tier yet.
+    fn look_ahead(&mut self, cache: &mut Cache) {
         self.looked_at = Some(cache.taken_bytes());
-        self.cut_at = None;
         let wanted = cache.pool().pool_bytes() / AHEAD_SHARE;
         let mut ready = cache.pool().free_bytes();
         if ready >= wanted {
@@ -568,35 +595,35 @@ impl LaneTier {
         let mut domains: Vec<DomainId> = (0..cache.domains().len()).collect();
         domains.sort_by_key(|domain| std::cmp::Reverse(cache.domain_ref(*domain).bytes));
         let mut passed = 0;
-        let mut found = Vec::new();
-        let (store, admit) = (&self.store, self.options.admit);
+        let mut gone = Vec::new();
+        let (store, admit, to_write) = (&self.store, self.options.admit, &mut self.to_write);
         for domain in domains {
             let seen: &Cache = cache;
             seen.upcoming(domain, &mut |entry: EntryId, block: &Block| {
                 passed += 1;
-                if block.is_idle() {
-                    let is_there = block.stored
-                        && seen
-                            .store_key(domain, entry)
-                            .is_some_and(|key| store.holds(&key));
-                    if !is_there && admit.worth_keeping(block.hits) {
-                        found.push((domain, entry));
+                if block.is_idle() && admit.worth_keeping(block.hits) {
+                    let is_there = || {
+                        let key = seen.store_key(domain, entry);
+                        key.is_some_and(|key| store.holds(&key))
+                    };
+                    if block.stored && !is_there() {
+                        gone.push((domain, entry));
+                    }
+                    if !block.stored || gone.last() == Some(&(domain, entry)) {
+                        to_write.push_back(ToWrite {
+                            domain,
+                            entry,
+                            generation: block.generation,
+                        });
                     }
                 }
                 ready += seen.block_bytes(domain, entry);
                 ready < wanted && passed < LOOK_BLOCKS
             });
         }
-        for (domain, entry) in found {
-            match self.write(cache, now, domain, entry) {
-                Attempt::Settled => {}
-                Attempt::Later => {
-                    self.cut_at = Some(self.writes);
-                    self.put_off = (self.writes == 0).then(|| now + RETRY_WRITES);
-                    return;
-                }
-                Attempt::Hopeless => return,
-            }
+        for (domain, entry) in gone {
+            // It left the tier since.
+            cache.mark_stored(domain, entry, false);
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pegaflow::{
     Client, Completion, Error, GroupMemory, Mode, NamespaceSpec, Options, Registration,
 };
-use pegaflow::{RegistrationId, RequestId};
+use pegaflow::{Fetch, RegistrationId, RequestId};
 use pegaflow_shm::BlockHash;
 use pegaflow_shm::status::Status;
 use serde::{Deserialize, Serialize};
@@ -173,6 +173,18 @@ impl Member {
     pub fn query(&self, key: u64, hashes: &[BlockHash]) -> Result<Completion, ToolError> {
         self.finish("query", || {
             self.client.query(self.registration, 0, key, hashes, 0)
+        })
+    }
+
+    /// [`Self::query`] that waits for the blocks that are below the daemon's pool.
+    ///
+    /// # Errors
+    /// As [`Self::query`].
+    pub fn query_and_wait(&self, key: u64, hashes: &[BlockHash]) -> Result<Completion, ToolError> {
+        self.finish("query", || {
+            let wait = Fetch::Wait(None);
+            self.client
+                .query_with(self.registration, 0, key, hashes, 0, wait)
         })
     }
 

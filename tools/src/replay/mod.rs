@@ -23,6 +23,7 @@ pub mod trace;
 pub mod worker;
 mod workload;
 
+use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::Instant;
 
@@ -54,6 +55,7 @@ pub fn replay(
 ) -> Result<bool, ToolError> {
     let requests = load_workload(args)?;
     let plan = Plan::new(args, &requests, socket.is_some())?;
+    let _made = MadeFiles(plan.new_files());
     let mut daemon = DaemonInUse::new(socket, place, &plan.daemon)?;
     let report = run(args, &plan, &daemon, requests).map_err(|error| daemon.explain(error))?;
     if as_json {
@@ -65,6 +67,21 @@ pub fn replay(
         eprintln!("{line}");
     }
     Ok(report.is_clean())
+}
+
+/// Files that the daemon of this run makes; they go with it.
+struct MadeFiles(Vec<PathBuf>);
+
+impl Drop for MadeFiles {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            match std::fs::remove_file(path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => eprintln!("pegactl: {} stays: {error}", path.display()),
+            }
+        }
+    }
 }
 
 fn load_workload(args: &ReplayArgs) -> Result<Vec<Request>, ToolError> {

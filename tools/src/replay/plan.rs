@@ -94,6 +94,14 @@ pub struct ReplayArgs {
     /// What is let into a full cache
     #[arg(long, value_enum, default_value_t = Admission::None)]
     pub admission: Admission,
+    /// File of the daemon's SSD tier, an absolute path with a size, such as
+    /// /mnt/nvme0/replay.ssd:20GiB; repeat it for several. A file that is not there is made, and
+    /// removed at the end
+    #[arg(long, value_name = "PATH:SIZE")]
+    pub ssd: Vec<String>,
+    /// Which blocks the SSD tier is given: evict, seal or hits:N [default: the daemon's]
+    #[arg(long, value_name = "WHEN", requires = "ssd")]
+    pub ssd_admit: Option<String>,
     /// Copy threads of the daemon [default: the daemon's]
     #[arg(long, value_name = "N")]
     pub copy_threads: Option<NonZero<u32>>,
@@ -120,6 +128,8 @@ pub struct Plan {
     pub capacity_blocks: Option<u64>,
     /// Policy by its flag.
     pub policy: String,
+    /// Files of the SSD tier, as given.
+    pub ssd: Vec<String>,
     salt: String,
 }
 
@@ -164,9 +174,11 @@ impl Plan {
                 args.segments
             )));
         }
-        if uses_running && (args.pool_size.is_some() || args.capacity_blocks.is_some()) {
+        let sized = args.pool_size.is_some() || args.capacity_blocks.is_some();
+        if uses_running && (sized || !args.ssd.is_empty()) {
             return Err(ToolError::Plan(
-                "--pool-size and --capacity-blocks size a daemon of our own: leave them out with --socket"
+                "--pool-size, --capacity-blocks and --ssd are for a daemon of our own: leave them out \
+                 with --socket"
                     .into(),
             ));
         }
@@ -200,6 +212,13 @@ impl Plan {
         daemon.policy = Some(flag_value(args.policy));
         daemon.admission = Some(flag_value(args.admission));
         daemon.copy_threads = args.copy_threads.map(NonZero::get);
+        for shard in &args.ssd {
+            daemon.further.extend(["--ssd".to_owned(), shard.clone()]);
+        }
+        if let Some(when) = &args.ssd_admit {
+            let further = ["--ssd-admit".to_owned(), when.clone()];
+            daemon.further.extend(further);
+        }
         let time = crate::output::unix_now_ms();
         Ok(Plan {
             // A running daemon has the room that it was started with.
@@ -209,8 +228,20 @@ impl Plan {
             ranks: args.ranks,
             kv,
             policy: flag_value(args.policy),
+            ssd: args.ssd.clone(),
             salt: format!("replay {}-{time}", std::process::id()),
         })
+    }
+
+    /// Files of the SSD tier that are not there yet: the daemon makes them.
+    pub fn new_files(&self) -> Vec<PathBuf> {
+        let paths = self.ssd.iter().map(|shard| {
+            let path = shard
+                .rsplit_once(':')
+                .map_or(shard.as_str(), |(path, _)| path);
+            PathBuf::from(path)
+        });
+        paths.filter(|path| !path.exists()).collect()
     }
 
     /// What the processes of one engine agree on.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use comfy_table::Table;
-use pegaflow_shm::node::field_text;
+use pegaflow_shm::node::{Counter, field_text};
 use serde_json::{Value, json};
 
 use super::latency::Latency;
@@ -41,6 +41,8 @@ pub struct Report {
     reasons: BTreeMap<String, u64>,
     probe: Latency,
     query: Latency,
+    loading: Latency,
+    fetch: Latency,
     save: Latency,
     load: Latency,
     save_ns: u64,
@@ -50,6 +52,10 @@ pub struct Report {
     plan: Plan,
     policy: String,
     pool_bytes: u64,
+    /// Hits that had to come up from the SSD tier, and blocks that it was not given in time, as the
+    /// daemon counts them.
+    ssd_hits: u64,
+    ssd_unwritten: u64,
 }
 
 /// Bytes per nanosecond are gigabytes per second.
@@ -84,6 +90,8 @@ impl Report {
             reasons: BTreeMap::new(),
             probe: Latency::default(),
             query: Latency::default(),
+            loading: Latency::default(),
+            fetch: Latency::default(),
             save: Latency::default(),
             load: Latency::default(),
             save_ns: 0,
@@ -93,6 +101,8 @@ impl Report {
             plan: plan.clone(),
             policy: header.map_or_else(|| plan.policy.clone(), |header| field_text(&header.policy)),
             pool_bytes: header.map_or(plan.daemon.pool_bytes, |header| header.pool_bytes),
+            ssd_hits: 0,
+            ssd_unwritten: 0,
         }
     }
 
@@ -105,7 +115,13 @@ impl Report {
         self.probe_differs += u64::from(done.probed != done.hits);
         *self.reasons.entry(done.reason).or_default() += 1;
         self.probe.record_ns(done.probe_ns);
-        self.query.record_ns(done.query_ns);
+        match done.fetch_ns {
+            None => self.query.record_ns(done.query_ns),
+            Some(nanos) => {
+                self.loading.record_ns(done.query_ns);
+                self.fetch.record_ns(nanos);
+            }
+        }
         self.complain(done.errors.len() as u64, done.errors);
         for rank in done.ranks {
             if let Some(nanos) = rank.load_ns {
@@ -137,6 +153,10 @@ impl Report {
     /// Notes what is known only at the end.
     pub fn finish(&mut self, elapsed: Duration, cpu_before: Option<f64>, daemon: &DaemonInUse) {
         self.seconds = elapsed.as_secs_f64();
+        if let Ok(view) = daemon.view() {
+            self.ssd_hits = view.reader.counter(Counter::QueryHitSsd);
+            self.ssd_unwritten = view.reader.counter(Counter::SsdUnwritten);
+        }
         self.daemon_cpu_seconds =
             cpu_before.and_then(|before| Some(daemon.cpu_seconds()? - before));
     }
@@ -183,6 +203,8 @@ impl Report {
             "latency_us": {
                 "probe": self.probe.json(),
                 "query": self.query.json(),
+                "query_loading": self.loading.json(),
+                "fetch": self.fetch.json(),
                 "save": self.save.json(),
                 "load": self.load.json(),
             },
@@ -197,6 +219,10 @@ impl Report {
             "memory": self.plan.kv.memory,
             "policy": self.policy,
             "capacity_blocks": self.plan.capacity_blocks,
+            "ssd": self.plan.ssd,
+            "ssd_hit_blocks": self.ssd_hits,
+            "ssd_hit_ratio": ratio(self.ssd_hits, self.blocks),
+            "ssd_unwritten_blocks": self.ssd_unwritten,
             "pool_bytes": self.pool_bytes,
             "seconds": self.seconds,
             "requests_per_second": self.requests as f64 / self.seconds,
@@ -256,7 +282,14 @@ impl Report {
                     count(self.different_blocks)
                 ),
             ),
-            ("hits", format!("{} blocks", count(self.hit_blocks))),
+            (
+                "hits",
+                format!(
+                    "{} blocks, {} of them from SSD",
+                    count(self.hit_blocks),
+                    count(self.ssd_hits)
+                ),
+            ),
             ("hit ratio", percent(self.hit_blocks, self.blocks)),
             (
                 "saved",
@@ -286,6 +319,8 @@ impl Report {
             ),
             ("probe", latency(&self.probe)),
             ("query", latency(&self.query)),
+            ("query that loads", latency(&self.loading)),
+            ("until loaded", latency(&self.fetch)),
             ("save", latency(&self.save)),
             ("load", latency(&self.load)),
             ("daemon", cpu),

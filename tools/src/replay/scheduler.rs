@@ -6,6 +6,7 @@ use std::process::{ChildStdin, ChildStdout};
 use std::time::Instant;
 
 use pegaflow_shm::BlockHash;
+use pegaflow_shm::status::Status;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
@@ -45,8 +46,10 @@ pub struct RequestDone {
     pub reason: String,
     /// Duration of the probe.
     pub probe_ns: u64,
-    /// Duration of the query.
+    /// Duration of the query, of its first answer if that was `loading`.
     pub query_ns: u64,
+    /// How long it took until blocks had come up from below the pool, if some were there.
+    pub fetch_ns: Option<u64>,
     /// What each rank did.
     pub ranks: Vec<TaskDone>,
     /// Requests that the daemon did not do.
@@ -140,8 +143,13 @@ impl Scheduler {
         let probed = self.member.probe(&hashes)?;
         let probe_ns = start.elapsed().as_nanos() as u64;
         let start = Instant::now();
-        let answer = self.member.query(key, &hashes)?;
+        let mut answer = self.member.query(key, &hashes)?;
         let query_ns = start.elapsed().as_nanos() as u64;
+        let mut fetch_ns = None;
+        if answer.status == Status::Loading {
+            answer = self.member.query_and_wait(key, &hashes)?;
+            fetch_ns = Some(start.elapsed().as_nanos() as u64);
+        }
         let mut errors = Vec::new();
         if !answer.is_ok() {
             errors.push(format!(
@@ -172,6 +180,7 @@ impl Scheduler {
             reason: answer.reason.label().to_owned(),
             probe_ns,
             query_ns,
+            fetch_ns,
             ranks,
             errors,
         })
