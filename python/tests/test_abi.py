@@ -24,6 +24,7 @@ PREFIXES = {
     "MODE_": constants.Mode,
     "MEMORY_": constants.Memory,
     "ORDER_": constants.OrderKind,
+    "FETCH_": constants.Fetch,
     "LOG_": constants.LogLevel,
 }
 ALONE = {"ABI_VERSION": _abi.ABI_VERSION, "SCHEDULER": constants.SCHEDULER}

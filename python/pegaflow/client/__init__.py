@@ -11,6 +11,7 @@ from pegaflow.client.client import Client, connect
 from pegaflow.client.completion import Completion, Limits, Stats
 from pegaflow.client.constants import (
     SCHEDULER,
+    Fetch,
     LogLevel,
     Memory,
     Mode,
@@ -88,6 +89,7 @@ __all__ = [
     "DisconnectedError",
     "DrainingError",
     "DuplicateBlockError",
+    "Fetch",
     "Group",
     "Hashes",
     "HostMemory",

@@ -9,7 +9,7 @@ import ctypes as c
 from typing import Any
 
 #: PEGA_ABI_VERSION that this binding needs; the library's may be larger.
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 #: Bytes of a block's hash.
 HASH_BYTES = 32
@@ -81,6 +81,15 @@ class pega_order(c.Structure):  # noqa: N801
         ("size", c.c_uint32),
         ("kind", c.c_uint32),
         ("handle", c.c_void_p),
+    ]
+
+
+class pega_query_options(c.Structure):  # noqa: N801
+    _fields_ = [
+        ("size", c.c_uint32),
+        ("fetch", c.c_uint32),
+        ("ttl_ms", c.c_uint64),
+        ("limit_ms", c.c_uint64),
     ]
 
 
@@ -158,6 +167,7 @@ STRUCTS: tuple[type[c.Structure], ...] = (
     pega_segment,
     pega_group,
     pega_order,
+    pega_query_options,
     pega_registration,
     pega_completion,
     pega_stats,
@@ -207,6 +217,21 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             _list,
             _count,
             c.c_uint64,
+            c.c_void_p,
+            _count,
+            _request,
+        ),
+    ),
+    "pega_query_with": (
+        c.c_int,
+        (
+            _client,
+            _id,
+            _group,
+            c.c_uint64,
+            _list,
+            _count,
+            c.POINTER(pega_query_options),
             c.c_void_p,
             _count,
             _request,

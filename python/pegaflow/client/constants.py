@@ -111,6 +111,17 @@ class OrderKind(IntEnum):
     EVENT = 2
 
 
+class Fetch(IntEnum):
+    """What a query does about blocks that are in a tier below the daemon's pool."""
+
+    #: They are fetched, and the query completes at once, as `LOADING` until they are in.
+    POLL = 0
+    #: They are left where they are.
+    NEVER = 1
+    #: They are fetched, and the query completes when they are in.
+    WAIT = 2
+
+
 class LogLevel(_Open):
     """How much the library says, and the level of one line."""
 

@@ -18,6 +18,7 @@ from pegaflow.client._lists import (
     fits,
     hash_list,
 )
+from pegaflow.client.constants import Fetch
 from pegaflow.client.errors import ClosedError
 from pegaflow.client.memory import Group
 from pegaflow.client.spec import Order
@@ -117,21 +118,42 @@ class Registration:
 
     # ------------------------------------------------------------ requests
 
-    def query(self, key: int, hashes: Hashes, *, group: int = 0, ttl_ms: int = 0) -> int:
+    def query(
+        self,
+        key: int,
+        hashes: Hashes,
+        *,
+        group: int = 0,
+        ttl_ms: int = 0,
+        fetch: Fetch = Fetch.POLL,
+        limit_ms: int = 0,
+    ) -> int:
         """Pins cached blocks and answers with a lease on them: for group 0 the longest cached
         prefix, for any other group every cached position (`Completion.bitmap`).
 
         `key` is the engine's name of its request, 64 bits. The same key and hashes give the same
         lease again; the same key with other hashes replaces it. `ttl_ms` is the lease's time to
         live; 0 takes the daemon's default. While the daemon is away it completes as a miss.
+
+        `fetch` says what becomes of blocks below the daemon's pool. With `Fetch.POLL` the status is
+        `LOADING`, without a lease, while they come up: repeat the query. With `Fetch.WAIT` it
+        completes when they are in, or after `limit_ms` (0: no limit) with those that are.
         """
         words = hash_list(hashes)
+        options = None
+        if fetch != Fetch.POLL or limit_ms:
+            options = _abi.pega_query_options(
+                ctypes.sizeof(_abi.pega_query_options),
+                fetch,
+                fits("ttl_ms", ttl_ms, U64),
+                fits("limit_ms", limit_ms, U64),
+            )
         if group == 0:
-            return self._query(words.address, words.count, key, group, ttl_ms, None)
+            return self._query(words.address, words.count, key, group, ttl_ms, None, options)
         bitmap = Bitmap(words.count)
         # A completion may be there before the call is back: who takes it waits for the note.
         with self._client._bitmaps_lock:
-            request = self._query(words.address, words.count, key, group, ttl_ms, bitmap)
+            request = self._query(words.address, words.count, key, group, ttl_ms, bitmap, options)
             self._client._bitmaps[request] = bitmap
         return request
 
@@ -143,9 +165,26 @@ class Registration:
         group: int,
         ttl_ms: int,
         bitmap: Bitmap | None,
+        options: _abi.pega_query_options | None,
     ) -> int:
         request = ctypes.c_uint64()
         with self._client._gate as handle:
+            if options is not None:
+                self._library.check(
+                    self._library.pega_query_with(
+                        handle,
+                        self.id,
+                        _small(group),
+                        fits("key", key, U64),
+                        address,
+                        count,
+                        ctypes.byref(options),
+                        None if bitmap is None else bitmap.address,
+                        0 if bitmap is None else bitmap.words,
+                        ctypes.byref(request),
+                    )
+                )
+                return request.value
             self._library.check(
                 self._library.pega_query(
                     handle,
