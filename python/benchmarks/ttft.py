@@ -93,7 +93,7 @@ def forget(llm: Any) -> None:
 def measure_ttft(llm: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds by length: cold, hit in vLLM's own cache, and from the node."""
     chance = random.Random(options.seed)
-    timed(llm, [prompt(chance, 512)], 1)
+    timed(llm, [prompt(chance, min(options.tokens))], 1)
     found: dict[str, Any] = {}
     for tokens in options.tokens:
         cold, local, warm = [], [], []
