@@ -7,6 +7,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, StatxFlags, fallocate, flock, statx};
 
@@ -18,6 +19,11 @@ use crate::mover::Alignment;
 
 /// `STATX_DIOALIGN`, which rustix has no name for.
 const DIO_ALIGN: StatxFlags = StatxFlags::from_bits_retain(0x2000);
+
+/// How long a lock is waited for: the kernel takes a dead process's io_uring apart, and with it
+/// what holds the lock, only after the process is gone.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// A file that is ours: locked as long as it is open.
 #[derive(Debug)]
@@ -88,10 +94,19 @@ pub(crate) fn look(path: &Path, write: bool) -> Result<Named, OpenError> {
 }
 
 fn lock(path: &Path, file: &File) -> Result<(), OpenError> {
-    match flock(file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(()),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::InUse { path: path.into() }),
-        Err(error) => Err(failed(path, "flock")(error.into())),
+    let started = Instant::now();
+    loop {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::WOULDBLOCK) if started.elapsed() < LOCK_WAIT => {
+                std::thread::sleep(LOCK_PAUSE);
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(OpenError::InUse { path: path.into() });
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(failed(path, "flock")(error.into())),
+        }
     }
 }
 

@@ -48,7 +48,8 @@ pub struct Options {
     pub policy: PolicyKind,
     /// Page bytes written per second over all shards; none is no limit.
     pub write_limit: Option<u64>,
-    /// The size of a new shard's segments in bytes. Existing shards keep theirs.
+    /// The size of a new shard's segments in bytes; a small shard has smaller ones, so that there
+    /// are enough of them. Existing shards keep theirs.
     pub segment_bytes: u32,
     /// Whether a new shard's space is reserved when it is made.
     pub preallocate: bool,

@@ -123,6 +123,7 @@ fn a_killed_process_leaves_what_it_had_made_durable_and_no_wrong_byte() {
             );
             checked += 1;
         }
+        assert!(rig.tier.close(Duration::from_secs(60)));
     }
     eprintln!("{kills} kills, {lived} after something was durable, {next} blocks, {checked} read");
     assert!(lived * 2 > kills, "most children must get somewhere");

@@ -267,7 +267,7 @@ fn a_new_shard_needs_a_size_and_enough_of_it() {
     without.shards[0].bytes = None;
     let error = place.error(without);
     assert!(matches!(error, OpenError::SizeMissing { .. }), "{error}");
-    let error = place.error(options(IoChoice::Auto, &[(&path, 2 * MIB)]));
+    let error = place.error(options(IoChoice::Auto, &[(&path, MIB)]));
     let OpenError::TooSmall { least, .. } = error else {
         panic!("{error}");
     };

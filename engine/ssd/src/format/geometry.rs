@@ -37,8 +37,19 @@ impl Geometry {
     /// One table chunk per that many bytes of data: pages of 12.2 KiB fill table and data alike.
     const DATA_PER_CHUNK: u32 = 512 << 10;
 
-    /// The sizes for a file of `file_bytes` bytes. Fewer than [`Self::MIN_SEGMENTS`] may fit.
+    /// The sizes for a file of `file_bytes` bytes: of a file too small for segments of
+    /// `segment_bytes`, smaller ones. Fewer than [`Self::MIN_SEGMENTS`] may fit all the same.
     pub fn for_file(file_bytes: u64, segment_bytes: u32) -> Self {
+        let mut geometry = Self::of_segments(file_bytes, segment_bytes);
+        while geometry.segments < Self::MIN_SEGMENTS
+            && geometry.segment_bytes > Self::MIN_SEGMENT_BYTES
+        {
+            geometry = Self::of_segments(file_bytes, geometry.segment_bytes / 2);
+        }
+        geometry
+    }
+
+    fn of_segments(file_bytes: u64, segment_bytes: u32) -> Self {
         let segment_bytes = align_up(segment_bytes.min(Self::MAX_SEGMENT_BYTES))
             .clamp(Self::MIN_SEGMENT_BYTES, Self::MAX_SEGMENT_BYTES);
         let chunks = (segment_bytes / Self::DATA_PER_CHUNK).max(4);
@@ -101,5 +112,23 @@ impl Geometry {
             && (Self::MIN_SEGMENT_BYTES..=Self::MAX_SEGMENT_BYTES).contains(&self.segment_bytes)
             && self.table_bytes.is_multiple_of(ALIGNMENT)
             && (4 * ALIGNMENT..=Self::MAX_SEGMENT_BYTES).contains(&self.table_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_file_has_small_segments_rather_than_too_few() {
+        const MIB: u64 = 1 << 20;
+        let large = Geometry::for_file(1024 * MIB, 64 << 20);
+        assert_eq!((large.segment_bytes, large.segments), (64 << 20, 15));
+        let small = Geometry::for_file(128 * MIB, 64 << 20);
+        assert_eq!((small.segment_bytes, small.segments), (16 << 20, 7));
+        assert!(small.file_bytes() <= 128 * MIB && small.is_valid());
+        let least = Geometry::for_file(2 * MIB, 64 << 20);
+        assert!(least.is_valid() && least.file_bytes() <= 2 * MIB);
+        assert!(Geometry::for_file(MIB, 64 << 20).segments < Geometry::MIN_SEGMENTS);
     }
 }
