@@ -487,6 +487,15 @@ def test_blocks_that_were_not_stored_are_not_told(daemon: Daemon, make: Make) ->
     assert not engine.scheduler.events()
 
 
+def test_blocks_that_were_not_offered_are_not_told(make: Make) -> None:
+    config = ConnectorConfig(max_saving_percent=10)
+    engine = make(config=config, blocks=40, with_events=True)
+    engine.save(Request(tokens(160)), [list(range(1, 11))])
+    engine.save(Request(tokens(40, seed=3)), [[11, 12, 13]])
+    (event,) = engine.scheduler.events()
+    assert event.token_ids == tokens(40, seed=3)[:32]
+
+
 def test_memory_that_goes_to_sleep_is_let_go_and_found_again(make: Make) -> None:
     engine = make()
     prompt = tokens(100)

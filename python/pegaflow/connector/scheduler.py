@@ -281,24 +281,25 @@ class Scheduler:
             hashed = len(request.block_hashes) // group.hashes_per_block
             last = min(known // group.block_tokens, hashed)
             if last > first:
-                self._offer(
+                whole = self._offer(
                     tracked,
                     group,
                     group.names(request.block_hashes, first, last),
                     tracked.blocks[at][first:last],
                 )
                 tracked.saved[at] = last
-                if self._with_events:
+                if whole and self._with_events:
                     self._late_events.append(stored(request, group, first, last))
             tracked.next_at = min(tracked.next_at, (max(first, last) + 1) * group.block_tokens)
 
     def _offer(
         self, tracked: Tracked, group: CacheGroup, names: Sequence[bytes], blocks: list[int]
-    ) -> None:
-        """Holds blocks for a save in this step or the next one."""
+    ) -> bool:
+        """Holds blocks for a save in this step or the next one. Tells whether it takes them all."""
         holder = self._holder
         if holder is None:
-            return
+            return False
+        wanted = len(blocks)
         if NULL_BLOCK in blocks:
             kept = [at for at, block in enumerate(blocks) if block != NULL_BLOCK]
             names, blocks = [names[at] for at in kept], [blocks[at] for at in kept]
@@ -310,6 +311,7 @@ class Scheduler:
             holder.hold(blocks)
             self._saving_blocks += len(blocks)
             self._late.append((group, packed(names, tracked.prompt.mask), blocks))
+        return len(blocks) == wanted
 
     # ------------------------------------------------------------ ends
 
