@@ -21,6 +21,7 @@ use crate::replay::plan::ReplayArgs;
 use crate::replay::replay;
 use crate::replay::scheduler::{SCHEDULER_ARGUMENT, scheduler_main};
 use crate::replay::worker::{WORKER_ARGUMENT, worker_main};
+use crate::ssd::{SsdArgs, ssd};
 use crate::top::{TopArgs, top};
 use crate::{metrics, rings, status};
 
@@ -32,7 +33,8 @@ const EXIT_FAILED: u8 = 3;
 const AFTER: &str = "\
 Exit status:
   0  done
-  1  doctor: a check failed; replay: a loaded byte was wrong or a request failed
+  1  doctor: a check failed; replay: a loaded byte was wrong or a request failed; ssd: a shard
+     is damaged
   2  the command line is wrong
   3  it could not be done (no such node, no daemon, a system call failed): see the message
   128 + N  ended by signal N; own daemons and processes are gone
@@ -86,6 +88,8 @@ enum Command {
         #[arg(long, conflicts_with = "json")]
         prometheus: bool,
     },
+    /// SSD shards on their drives: layout, fill, damage; a daemon may use them meanwhile
+    Ssd(SsdArgs),
     /// Check this machine: shared memory, limits, huge pages, io_uring, CUDA, kernel, CPUs, daemons
     Doctor,
     /// Live screen: rates, hit ratio, pool, latencies, sessions
@@ -153,6 +157,7 @@ fn run(cli: &Cli) -> Result<bool, ToolError> {
             let socket = socket.clone().unwrap_or_else(|| paths::socket_path(node));
             return Ok(doctor(&place, &socket, *json));
         }
+        Command::Ssd(args) => return ssd(args, *json),
         Command::Top(args) => top(args, &place, *json)?,
         Command::Replay(args) => {
             children::clean_up_on_signals();

@@ -25,6 +25,7 @@ pub mod node;
 pub mod output;
 pub mod replay;
 pub mod rings;
+pub mod ssd;
 pub mod ssds;
 pub mod status;
 pub mod top;
