@@ -194,6 +194,11 @@ soak: ## kill -9 of clients and daemons at random, SOAK_TRIALS times (hours)
 	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-shm -- --nocapture kill
 	PEGAFLOW_CYCLES=$(CYCLES) $(CARGO) test --release -p pegaflow-tests -- --nocapture cycles
 
+.PHONY: ssd-crash
+ssd-crash: ## 10,000 simulated power losses and 200 kills of a process that writes SSD shards
+	PEGAFLOW_SSD_POWER_LOSSES=10000 PEGAFLOW_SSD_KILLS=200 \
+	    $(CARGO) test --release -p pegaflow-ssd -- --nocapture power kill
+
 .PHONY: chaos
 chaos: build ## kill -9 of daemon and engines under load, CHAOS_KILLS=200 times (minutes)
 	$(CARGO) build --release -p pegaflow-tests --bin chaos
@@ -219,12 +224,12 @@ fuzz: ## libFuzzer on each target for FUZZ_SECONDS of CPU time, or on FUZZ_TARGE
 
 .PHONY: fuzz-seeds
 fuzz-seeds: ## write the seed corpus of the fuzz targets anew, as this version speaks
-	PEGAFLOW_FUZZ_WRITE_SEEDS=1 $(CARGO) test -p pegaflow-engine --lib fuzz::
+	PEGAFLOW_FUZZ_WRITE_SEEDS=1 $(CARGO) test -p pegaflow-engine -p pegaflow-ssd --lib fuzz::
 
 .PHONY: proptest
 proptest: ## property tests, fuzz targets without libFuzzer and hostile clients, many more cases
 	PROPTEST_CASES=100000 PEGAFLOW_FUZZ_CASES=100000 \
-	    $(CARGO) test --release -p pegaflow-shm -p pegaflow-engine
+	    $(CARGO) test --release -p pegaflow-shm -p pegaflow-engine -p pegaflow-ssd
 	PEGAFLOW_HOSTILE_TRIALS=10000 $(CARGO) test --release -p pegaflow-tests -- --nocapture hostile
 
 .PHONY: bench

@@ -11,7 +11,7 @@ cd "$(dirname "$0")"
 
 seconds=${FUZZ_SECONDS:-1800}
 built=${CARGO_TARGET_DIR:-$PWD/../target}/libfuzzer
-read -ra targets <<<"${FUZZ_TARGET:-control catalog descriptors ring index}"
+read -ra targets <<<"${FUZZ_TARGET:-control catalog descriptors ring index ssd}"
 
 if [[ ${FUZZ_BUILD:-1} == 1 ]]; then
     command -v cargo-fuzz >/dev/null || {

@@ -37,8 +37,8 @@ struct Seen {
 }
 
 impl Seen {
-    /// What is wrong, in words. Empty if nothing is. Blocks that are not whole and table chunks that
-    /// are not valid are no harm: crashes and reclaimed segments leave them.
+    /// What is wrong, in words. Empty if nothing is. Blocks that are not whole and table chunks
+    /// that are not valid are no harm: crashes and reclaimed segments leave them.
     fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let layout = &self.layout;

@@ -81,7 +81,6 @@ struct Task {
     issued: u32,
     /// Pieces that wait or are at the engine.
     open: u32,
-    checksum: u64,
     fault: Option<ShardFault>,
 }
 
@@ -117,6 +116,8 @@ pub(crate) struct Mover<E> {
     writes: VecDeque<u32>,
     /// Parts of which the engine moved only some.
     again: Vec<u32>,
+    /// Tasks of which all is moved and whose checksum is not looked at.
+    moved: Vec<u32>,
     running: u32,
     running_writes: u32,
     ended: Vec<Ended>,
@@ -145,6 +146,7 @@ impl<E: Engine> Mover<E> {
             reads: VecDeque::new(),
             writes: VecDeque::new(),
             again: Vec::new(),
+            moved: Vec::new(),
             running: 0,
             running_writes: 0,
             ended: Vec::new(),
@@ -177,7 +179,6 @@ impl<E: Engine> Mover<E> {
             command,
             issued: 0,
             open: 0,
-            checksum: 0,
             fault: None,
         };
         let index = self.tasks_free.pop().unwrap_or_else(|| {
@@ -194,15 +195,28 @@ impl<E: Engine> Mover<E> {
     /// # Errors
     /// The engine cannot be used any more.
     pub fn turn(&mut self, timeout: Option<Duration>, out: &mut Vec<Done>) -> io::Result<()> {
-        self.issue(out);
-        let timeout = if out.is_empty() { timeout } else { None };
+        self.issue();
+        let timeout = if self.moved.is_empty() { timeout } else { None };
+        let mut waited = self.wait(timeout);
+        if !self.moved.is_empty() {
+            // Checksums take time: the drive gets its next requests first.
+            self.issue();
+            waited = waited.and(self.wait(None));
+        }
+        for index in std::mem::take(&mut self.moved) {
+            self.finish(index, out);
+        }
+        waited
+    }
+
+    /// Lets the engine work, and takes in what has ended.
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         let mut ended = std::mem::take(&mut self.ended);
         let waited = self.engine.wait(timeout, &mut ended);
         for end in ended.drain(..) {
-            self.end(end, out);
+            self.end(end);
         }
         self.ended = ended;
-        self.issue(out);
         waited
     }
 
@@ -233,9 +247,9 @@ impl<E: Engine> Mover<E> {
         }
     }
 
-    fn issue(&mut self, out: &mut Vec<Done>) {
+    fn issue(&mut self) {
         while let Some(part) = self.again.pop() {
-            self.give(part, out);
+            self.give(part);
         }
         while self.running < self.engine.depth() && !self.parts_free.is_empty() {
             let Some(kind) = self.next_queue() else { break };
@@ -251,7 +265,7 @@ impl<E: Engine> Mover<E> {
             if last {
                 self.queue(kind).pop_front();
             }
-            self.give(part, out);
+            self.give(part);
         }
     }
 
@@ -308,9 +322,6 @@ impl<E: Engine> Mover<E> {
             moved: 0,
             bounce,
         };
-        if start == 0 {
-            self.begin(index);
-        }
         if let Some(bounce) = bounce {
             self.fill(index, &part, bounce);
         }
@@ -320,16 +331,6 @@ impl<E: Engine> Mover<E> {
         let slot = self.parts_free.pop().expect("the caller looked");
         self.parts[slot as usize] = Some(part);
         Some((slot, start + bytes == total))
-    }
-
-    /// Takes the checksum of a page that is to be written.
-    fn begin(&mut self, index: u32) {
-        if let Op::Write { page, bytes, seed } = self.task(index).command.op {
-            // SAFETY: until the command has ended nobody writes to the page (`PoolMemory::new`).
-            let content = unsafe { self.pool.bytes_at(page, bytes) };
-            let checksum = Record::checksum_of(seed, content);
-            self.task(index).checksum = checksum;
-        }
     }
 
     /// Copies what is to be written into a bounce buffer, padded with zeroes.
@@ -361,7 +362,7 @@ impl<E: Engine> Mover<E> {
     }
 
     /// Gives a part, or the rest of one, to the engine.
-    fn give(&mut self, slot: u32, out: &mut Vec<Done>) {
+    fn give(&mut self, slot: u32) {
         let part = self.parts[slot as usize].expect("it is open");
         let task = self.tasks[part.task as usize]
             .as_ref()
@@ -393,18 +394,15 @@ impl<E: Engine> Mover<E> {
         self.running_writes += u32::from(kind == Kind::Write);
         if self.engine.submit(piece).is_err() {
             // There was room, so the engine is broken; its next wait says how.
-            self.end(
-                Ended {
-                    id: u64::from(slot),
-                    result: Err(libc::EIO),
-                },
-                out,
-            );
+            self.end(Ended {
+                id: u64::from(slot),
+                result: Err(libc::EIO),
+            });
         }
     }
 
     /// Takes in the end of a piece.
-    fn end(&mut self, end: Ended, out: &mut Vec<Done>) {
+    fn end(&mut self, end: Ended) {
         let slot = end.id as u32;
         let mut part = self.parts[slot as usize].expect("the engine ends what was given to it");
         let alignment = self.alignment.offset;
@@ -438,10 +436,10 @@ impl<E: Engine> Mover<E> {
                 }
             }
         }
-        self.finish_part(slot, part, out);
+        self.finish_part(slot, part);
     }
 
-    fn finish_part(&mut self, slot: u32, part: Part, out: &mut Vec<Done>) {
+    fn finish_part(&mut self, slot: u32, part: Part) {
         self.parts[slot as usize] = None;
         self.parts_free.push(slot);
         if let Some(bounce) = part.bounce {
@@ -472,21 +470,26 @@ impl<E: Engine> Mover<E> {
             Op::Sync => 0,
         };
         if task.open == 0 && (task.issued == total || task.fault.is_some()) {
-            self.finish(part.task, out);
+            self.unqueue(part.task);
+            self.moved.push(part.task);
         }
     }
 
-    fn finish(&mut self, index: u32, out: &mut Vec<Done>) {
-        let task = self.tasks[index as usize]
-            .take()
-            .expect("its last part ended");
-        self.tasks_free.push(index);
-        // A task that failed early may still be queued for more pieces.
+    /// A task that failed early may still be queued for more pieces.
+    fn unqueue(&mut self, index: u32) {
         for queue in [&mut self.urgent, &mut self.reads, &mut self.writes] {
             if queue.front() == Some(&index) {
                 queue.pop_front();
             }
         }
+    }
+
+    /// Takes or compares the checksum of what was moved.
+    fn finish(&mut self, index: u32, out: &mut Vec<Done>) {
+        let task = self.tasks[index as usize]
+            .take()
+            .expect("all of it is moved");
+        self.tasks_free.push(index);
         let result = match (task.fault, &task.command.op) {
             (Some(fault), _) => Err(fault),
             (
@@ -506,9 +509,14 @@ impl<E: Engine> Mover<E> {
                     Ok(Moved::Different)
                 }
             }
-            (None, _) => Ok(Moved::Fine {
-                checksum: task.checksum,
-            }),
+            (None, &Op::Write { page, bytes, seed }) => {
+                // SAFETY: until the command has ended nobody writes to the page
+                // (`PoolMemory::new`), so these are the bytes that were written.
+                let content = unsafe { self.pool.bytes_at(page, bytes) };
+                let checksum = Record::checksum_of(seed, content);
+                Ok(Moved::Fine { checksum })
+            }
+            (None, Op::Table(_) | Op::Sync) => Ok(Moved::Fine { checksum: 0 }),
         };
         out.push(Done {
             id: task.command.id,

@@ -218,7 +218,7 @@ struct Rig {
     tier: Tier,
     engine: &'static str,
     page: u32,
-    depth: usize,
+    slots: usize,
     content: Vec<u8>,
     /// The blocks of the last round.
     written: Vec<BlockKey>,
@@ -238,7 +238,9 @@ impl Rig {
         options.io = args.io.into();
         options.queue_depth = depth;
         options.sqpoll_idle = args.sqpoll_ms.map(Duration::from_millis);
-        let mut content = vec![0; page as usize * depth as usize];
+        // Some wait in the tier, so that the drive is never short of them.
+        let slots = 2 * depth as usize;
+        let mut content = vec![0; page as usize * slots];
         rand::rng().fill(&mut content[..]);
         let owner: Thread = std::thread::current();
         let pool = PoolMemory::with_content(&content);
@@ -250,7 +252,7 @@ impl Rig {
             tier,
             engine: report.shards[0].io,
             page,
-            depth: depth as usize,
+            slots,
             content,
             written: Vec::new(),
             next_block: 0,
@@ -271,7 +273,7 @@ impl Rig {
         total: u64,
         mut ask: impl FnMut(&mut Self, u64, u64) -> Result<bool, ToolError>,
     ) -> Result<(), ToolError> {
-        let mut free: Vec<u64> = (0..self.depth as u64).collect();
+        let mut free: Vec<u64> = (0..self.slots as u64).collect();
         let (mut asked, mut ended, mut out) = (0, 0, Vec::new());
         let mut last = Instant::now();
         while ended < total {
