@@ -320,13 +320,15 @@ class Lookup:
         prefix = self._groups[0]
         first = asked.computed // prefix.block_tokens
         end = (first + asked.answers[0].count) * prefix.block_tokens // self.align * self.align
-        others = self._groups[1:]
+        others = [(group, ends_of(group, asked)) for group in self._groups[1:]]
         while end > asked.computed:
-            parts = [_tail(group, asked, end) for group in others]
-            if all(part is not None for part in parts):
+            if all(
+                ends[(end - asked.computed) // group.block_tokens] == "1" for group, ends in others
+            ):
+                parts = [_tail(group, asked, end) for group, _ in others]
                 held = [
                     Held(prefix, asked.answers[0].lease, 0, first, end // prefix.block_tokens),
-                    *(part for part in parts if part is not None and part.end > part.begin),
+                    *(part for part in parts if part.end > part.begin),
                 ]
                 return held, end
             end -= self.align
@@ -351,19 +353,38 @@ class Lookup:
             self._logger.warning("the daemon answers no query: %s", text)
 
 
-def _tail(group: CacheGroup, asked: Asked, end: int) -> Held | None:
-    """What a window group has to load for a hit that ends at token `end`; None if a block is
-    missing."""
+def _bits(group: CacheGroup, asked: Asked) -> int:
+    bitmap = asked.answers[group.number].bitmap
+    return bitmap.to_int() if bitmap is not None else 0
+
+
+def ends_of(group: CacheGroup, asked: Asked) -> str:
+    """"1" at `n` if a group can serve a hit that ends `n` of its blocks after those that vLLM has.
+
+    As long numbers in few operations: a look at each window of a long prompt costs too much.
+    """
+    bits = _bits(group, asked)
+    count = (asked.limit - asked.computed) // group.block_tokens
+    if group.window_blocks is None:
+        # The ones before the first zero.
+        return "1" * ((~bits & (bits + 1)).bit_length()) + "0" * count
+    # What vLLM has lies below, and counts as there.
+    wide, done = group.window_blocks, 1
+    runs = bits << wide | (1 << wide) - 1
+    while done < wide:
+        step = min(done, wide - done)
+        runs &= runs >> step
+        done += step
+    return f"{runs:0{count + 1}b}"[::-1]
+
+
+def _tail(group: CacheGroup, asked: Asked, end: int) -> Held:
+    """What a group has to load for a hit that ends at token `end`, which it can serve."""
     base = asked.computed // group.block_tokens
     last = end // group.block_tokens
     begin = base if group.window_blocks is None else max(base, last - group.window_blocks)
-    completion = asked.answers[group.number]
-    bits = completion.bitmap.to_int() if completion.bitmap is not None else 0
-    wanted = ((1 << (last - begin)) - 1) << (begin - base)
-    if bits & wanted != wanted:
-        return None
-    below = bits & ((1 << (begin - base)) - 1)
-    return Held(group, completion.lease, below.bit_count(), begin, last)
+    below = _bits(group, asked) & ((1 << (begin - base)) - 1)
+    return Held(group, asked.answers[group.number].lease, below.bit_count(), begin, last)
 
 
 def loads_of(answer: Answer, blocks: Sequence[Sequence[int]], tokens: int) -> list[GroupLoad]:
