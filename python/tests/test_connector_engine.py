@@ -252,6 +252,7 @@ def test_hits_come_back_with_the_daemon(daemon: Daemon, make: Make) -> None:
     assert not engine.pool.held
     daemon.start()
     eventually(lambda: engine.find(Request(prompt)) == 96, "the hits are back")
+    eventually(lambda: engine.clients[1].stats().reconnects == 1, "the worker counts it")
     engine.workers[0].count_transitions()
     counted = engine.workers[0].counters.take()
     assert counted["daemon_losses"] == counted["daemon_returns"] == 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pegaflow.connector.groups import CacheGroup
-from pegaflow.connector.lookup import Asked, ends_of
+from pegaflow.connector.lookup import Asked, Lookup, ends_of
 
 TOKENS = 16
 
@@ -41,3 +41,31 @@ def test_an_answer_without_a_bitmap_serves_nothing_new() -> None:
     asked.answers[1] = SimpleNamespace(bitmap=None, lease=0)  # type: ignore[assignment]
     for window in (None, 3):
         assert ends_of(CacheGroup(1, 1, TOKENS, 1, window), asked)[:5] == "10000"
+
+
+def test_a_hit_of_groups_with_blocks_of_different_sizes_is_the_longest_that_all_can_serve() -> None:
+    generator = random.Random(7)
+    full = CacheGroup(0, 0, 2 * TOKENS, 2)
+    for _ in range(300):
+        window = CacheGroup(1, 1, TOKENS, 1, generator.choice([1, 3, 4]), sliding=True)
+        blocks, computed = generator.randrange(1, 12), generator.randrange(3) * 2 * TOKENS
+        present = [generator.random() < 0.8 for _ in range(2 * blocks)]
+        asked = answered(present, computed)
+        prefix = generator.randrange(blocks + 1)
+        asked.answers[0] = SimpleNamespace(count=prefix, lease=2)  # type: ignore[assignment]
+        lookup = Lookup.__new__(Lookup)
+        lookup._groups, lookup.align = [full, window], 2 * TOKENS
+        wide = window.window_blocks or 0
+        best = max(
+            at
+            for at in range(prefix + 1)
+            if all(present[max(0, 2 * at - wide) : 2 * at])
+        )
+        held, end = lookup._combined(asked)
+        assert end == computed + best * 2 * TOKENS
+        assert [one.group for one in held] == ([full, window] if best else [])
+        if best:
+            base = computed // TOKENS
+            begin = max(0, 2 * best - wide)
+            assert (held[1].begin, held[1].end) == (base + begin, base + 2 * best)
+            assert held[1].first == sum(present[:begin])

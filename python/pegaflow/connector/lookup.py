@@ -320,18 +320,20 @@ class Lookup:
         prefix = self._groups[0]
         first = asked.computed // prefix.block_tokens
         end = (first + asked.answers[0].count) * prefix.block_tokens // self.align * self.align
-        others = [(group, ends_of(group, asked)) for group in self._groups[1:]]
-        while end > asked.computed:
-            if all(
-                ends[(end - asked.computed) // group.block_tokens] == "1" for group, ends in others
-            ):
-                parts = [_tail(group, asked, end) for group, _ in others]
-                held = [
-                    Held(prefix, asked.answers[0].lease, 0, first, end // prefix.block_tokens),
-                    *(part for part in parts if part.end > part.begin),
-                ]
-                return held, end
-            end -= self.align
+        others = self._groups[1:]
+        # Bit n is set if a hit may end n times `align` after what vLLM has.
+        possible = (2 << (end - asked.computed) // self.align) - 1
+        for group in others:
+            ends = ends_of(group, asked)[:: self.align // group.block_tokens]
+            possible &= int(ends[::-1], 2)
+        end = asked.computed + (possible.bit_length() - 1) * self.align
+        if end > asked.computed:
+            parts = [_tail(group, asked, end) for group in others]
+            held = [
+                Held(prefix, asked.answers[0].lease, 0, first, end // prefix.block_tokens),
+                *(part for part in parts if part.end > part.begin),
+            ]
+            return held, end
         return [], asked.computed
 
     def _miss(self, prompt: Prompt, asked: Asked, now: float) -> int:
