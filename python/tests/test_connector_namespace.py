@@ -106,6 +106,28 @@ def test_what_changes_the_bytes_changes_the_namespace(changes: dict[str, Any]) -
     assert namespace(**changes) != namespace()
 
 
+@pytest.mark.parametrize(
+    ("said", "limit"),
+    [
+        ({"original_max_position_embeddings": 4096}, 4096),
+        ({"text_config": {"rope_scaling": {"original_max_position_embeddings": 8192}}}, 8192),
+        ({"model_type": "llama4"}, 32768),
+    ],
+)
+def test_a_longest_prompt_beyond_which_all_is_computed_otherwise_changes_the_namespace(
+    said: dict[str, Any], limit: int
+) -> None:
+    def up_to(longest: int, **said: Any) -> Namespace:
+        return namespace(
+            model_config__hf_config=HfConfig(**said), model_config__max_model_len=longest
+        )
+
+    assert up_to(limit, **said) != up_to(limit + 1, **said)
+    assert up_to(limit, **said) == up_to(limit // 2, **said)
+    # Of other models it changes nothing.
+    assert up_to(limit) == up_to(limit + 1)
+
+
 def test_another_process_of_the_same_engine_or_replica_has_the_same_namespace() -> None:
     assert namespace() == namespace(kv_transfer_config__engine_id="engine-2")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pegaflow.client import Namespace
@@ -14,6 +14,9 @@ from pegaflow.connector.weights import fingerprint
 
 #: Keys of a model's configuration that do not change what it computes.
 _IDLE_KEYS = ("transformers_version",)
+
+#: Longest prompt up to which vLLM leaves the temperature of Llama 4's attention alone.
+_LLAMA4_TUNED_BEYOND = 32768
 
 
 def namespace_of(
@@ -64,6 +67,7 @@ def _revision(config: ConnectorConfig, vllm_config: Any) -> dict[str, object]:
         "weights": None if config.model or load_format == "dummy" else fingerprint(model.model),
         "load": "dummy" if load_format == "dummy" else None,
         "config": _digest_of_config(hf_config),
+        "length": _length(hf_config, getattr(model, "max_model_len", None)),
         "quantization": getattr(model, "quantization", None),
         "draft": _draft(getattr(vllm_config, "speculative_config", None)),
     }
@@ -114,6 +118,28 @@ def _digest_of_config(hf_config: Any) -> str | None:
     }
     text = json.dumps(said, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _length(hf_config: Any, longest: int | None) -> str | None:
+    """On which side of a limit the longest prompt is, where a model computes all prompts otherwise
+    beyond it: long rope takes other factors, Llama 4 tunes the temperature of its attention."""
+    to_dict = getattr(hf_config, "to_dict", None)
+    if to_dict is None or longest is None:
+        return None
+    limits = sorted(_limits(to_dict()))
+    return ",".join(f"{'>' if longest > one else '<='}{one}" for one in limits) or None
+
+
+def _limits(said: Mapping[str, Any]) -> set[int]:
+    found = set()
+    if str(said.get("model_type", "")).startswith("llama4"):
+        found.add(_LLAMA4_TUNED_BEYOND)
+    for key, value in said.items():
+        if isinstance(value, Mapping):
+            found |= _limits(value)
+        elif key == "original_max_position_embeddings" and isinstance(value, int):
+            found.add(value)
+    return found
 
 
 def _plain(value: Any) -> str:
