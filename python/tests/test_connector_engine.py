@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -518,3 +521,30 @@ def test_vllm_cannot_load_what_was_not_offered(make: Make) -> None:
     request = Request(tokens(100))
     with pytest.raises(RuntimeError, match="has not offered"):
         engine.scheduler.allocated(request, [[1, 2, 3]], 48)
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon with a tier below its pool, which gets every block."""
+    with Daemon("--ssd", f"{tmp_path / 'tier'}:512MiB", "--ssd-admit", "seal") as running:
+        yield running
+
+
+def lose_the_pool(daemon: Daemon) -> None:
+    """Afterwards all blocks are below the pool, and none in it."""
+    daemon.stop()
+    shutil.rmtree(Path(os.environ.get("PEGAFLOW_SHM_DIR", "/dev/shm/pegaflow")) / daemon.node)
+    daemon.start()
+
+
+def test_blocks_that_come_up_from_a_drive_are_waited_for_and_loaded(drive: Daemon) -> None:
+    prompt = tokens(100)
+    with contextlib.closing(Engine(drive)) as engine:
+        engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    lose_the_pool(drive)
+    with contextlib.closing(Engine(drive)) as engine:
+        request = Request(prompt)
+        assert engine.find(request) == 96
+        assert engine.find(request) == 96
+        engine.load(request, [[11, 12, 13, 14, 15, 16]], 96)
+        engine.verify(request, [[11, 12, 13, 14, 15, 16]], 96)

@@ -57,7 +57,7 @@ class ConnectorConfig:
     cross_layer_blocks: bool = True
     #: A query that is not answered by then is a miss.
     query_timeout_ms: int = 1000
-    #: Blocks that have not come up from a slower tier by then are a miss.
+    #: Blocks that have not come up from a slower tier by then are done without.
     loading_timeout_ms: int = 10_000
     #: Time to live of a query's lease; 0: the daemon's default.
     lease_ttl_ms: int = 0

@@ -13,6 +13,7 @@ from pegaflow.client import (
     AgainError,
     Client,
     Completion,
+    Fetch,
     Registration,
     State,
     Status,
@@ -73,6 +74,10 @@ class Asked:
     loading_since: float | None = None
     #: Not before.
     again_at: float = 0.0
+    #: They took too long: what is in the pool now has to do.
+    settle: bool = False
+    #: Leases that groups had by the question before.
+    earlier: list[int] = field(default_factory=list)
     answers: dict[int, Completion] = field(default_factory=dict)
 
 
@@ -237,6 +242,7 @@ class Lookup:
             packed(names, prompt.mask),
             group=group.number,
             ttl_ms=self._config.lease_ttl_ms,
+            fetch=Fetch.NEVER if asked.settle else Fetch.POLL,
         )
         self._awaited.add(request)
         return request
@@ -276,9 +282,9 @@ class Lookup:
                 self._loose += 1
             elif arrived.lease:
                 self.release(arrived.lease)
-        for completion in asked.answers.values():
-            if completion.lease:
-                self.release(completion.lease)
+        leases = {completion.lease for completion in asked.answers.values()}
+        for lease in leases.union(asked.earlier) - {0}:
+            self.release(lease)
 
     # ------------------------------------------------------------ answers
 
@@ -286,9 +292,18 @@ class Lookup:
         statuses = {completion.status for completion in asked.answers.values()}
         if Status.LOADING in statuses:
             since = asked.loading_since if asked.loading_since is not None else now
-            if now - since < self._config.loading_timeout_ms / 1000:
+            late = now - since >= self._config.loading_timeout_ms / 1000
+            if not asked.settle:
+                # Answers of other groups are leases that the repeated question gets again.
                 prompt.asked = Asked(
-                    asked.computed, asked.limit, {}, now, since, again_at=now + LOADING_S
+                    asked.computed,
+                    asked.limit,
+                    {},
+                    now,
+                    since,
+                    again_at=now if late else now + LOADING_S,
+                    settle=late,
+                    earlier=[one.lease for one in asked.answers.values() if one.lease],
                 )
                 return None
         if statuses != {Status.OK}:
