@@ -55,10 +55,13 @@ def test_kill_and_return_of_the_daemon_in_a_run_of_200_requests(
     before = engine.metrics()[EXTERNAL]
     again = engine.run(prompts[:20] + prompts[-20:])
     assert differences(again.tokens, wanted[:20] + wanted[-20:]) == []
-    assert engine.metrics()[EXTERNAL] > before
+    metrics = engine.metrics()
+    assert metrics[EXTERNAL] > before
+    assert metrics["vllm:pegaflow_daemon_losses"] == SESSIONS
+    assert metrics["vllm:pegaflow_daemon_returns"] == SESSIONS
     log = engine.log()
-    assert 1 <= len(LOST.findall(log)) <= SESSIONS, "the log says once that the daemon is away"
-    assert 1 <= len(FOUND.findall(log)) <= SESSIONS, "the log says once that it is back"
+    assert len(LOST.findall(log)) == SESSIONS, "the log says once that the daemon is away"
+    assert len(FOUND.findall(log)) == SESSIONS, "the log says once that it is back"
 
 
 def test_vllm_before_its_daemon(

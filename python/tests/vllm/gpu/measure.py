@@ -101,7 +101,7 @@ class Bench:
             warm = engine.call("first", prompt=prompt)
             figures["warm"] = warm["ms"]
             # A connector that could not give all blocks is not measured as if it had.
-            figures["hit"] = warm["cached"] == none_own["cached"] == self.whole(tokens)
+            figures["hit"] = min(warm["cached"], none_own["cached"]) >= self.whole(tokens)
             figures["moved"] = self.whole(tokens) * self.settings.bytes_per_token
             self.results.add(name, "ttft", **figures)
 
@@ -118,7 +118,7 @@ class Bench:
         self.results.add(
             name, "at once", count=count, tokens=tokens, cold=cold["ms"], warm=warm["ms"],
             warm_mean=sum(warm["firsts_ms"]) / count, none_own=none_own["ms"], settled=settled,
-            hit=warm["cached"] == count * self.whole(tokens),
+            hit=warm["cached"] >= count * self.whole(tokens),
             moved=count * self.whole(tokens) * self.settings.bytes_per_token,
         )  # fmt: skip
 
