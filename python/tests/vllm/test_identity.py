@@ -17,9 +17,9 @@ EXTERNAL = "vllm:external_prefix_cache_hits"
 
 
 @pytest.mark.parametrize(
-    ("block", "multiprocess"), [(32, True), (64, False), (128, True)],
-    ids=["blocks of 32, engine core apart", "blocks of 64, one process",
-         "blocks of 128, engine core apart"],
+    ("block", "multiprocess"), [(32, True), (64, False), (128, False)],
+    ids=["blocks of 32, three processes", "blocks of 64, one process",
+         "blocks of 128, one process"],
 )
 def test_50_prompts_are_answered_alike_cold_and_after_a_restart(
     reference: Reference, daemon: Daemon, vllm: Callable[..., Vllm], block: int, multiprocess: bool

@@ -44,7 +44,10 @@ def test_save_only_saves_without_a_query_and_the_next_replica_hits(
 
     saver = vllm("saver", multiprocess=True)
     save_only = connector(**{"pegaflow.mode": "save_only"})
-    saver.open(kv_transfer_config=behind_another(save_only, place.folder))
+    saver.open(
+        distributed_executor_backend="uni",
+        kv_transfer_config=behind_another(save_only, place.folder),
+    )
     assert differences(saver.run(prompts).tokens, wanted) == []
     daemon.settle()
     saver.stop()

@@ -42,7 +42,10 @@ def test_aborts_in_mid_load_leak_nothing_and_disturb_nobody(
     wanted = reference.outputs(prompts)
     generator = random.Random(7)
     engine = vllm("aborts", multiprocess=multiprocess)
-    engine.open(num_gpu_blocks_override=200, kv_transfer_config=connector())
+    engine.open(
+        num_gpu_blocks_override=200, distributed_executor_backend="uni",
+        kv_transfer_config=connector(),
+    )
     engine.run(prompts, max_tokens=1)
     daemon.settle()
     for trial in range(12):

@@ -39,6 +39,10 @@ def environment_beside(python: str, folder: Path, port: int) -> Path:
     ).stdout.splitlines()[-1]  # fmt: skip
     own = next(folder.glob("lib/python*/site-packages"))
     (own / "vllm.pth").write_text(packages + "\n", encoding="utf-8")
+    # vLLM's command asks for the version of the package `vllm`; for CPUs it has another name.
+    metadata = own / "vllm-0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0\n", encoding="utf-8")
     program = folder / "bin" / "vllm"
     program.write_text(PROGRAM.format(python=folder / "bin" / "python", port=port))
     program.chmod(0o755)
