@@ -65,6 +65,8 @@ class Vllm:
     MODULE = "tests.vllm.engine"
     #: No command takes so long.
     LIMIT_SECONDS = LIMIT_SECONDS
+    #: An engine that has not stopped by itself then is killed.
+    STOP_SECONDS = 120.0
 
     def __init__(
         self,
@@ -93,7 +95,8 @@ class Vllm:
                     stderr=log, pass_fds=[their_replies], start_new_session=True,
                 )  # fmt: skip
                 self.pid = self.popen.pid
-        self.pidfd = os.pidfd_open(self.pid)
+        # A forked engine is no child of ours to wait for.
+        self.pidfd = os.pidfd_open(self.pid) if self.popen is None else None
         # Our copies of its ends would keep both of us waiting for each other for ever.
         os.close(their_commands)
         os.close(their_replies)
@@ -165,8 +168,16 @@ class Vllm:
             return
         with contextlib.suppress(BrokenPipeError):
             self.commands.close()
-        select.select([self.pidfd], [], [], self.LIMIT_SECONDS)
+        self.wait(self.STOP_SECONDS)
         self.kill()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Returns when the process has ended, or after so many seconds."""
+        if self.pidfd is not None:
+            select.select([self.pidfd], [], [], seconds)
+        elif self.popen is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(seconds)
 
     def kill(self) -> None:
         """SIGKILL to the process and to all that it has started."""
@@ -174,10 +185,9 @@ class Vllm:
             return
         self.ended = True
         self.signal_all()
-        select.select([self.pidfd], [], [])
-        if self.popen is not None:
-            self.popen.wait()
-        os.close(self.pidfd)
+        self.wait()
+        if self.pidfd is not None:
+            os.close(self.pidfd)
         self.replies.close()
         with contextlib.suppress(BrokenPipeError):
             self.commands.close()

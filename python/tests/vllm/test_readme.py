@@ -40,9 +40,9 @@ def environment_beside(python: str, folder: Path, port: int) -> Path:
     own = next(folder.glob("lib/python*/site-packages"))
     (own / "vllm.pth").write_text(packages + "\n", encoding="utf-8")
     # vLLM's command asks for the version of the package `vllm`; for CPUs it has another name.
-    metadata = own / "vllm-0.dist-info" / "METADATA"
+    metadata = own / "vllm-0.32.0+cpu.dist-info" / "METADATA"
     metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0\n", encoding="utf-8")
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     program = folder / "bin" / "vllm"
     program.write_text(PROGRAM.format(python=folder / "bin" / "python", port=port))
     program.chmod(0o755)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sysconfig
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.vllm.place import SOURCES, connector
-from tests.vllm.process import Vllm
+from tests.vllm.process import EngineError, Vllm
 
 #: The shape of Qwen3-8B: 36 layers of 8 KV heads of 128 values, 147,456 bytes of KV for each token.
 SHAPE = {
@@ -77,6 +78,7 @@ class Engine(Vllm):
 
     MODULE = "tests.vllm.gpu.engine"
     LIMIT_SECONDS = 150.0
+    STOP_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,12 @@ class Setup:
     def start(self) -> Engine:
         """The engine, with its model, ready to be measured."""
         engine = Engine(self, self.name.replace(" ", "-"), multiprocess=True)
-        engine.call("open", arguments=self.engine)
-        engine.call("randomise")
+        try:
+            engine.call("open", arguments=self.engine)
+            engine.call("randomise")
+        except EngineError:
+            engine.kill()
+            raise
         return engine
 
 
@@ -217,9 +223,14 @@ def daemon(settings: Settings) -> Iterator[None]:
         "--pool-size", str(settings.pool_bytes), "--pool", "fresh", "--pin", "start",
         "--http", "off",
     ]  # fmt: skip
-    with running(command, log, dict(os.environ)) as child:
-        until(lambda: " ready " in log.read_text(encoding="utf-8"), child, log)
-        yield
+    shm = Path(os.environ.get("PEGAFLOW_SHM_DIR", "/dev/shm/pegaflow")) / "measured"
+    try:
+        with running(command, log, dict(os.environ)) as child:
+            until(lambda: " ready " in log.read_text(encoding="utf-8"), child, log)
+            yield
+    finally:
+        # The pool outlives its daemon, and the next setup wants the memory.
+        shutil.rmtree(shm, ignore_errors=True)
 
 
 @contextlib.contextmanager
