@@ -29,6 +29,8 @@ class Daemon:
 
     def __init__(self, place: Place, *options: str, pool: str = "256MiB") -> None:
         self.place = place
+        #: Tools of the version that the daemon has; another one may not read its files.
+        self.tool = program("pegactl")
         self.options = ["--pool-size", pool, "--http", "off", *options]
         self.log_path = place.folder / "daemon.log"
         self.child: subprocess.Popen[bytes] | None = None
@@ -87,7 +89,7 @@ class Daemon:
     def pegactl(self, command: str) -> dict[str, Any]:
         """What `pegactl` reads in shared memory."""
         output = subprocess.run(
-            [program("pegactl"), "--node", self.place.node, command, "--json"],
+            [self.tool, "--node", self.place.node, command, "--json"],
             check=True, capture_output=True, timeout=LIMIT_SECONDS,
         ).stdout
         answer: dict[str, Any] = json.loads(output)

@@ -87,6 +87,7 @@ def test_the_readmes_commands_serve_and_save(python: str, place: Place) -> None:
     log = place.folder / "readme.log"
     # Its methods read the daemon that the commands start.
     daemon = Daemon(place)
+    daemon.tool = str(programs / "pegactl")
     with daemon, log.open("ab") as file:
         shell = subprocess.Popen(
             ["bash", "-xeuo", "pipefail", "-c", "\n".join(blocks)], cwd=ROOT, env=environment,
