@@ -236,7 +236,8 @@ class Scheduler:
             )
             missing = (~cached.to_int()) & ((1 << len(names)) - 1)
             if missing:
-                chosen = [at for at in range(len(names)) if missing >> at & 1]
+                # As a text: to shift so long a number for each of its bits takes ten times as long.
+                chosen = [at for at, bit in enumerate(f"{missing:b}"[::-1]) if bit == "1"]
                 self._offer(
                     tracked,
                     group,
