@@ -538,7 +538,9 @@ int pega_query(pega_client *client, uint32_t registration, uint16_t group, uint6
  *                   daemon bounds the wait, too: a block that does not come within its
  *                   --prefetch-timeout is done without. pega_cancel() ends it with PEGA_CANCELLED.
  *
- * A block that cannot be read is a miss. pega_probe() looks at the pool alone.
+ * A repeated query is answered with its live lease in each way, and fetches nothing more: release
+ * a lease on less than all to ask anew. A block that cannot be read is a miss. pega_probe() looks
+ * at the pool alone.
  */
 int pega_query_with(pega_client *client, uint32_t registration, uint16_t group, uint64_t key,
                     const pega_hash *hashes, size_t count, const pega_query_options *options,

@@ -238,6 +238,7 @@ impl<M: Machine> Lane<M> {
                     return Below::Settled;
                 }
                 if let Some(other) = id {
+                    lane.tally.add(Counter::PrefetchAbandoned, 1);
                     lane.end_prefetch(tier, other);
                 }
                 return lane.begin_below(tier, session, scope, query, (request, now));

@@ -239,9 +239,9 @@ impl Prefetches {
         Some(prefetch)
     }
 
-    /// Whether somebody may have a block to fetch.
-    pub(super) fn has_turns(&self) -> bool {
-        !self.turns.is_empty()
+    /// How many may have a block to fetch.
+    pub(super) fn turns(&self) -> usize {
+        self.turns.len()
     }
 
     /// Whose turn it is to have a block fetched; [`Self::turn_again`] when it has more.
@@ -251,11 +251,6 @@ impl Prefetches {
 
     pub(super) fn turn_again(&mut self, id: PrefetchId) {
         self.turns.push_back(id);
-    }
-
-    /// It could not have its turn now.
-    pub(super) fn turn_later(&mut self, id: PrefetchId) {
-        self.turns.push_front(id);
     }
 
     pub(super) fn ids(&self) -> Vec<PrefetchId> {

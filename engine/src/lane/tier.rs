@@ -40,8 +40,10 @@ const MAX_TO_WRITE: usize = 64 * 1024;
 /// How long blocks are spared for a tier that has finished no write: longer than a drive takes to
 /// make a batch durable, shorter than anybody would notice a cache out of order.
 const SPARING: Duration = Duration::from_millis(500);
-/// When a write that was put off is tried again, at the latest.
-pub(super) const RETRY_WRITES: Duration = Duration::from_millis(5);
+/// Prefetches in a row whose turn cannot be now before it is no other one's either.
+const MOST_LATER: usize = 8;
+/// When a request that was put off is tried again, at the latest.
+const RETRY: Duration = Duration::from_millis(5);
 
 /// A block that is being moved.
 enum Moving {
@@ -117,8 +119,8 @@ pub(super) struct LaneTier {
     looked_at: Option<u64>,
     told_unfit: bool,
     put_off: Option<Instant>,
-    /// No fetch can begin before something ends.
-    blocked: bool,
+    /// No fetch can begin before something ends, or before then.
+    blocked: Option<Instant>,
     done: Vec<StoreDone>,
     pages: Vec<PageSpan>,
     loose: Vec<u32>,
@@ -150,7 +152,7 @@ impl LaneTier {
             looked_at: None,
             told_unfit: false,
             put_off: None,
-            blocked: false,
+            blocked: None,
             done: Vec::new(),
             pages: Vec::new(),
             loose: Vec::new(),
@@ -223,7 +225,8 @@ impl LaneTier {
 
     /// Begins what can begin.
     pub(super) fn pump(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) {
-        if !self.blocked {
+        if self.blocked.is_none_or(|until| moment.now >= until) {
+            self.blocked = None;
             self.begin_fetches(cache, moment);
         }
         self.begin_writes(cache, moment.now);
@@ -249,7 +252,7 @@ impl LaneTier {
     }
 
     fn ended(&mut self, cache: &mut Cache, moment: &mut Moment<'_>, ended: StoreDone) {
-        self.blocked = false;
+        self.blocked = None;
         match self.take(ended.ticket as usize) {
             Some(Moving::Down {
                 domain,
@@ -385,17 +388,25 @@ impl LaneTier {
 
     /// Fetches in turn, a block for each prefetch, as far as the options allow.
     fn begin_fetches(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) {
-        while self.prefetches.has_turns() && self.finds_room(moment.now) {
+        let mut later = 0;
+        while self.prefetches.turns() > 0 && self.finds_room(moment.now) {
             let Some(id) = self.prefetches.next_turn() else {
                 return;
             };
             match self.turn(cache, moment, id) {
-                Turn::Again => self.prefetches.turn_again(id),
+                Turn::Again => {
+                    self.prefetches.turn_again(id);
+                    later = 0;
+                }
                 Turn::Over => self.note_settled(id, moment),
                 Turn::Later => {
-                    self.prefetches.turn_later(id);
-                    self.blocked = true;
-                    return;
+                    // The next one's block may be on another drive.
+                    self.prefetches.turn_again(id);
+                    later += 1;
+                    if later >= self.prefetches.turns().min(MOST_LATER) {
+                        self.blocked = Some(moment.now + RETRY);
+                        return;
+                    }
                 }
             }
         }
@@ -486,7 +497,9 @@ impl LaneTier {
         }));
         match self.store.read(moment.now, moving as u64, key, &self.pages) {
             Ok(()) => {
-                prefetch_bytes(&mut self.prefetches, id, bytes);
+                if let Some(prefetch) = self.prefetches.get_mut(id) {
+                    prefetch.bytes += bytes;
+                }
                 self.fetched_bytes += bytes;
                 self.by_entry.insert((domain, entry.0), moving);
                 Ok(entry)
@@ -553,7 +566,7 @@ impl LaneTier {
             match attempt {
                 Attempt::Settled => drop(self.to_write.pop_front()),
                 Attempt::Later => {
-                    self.put_off = Some(now + RETRY_WRITES);
+                    self.put_off = Some(now + RETRY);
                     return;
                 }
                 Attempt::Hopeless => {
@@ -701,7 +714,7 @@ impl LaneTier {
     ) -> Option<(usize, u64)> {
         let mut ended = self.prefetches.remove(id)?;
         self.fetched_bytes -= ended.bytes;
-        self.blocked = false;
+        self.blocked = None;
         let waiters = ended.waiters.drain(..);
         self.resume
             .extend(waiters.map(|waiter| (waiter.session, waiter.request_id)));
@@ -761,20 +774,15 @@ impl LaneTier {
             [until, patience, abandoned].into_iter().flatten().min()
         });
         let prefetches = prefetches.flatten().min();
-        let late_at = self
-            .late_at
-            .filter(|_| !self.blocked && self.prefetches.has_turns());
-        let late = late_at.filter(|_| !self.has_room());
-        [prefetches, late, self.put_off, self.store.next_deadline()]
+        let turn = match (self.blocked, self.has_room()) {
+            (None, false) => self.late_at,
+            (until, _) => until,
+        };
+        let turn = turn.filter(|_| self.prefetches.turns() > 0);
+        [prefetches, turn, self.put_off, self.store.next_deadline()]
             .into_iter()
             .flatten()
             .min()
-    }
-}
-
-fn prefetch_bytes(prefetches: &mut Prefetches, id: PrefetchId, bytes: u64) {
-    if let Some(prefetch) = prefetches.get_mut(id) {
-        prefetch.bytes += bytes;
     }
 }
 

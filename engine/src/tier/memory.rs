@@ -20,6 +20,8 @@ pub struct State {
     pub held: bool,
     /// Requests for these do not end, as if on a drive of their own.
     pub held_keys: BTreeSet<BlockHash>,
+    /// Reads of these are refused, as if their drive's queue were full.
+    pub busy_keys: BTreeSet<BlockHash>,
     /// Writes are refused with this.
     pub refuse_writes: Option<Refused>,
     /// Reads are refused with this.
@@ -162,7 +164,9 @@ impl BlockStore for MemoryStore {
             pages: pages.to_vec(),
             write: false,
         };
-        self.take(|state| state.refuse_reads, request)?;
+        let hash = key.hash;
+        let busy = |state: &State| state.busy_keys.contains(&hash).then_some(Refused::Busy);
+        self.take(|state| state.refuse_reads.or(busy(state)), request)?;
         self.lock().reads.push(*key);
         Ok(())
     }

@@ -247,6 +247,8 @@ fn who_wants_it_now_gets_what_is_in_the_pool_and_fetches_nothing() {
     client.submit_list(0, &names.concat(), reach(worker, 10, flags::NOW, 2, 0));
     assert_eq!(client.completion().count, 1);
     below.rig.expect_gauge(Gauge::Prefetches, 0);
+    below.rig.expect_sum(&[Counter::PrefetchBegun], 1);
+    below.rig.expect_sum(&[Counter::PrefetchAbandoned], 1);
     below.store.release();
     below.rig.expect_gauge(Gauge::SsdReading, 0);
 }
@@ -679,6 +681,33 @@ fn what_a_stalled_drive_holds_does_not_keep_the_other_drives_blocks_down() {
     // What is late counts no more once it has ended.
     let answer = settled(&mut client, worker, 3, 8..16);
     assert_eq!((answer.status(), answer.count), (Status::Ok, 8));
+}
+
+#[test]
+fn a_drive_whose_queue_is_full_holds_up_nobody_who_wants_blocks_of_another() {
+    let mut below = Below::start();
+    let memory = Memory::new();
+    let (mut client, worker) = below.rig.worker("a", "", &memory);
+    save(&mut client, worker, &memory, 0..2 * POOL_BLOCKS);
+    below.rig.expect_gauge(Gauge::SsdWriting, 0);
+    below.store.state().held_keys.extend(hashes(0..1));
+    below.store.state().busy_keys.extend(hashes(1..2));
+    for key in 0..2 {
+        let answer = client.query_key(worker, 0, key, &hashes(key..key + 1));
+        assert_eq!(answer.status(), Status::Loading);
+    }
+    let other = reach(worker, 2, flags::WAIT, 4, 0);
+    client.submit_list(0, &hashes(4..8).concat(), other);
+    let answer = client.completion();
+    assert_eq!((answer.status(), answer.count), (Status::Ok, 4));
+    load_and_check(&mut client, worker, &memory, &answer, 4..8);
+    // The full queue is tried again, although nothing has ended.
+    below.store.state().busy_keys.clear();
+    let answer = settled(&mut client, worker, 1, 1..2);
+    assert_eq!((answer.status(), answer.count), (Status::Ok, 1));
+    below.store.release();
+    let answer = settled(&mut client, worker, 0, 0..1);
+    assert_eq!((answer.status(), answer.count), (Status::Ok, 1));
 }
 
 #[test]
