@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Packs vLLM 0.26.0, slimmed, public PegaFlow and this project's release for a machine with GPUs
+# Packs vLLM 0.26.0, slimmed, public PegaFlow and this project's wheel for a machine with GPUs
 # that cannot download: `vllm.sh` beside this takes it from there. Run it on a machine that can.
 #
 # vLLM 0.26.0 is the newest release whose wheel is made for torch 2.11 and CUDA 13.0. Of its 700 MB
@@ -7,41 +7,34 @@
 # into parts that can travel one by one:
 #
 #   PACK/1/part, PACK/2/part   about 42 MiB each
-#   PACK/2/programs            this project's, apart, so that they are quickly renewed
+#   PACK/2/pegaflow.whl        this project's wheel, apart, so that it is quickly renewed
 #
-# Usage: tests/device/vllm-pack.sh [--programs]    --programs packs only these anew
-#   PACK               where to [target/device/vllm]
-#   PEGAFLOW_BIN_DIR   has pegaflowd, pegactl and libpegaflow.so [target/release: make build]
-#   PYTHON             a Python with pip [python3]
+# Usage: tests/device/vllm-pack.sh [--wheel]    --wheel packs only that anew
+#   PACK       where to [target/device/vllm]
+#   WHEEL      this project's wheel [python/dist/pegaflow-*.whl: make wheel]
+#   PYTHON     a Python with pip [python3]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 target=${CARGO_TARGET_DIR:-$PWD/target}
 out=${PACK:-$target/device/vllm}
-programs=${PEGAFLOW_BIN_DIR:-$target/release}
 python=${PYTHON:-python3}
 cache=$target/device/wheels
 parts=2
 
-built=(pegaflowd pegactl libpegaflow.so)
-for file in "${built[@]}"; do
-    [[ -e $programs/$file ]] || { echo "vllm-pack.sh: no $programs/$file: make build" >&2; exit 1; }
-done
+wheel=${WHEEL:-$(echo python/dist/pegaflow-*.whl)}
+[[ -e $wheel ]] || { echo "vllm-pack.sh: no wheel $wheel: make wheel" >&2; exit 1; }
 
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 reproducible=(--sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner)
 
-pack_programs() {
-    mkdir -p "$stage/bin" "$out/$parts"
-    for file in "${built[@]}"; do
-        install -m 755 "$programs/$file" "$stage/bin"
-    done
-    strip --strip-unneeded "$stage"/bin/*
-    tar "${reproducible[@]}" -C "$stage" -cJf "$out/$parts/programs" bin
+pack_wheel() {
+    mkdir -p "$out/$parts"
+    install -m 644 "$wheel" "$out/$parts/pegaflow.whl"
 }
 
-if [[ ${1:-} == --programs ]]; then
-    pack_programs
+if [[ ${1:-} == --wheel ]]; then
+    pack_wheel
     exit
 fi
 
@@ -124,5 +117,5 @@ for ((part = 1; part <= parts; part++)); do
 done
 (cd "$out" && sha256sum archive | sed 's/archive/-/' | tee 1/sum >2/sum)
 rm "$out/archive"
-pack_programs
+pack_wheel
 du -b "$out"/*/*

@@ -20,7 +20,7 @@ keep() {
     mkdir -p "$store/parts"
     cp "$1/part" "$store/parts/$(basename "$1")"
     cp "$1/sum" "$store/parts/sum"
-    [[ ! -e $1/programs ]] || cp "$1/programs" "$store/programs"
+    [[ ! -e $1/pegaflow.whl ]] || cp "$1/pegaflow.whl" "$store/pegaflow.whl"
 }
 
 unpack() {
@@ -33,10 +33,11 @@ unpack() {
     mkdir "$store/pack"
     cat "$store"/parts/[0-9]* | python3 -c '
 import sys, tarfile
-for source in (sys.stdin.buffer, open(sys.argv[2], "rb")):
-    with tarfile.open(fileobj=source, mode="r|xz") as archive:
-        archive.extractall(sys.argv[1], filter="data")
-' "$store/pack" "$store/programs"
+with tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz") as archive:
+    archive.extractall(sys.argv[1], filter="data")
+' "$store/pack"
+    python3 -m zipfile -e "$store/pegaflow.whl" "$store/pack/ours"
+    chmod 755 "$store"/pack/ours/pegaflow/_native/pega{flowd,ctl}
 }
 
 case ${1:-} in

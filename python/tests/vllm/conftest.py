@@ -77,7 +77,10 @@ def place(python: str, model: Path, tmp_path: Path, request: pytest.FixtureReque
     """A folder, a node name and a socket of this test's own."""
     node = f"vllm-{os.getpid()}-{abs(hash(request.node.nodeid)) % 10**8}"
     return Place(
-        folder=tmp_path, model=model, python=python, node=node,
+        folder=tmp_path,
+        model=model,
+        python=python,
+        node=node,
         engine=ENGINE | {"model": str(model)},
     )
 

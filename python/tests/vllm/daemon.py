@@ -45,14 +45,26 @@ class Daemon:
 
     def start(self) -> Daemon:
         """Starts it and returns when it serves."""
-        clean = {name: value for name, value in os.environ.items()
-                 if not name.startswith("PEGAFLOW_") or name == "PEGAFLOW_SHM_DIR"}
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("PEGAFLOW_") or name == "PEGAFLOW_SHM_DIR"
+        }
         started = self.log().count(" ready ")
         with self.log_path.open("ab") as log:
             self.child = subprocess.Popen(
-                [program("pegaflowd"), "--node", self.place.node,
-                 "--socket", str(self.place.socket), *self.options],
-                env=clean, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [
+                    program("pegaflowd"),
+                    "--node",
+                    self.place.node,
+                    "--socket",
+                    str(self.place.socket),
+                    *self.options,
+                ],
+                env=clean,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         self.wait_for("the daemon to serve", lambda: self.log().count(" ready ") > started)
         return self
@@ -90,7 +102,9 @@ class Daemon:
         """What `pegactl` reads in shared memory."""
         output = subprocess.run(
             [self.tool, "--node", self.place.node, command, "--json"],
-            check=True, capture_output=True, timeout=LIMIT_SECONDS,
+            check=True,
+            capture_output=True,
+            timeout=LIMIT_SECONDS,
         ).stdout
         answer: dict[str, Any] = json.loads(output)
         return answer

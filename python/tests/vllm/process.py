@@ -91,9 +91,14 @@ class Vllm:
             else:
                 self.popen = subprocess.Popen(
                     [place.python, "-m", self.MODULE, str(their_replies)],
-                    cwd=place.folder, env=variables, stdin=their_commands, stdout=log,
-                    stderr=log, pass_fds=[their_replies], start_new_session=True,
-                )  # fmt: skip
+                    cwd=place.folder,
+                    env=variables,
+                    stdin=their_commands,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[their_replies],
+                    start_new_session=True,
+                )
                 self.pid = self.popen.pid
         # A forked engine is no child of ours to wait for.
         self.pidfd = os.pidfd_open(self.pid) if self.popen is None else None

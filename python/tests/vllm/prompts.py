@@ -16,7 +16,11 @@ def tokens(generator: random.Random, count: int) -> list[int]:
 
 
 def families(
-    count: int, *, seed: int, each: int = 10, prefix: tuple[int, int] = (100, 400),
+    count: int,
+    *,
+    seed: int,
+    each: int = 10,
+    prefix: tuple[int, int] = (100, 400),
     suffix: tuple[int, int] = (1, 150),
 ) -> list[list[int]]:
     """`count` prompts in families of `each` that share a prefix, in an order that mixes them.

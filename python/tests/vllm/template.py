@@ -29,9 +29,13 @@ class Template:
         with theirs, (place.folder / "template.log").open("ab") as log:
             self.child = subprocess.Popen(
                 [place.python, "-m", "tests.vllm.template", str(theirs.fileno())],
-                cwd=place.folder, env=place.environment(multiprocess=False),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()],
-            )  # fmt: skip
+                cwd=place.folder,
+                env=place.environment(multiprocess=False),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[theirs.fileno()],
+            )
         self.socket = ours
 
     def fork(

@@ -42,9 +42,7 @@ def test_kill_and_return_of_the_daemon_in_a_run_of_200_requests(
     wanted = reference.outputs(prompts, max_tokens=16)
     engine = vllm("survivor", multiprocess=multiprocess)
     # A cache that holds few of the prompts, so that there are saves and loads all along.
-    engine.open(
-        num_gpu_blocks_override=150, max_num_seqs=8, kv_transfer_config=connector()
-    )
+    engine.open(num_gpu_blocks_override=150, max_num_seqs=8, kv_transfer_config=connector())
     result = run_with(engine, prompts, {60: daemon.kill, 120: daemon.start})
     assert result.failed == []
     assert differences(result.tokens, wanted) == []

@@ -40,7 +40,9 @@ def test_windows_and_full_attention_are_loaded_alike_after_a_restart(
     prompts = families(12, seed=60, each=3)
     wanted = right.outputs(prompts)
     arguments = {
-        "model": windowed, "kv_transfer_config": connector(), "max_num_batched_tokens": 240,
+        "model": windowed,
+        "kv_transfer_config": connector(),
+        "max_num_batched_tokens": 240,
     }
     cold = vllm("cold")
     cold.open(**arguments)

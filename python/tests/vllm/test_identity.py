@@ -17,9 +17,13 @@ EXTERNAL = "vllm:external_prefix_cache_hits"
 
 
 @pytest.mark.parametrize(
-    ("block", "multiprocess"), [(32, True), (64, False), (128, False)],
-    ids=["blocks of 32, three processes", "blocks of 64, one process",
-         "blocks of 128, one process"],
+    ("block", "multiprocess"),
+    [(32, True), (64, False), (128, False)],
+    ids=[
+        "blocks of 32, three processes",
+        "blocks of 64, one process",
+        "blocks of 128, one process",
+    ],
 )
 def test_50_prompts_are_answered_alike_cold_and_after_a_restart(
     reference: Reference, daemon: Daemon, vllm: Callable[..., Vllm], block: int, multiprocess: bool
@@ -28,8 +32,11 @@ def test_50_prompts_are_answered_alike_cold_and_after_a_restart(
     wanted = reference.outputs(prompts)
     # Longer prompts are cut into chunks that end inside blocks.
     arguments = {
-        "block_size": block, "max_num_batched_tokens": 240, "max_num_seqs": 24,
-        "num_gpu_blocks_override": 20_000 // block, "kv_transfer_config": connector(),
+        "block_size": block,
+        "max_num_batched_tokens": 240,
+        "max_num_seqs": 24,
+        "num_gpu_blocks_override": 20_000 // block,
+        "kv_transfer_config": connector(),
     }
 
     cold = vllm("cold", multiprocess=multiprocess)

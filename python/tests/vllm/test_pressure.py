@@ -43,7 +43,8 @@ def test_aborts_in_mid_load_leak_nothing_and_disturb_nobody(
     generator = random.Random(7)
     engine = vllm("aborts", multiprocess=multiprocess)
     engine.open(
-        num_gpu_blocks_override=200, distributed_executor_backend="uni",
+        num_gpu_blocks_override=200,
+        distributed_executor_backend="uni",
         kv_transfer_config=connector(),
     )
     engine.run(prompts, max_tokens=1)

@@ -35,8 +35,10 @@ def environment_beside(python: str, folder: Path, port: int) -> Path:
     venv.create(folder, with_pip=True, symlinks=True)
     packages = subprocess.run(
         [python, "-c", "import vllm, pathlib; print(pathlib.Path(vllm.__file__).parents[1])"],
-        check=True, capture_output=True, text=True,
-    ).stdout.splitlines()[-1]  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()[-1]
     own = next(folder.glob("lib/python*/site-packages"))
     (own / "vllm.pth").write_text(packages + "\n", encoding="utf-8")
     # vLLM's command asks for the version of the package `vllm`; for CPUs it has another name.
@@ -51,9 +53,10 @@ def environment_beside(python: str, folder: Path, port: int) -> Path:
 
 def post(port: int, path: str, body: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(),
+        f"http://127.0.0.1:{port}{path}",
+        json.dumps(body).encode(),
         {"Content-Type": "application/json"},
-    )  # fmt: skip
+    )
     with urllib.request.urlopen(request, timeout=LIMIT_SECONDS) as answer:
         parsed: dict[str, Any] = json.load(answer)
         return parsed
@@ -90,17 +93,26 @@ def test_the_readmes_commands_serve_and_save(python: str, place: Place) -> None:
     daemon.tool = str(programs / "pegactl")
     with daemon, log.open("ab") as file:
         shell = subprocess.Popen(
-            ["bash", "-xeuo", "pipefail", "-c", "\n".join(blocks)], cwd=ROOT, env=environment,
-            stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-        )  # fmt: skip
+            ["bash", "-xeuo", "pipefail", "-c", "\n".join(blocks)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
         try:
             deadline = time.monotonic() + LIMIT_SECONDS
             while not healthy(port):
                 assert shell.poll() is None, tail(log)
                 assert time.monotonic() < deadline, tail(log)
                 time.sleep(0.5)
-            body = {"model": str(place.model), "prompt": list(range(5, 205)), "max_tokens": 8,
-                    "temperature": 0}  # fmt: skip
+            body = {
+                "model": str(place.model),
+                "prompt": list(range(5, 205)),
+                "max_tokens": 8,
+                "temperature": 0,
+            }
             answers = [post(port, "/v1/completions", body)["choices"][0]["text"] for _ in "ab"]
             assert answers[0] == answers[1]
             daemon.wait_for("the prompt's six blocks", lambda: daemon.sealed() >= 200 // 32)

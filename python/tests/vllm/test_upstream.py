@@ -65,9 +65,7 @@ def selection() -> tuple[dict[str, set[str]], dict[str, str]]:
 
 def test_every_file_of_vllms_tests_is_run_or_left_out_with_a_reason(tree: Path) -> None:
     run, left = selection()
-    there = {
-        str(path.relative_to(tree / UNIT)) for path in (tree / UNIT).rglob("test_*.py")
-    }
+    there = {str(path.relative_to(tree / UNIT)) for path in (tree / UNIT).rglob("test_*.py")}
     assert set(run) | set(left) == there
     assert not set(run) & set(left)
 
@@ -94,10 +92,30 @@ def test_vllms_own_tests_pass_with_this_connector(python: str, tree: Path) -> No
     }
     assert LIBRARY in environment
     result = subprocess.run(
-        [python, "-m", "pytest", "-p", "substitute", "-q", "--tb=short", "-c", os.devnull,
-         "--rootdir", ".", f"--confcutdir={UNIT}", f"--junitxml={report}", *left_out, *paths],
-        cwd=tree, env=environment, capture_output=True, text=True, timeout=1200, check=False,
-    )  # fmt: skip
+        [
+            python,
+            "-m",
+            "pytest",
+            "-p",
+            "substitute",
+            "-q",
+            "--tb=short",
+            "-c",
+            os.devnull,
+            "--rootdir",
+            ".",
+            f"--confcutdir={UNIT}",
+            f"--junitxml={report}",
+            *left_out,
+            *paths,
+        ],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     suite = next(ET.parse(report).getroot().iter("testsuite"))
     counts = {name: int(suite.get(name, "0")) for name in ("tests", "skipped")}

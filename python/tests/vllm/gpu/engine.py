@@ -89,9 +89,7 @@ class Meter(Server):
                 rounds += 1
                 self.add(left.pop(0), 1)
         per_token = [(at[-1] - at[0]) / (len(at) - 1) for at in times.values()]
-        gaps = sorted(
-            later - earlier for at in times.values() for earlier, later in pairwise(at)
-        )
+        gaps = sorted(later - earlier for at in times.values() for earlier, later in pairwise(at))
         return {
             "tpot_ms": sum(per_token) / len(per_token),
             "gap_p99_ms": gaps[len(gaps) * 99 // 100],

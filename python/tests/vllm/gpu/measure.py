@@ -81,11 +81,15 @@ class Bench:
             return sum(one != other for one, other in zip(left, right, strict=True))
 
         self.results.add(
-            name, "identity", prompts=len(prompts), settled=settled,
-            cold_differs=unequal(cold, cold_none), warm_differs=unequal(warm, own_none),
+            name,
+            "identity",
+            prompts=len(prompts),
+            settled=settled,
+            cold_differs=unequal(cold, cold_none),
+            warm_differs=unequal(warm, own_none),
             vllm_cold_against_cached=unequal(cold_none, own_none),
             distinct_answers=len({tuple(answer) for answer in cold_none}),
-        )  # fmt: skip
+        )
 
     def ttft(self, none: Vllm, engine: Vllm, name: str, tokens: int, times: int) -> None:
         """First token of one prompt: cold, from vLLM's own cache, from the connector."""
@@ -116,11 +120,18 @@ class Bench:
         engine.call("settle")
         none.call("settle")
         self.results.add(
-            name, "at once", count=count, tokens=tokens, cold=cold["ms"], warm=warm["ms"],
-            warm_mean=sum(warm["firsts_ms"]) / count, none_own=none_own["ms"], settled=settled,
+            name,
+            "at once",
+            count=count,
+            tokens=tokens,
+            cold=cold["ms"],
+            warm=warm["ms"],
+            warm_mean=sum(warm["firsts_ms"]) / count,
+            none_own=none_own["ms"],
+            settled=settled,
             hit=warm["cached"] >= count * self.whole(tokens),
             moved=count * self.whole(tokens) * self.settings.bytes_per_token,
-        )  # fmt: skip
+        )
 
     def no_reuse(self, none: Vllm, engine: Vllm, name: str, pairs: int) -> None:
         """24 prompts that nobody has seen: what saving them costs. Which goes first alternates."""
@@ -157,11 +168,15 @@ class Bench:
             none.call("settle")
             for what, (without, with_it) in (("saving", saving), ("loading", loading)):
                 self.results.add(
-                    name, f"decode while {what}", without=without["tpot_ms"],
-                    with_=with_it["tpot_ms"], without_p99=without["gap_p99_ms"],
-                    with_p99=with_it["gap_p99_ms"], cached=with_it["cached"],
+                    name,
+                    f"decode while {what}",
+                    without=without["tpot_ms"],
+                    with_=with_it["tpot_ms"],
+                    without_p99=without["gap_p99_ms"],
+                    with_p99=with_it["gap_p99_ms"],
+                    cached=with_it["cached"],
                     left=with_it["left"] + without["left"],
-                )  # fmt: skip
+                )
 
     # ------------------------------------------------------------ a setup
 
@@ -217,23 +232,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="measure vLLM with and without connectors")
     parser.add_argument("--pack", type=Path, required=True, help="folder of the unpacked pack")
     parser.add_argument("--folder", type=Path, help="for logs [a temporary one]")
-    parser.add_argument("--setups", nargs="+",
-                        default=["pegaflow", "offloading", "public pegaflow"])  # fmt: skip
+    parser.add_argument(
+        "--setups", nargs="+", default=["pegaflow", "offloading", "public pegaflow"]
+    )
     parser.add_argument("--seconds", type=float, default=480.0, help="stop taking new figures then")
     parser.add_argument("--kv-gib", type=int, default=38, help="KV cache of each engine")
     parser.add_argument("--pool-gib", type=int, default=32, help="pool of each connector")
-    parser.add_argument("--runner", type=int, choices=(1, 2),
-                        help="vLLM's model runner [vLLM's choice]")  # fmt: skip
+    parser.add_argument(
+        "--runner", type=int, choices=(1, 2), help="vLLM's model runner [vLLM's choice]"
+    )
     parser.add_argument("--quick", action="store_true", help="half the repetitions")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="pegaflow-vllm-"))
     folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(
-        pack=options.pack, folder=folder, python=sys.executable,
-        kv_bytes=options.kv_gib << 30, pool_bytes=options.pool_gib << 30,
-        rehearsal=options.rehearse, runner=options.runner,
-    )  # fmt: skip
+        pack=options.pack,
+        folder=folder,
+        python=sys.executable,
+        kv_bytes=options.kv_gib << 30,
+        pool_bytes=options.pool_gib << 30,
+        rehearsal=options.rehearse,
+        runner=options.runner,
+    )
     results = Results(lambda line: print(json.dumps(line), flush=True))
     bench = Bench(settings, results, options.seconds, options.quick)
     try:

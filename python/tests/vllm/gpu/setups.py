@@ -21,25 +21,41 @@ from tests.vllm.process import EngineError, Vllm
 
 #: The shape of Qwen3-8B: 36 layers of 8 KV heads of 128 values, 147,456 bytes of KV for each token.
 SHAPE = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096,
-    "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-    "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-    "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
-    "torch_dtype": "bfloat16", "bos_token_id": 151643, "eos_token_id": 151645,
-}  # fmt: skip
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
 #: The same in small, for a rehearsal on a machine without a GPU.
 SMALL = SHAPE | {
-    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-}  # fmt: skip
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     """Where things lie on the machine, and sizes."""
 
-    #: `site/`, `peer/` and `bin/` of the pack.
+    #: `site/`, `peer/` and `ours/` of the pack: vLLM, public PegaFlow, and this project's wheel.
     pack: Path
     #: For logs, sockets and the model's configuration.
     folder: Path
@@ -102,12 +118,19 @@ class Setup:
     @property
     def engine(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {
-            "model": str(self.folder / "model"), "load_format": "dummy",
-            "skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": 20_000,
-            "block_size": self.settings.block, "enforce_eager": True, "enable_prefix_caching": True,
-            "gpu_memory_utilization": 0.42, "kv_cache_memory_bytes": self.settings.kv_bytes,
-            "disable_log_stats": False, "seed": 0,
-        }  # fmt: skip
+            "model": str(self.folder / "model"),
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "dtype": "bfloat16",
+            "max_model_len": 20_000,
+            "block_size": self.settings.block,
+            "enforce_eager": True,
+            "enable_prefix_caching": True,
+            "gpu_memory_utilization": 0.42,
+            "kv_cache_memory_bytes": self.settings.kv_bytes,
+            "disable_log_stats": False,
+            "seed": 0,
+        }
         if self.settings.rehearsal:
             arguments["max_model_len"] = 1024
             for only_gpu in ("gpu_memory_utilization", "kv_cache_memory_bytes"):
@@ -120,20 +143,23 @@ class Setup:
         site = self.settings.pack / "site"
         runner = self.settings.runner
         chosen = {} if runner is None else {"VLLM_USE_V2_MODEL_RUNNER": str(runner - 1)}
-        return dict(os.environ) | chosen | {
-            "PYTHONPATH": os.pathsep.join(map(str, (self.package, site, SOURCES))),
-            "PYTHONHASHSEED": "0",
-            "PEGAFLOW_NODE": "measured",
-            "PEGAFLOW_SOCKET": str(self.folder / "pegaflow.sock"),
-            "PEGAFLOW_LIBRARY": str(self.settings.pack / "bin" / "libpegaflow.so"),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocess else "0",
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-            "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        return (
+            dict(os.environ)
+            | chosen
+            | {
+                "PYTHONPATH": os.pathsep.join(map(str, (self.package, site, SOURCES))),
+                "PYTHONHASHSEED": "0",
+                "PEGAFLOW_NODE": "measured",
+                "PEGAFLOW_SOCKET": str(self.folder / "pegaflow.sock"),
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocess else "0",
+                "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+                "VLLM_USE_FLASHINFER_SAMPLER": "0",
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "HF_HUB_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+        )
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
@@ -168,11 +194,11 @@ def setups(settings: Settings) -> dict[str, Setup]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"cpu_bytes_to_use": settings.pool_bytes},
     }
-    peer = settings.pack / "peer"
+    ours, peer = settings.pack / "ours", settings.pack / "peer"
     listed = [
-        Setup("none", settings, None, SOURCES),
-        Setup("pegaflow", settings, connector(), SOURCES),
-        Setup("offloading", settings, offloading, SOURCES),
+        Setup("none", settings, None, ours),
+        Setup("pegaflow", settings, connector(), ours),
+        Setup("offloading", settings, offloading, ours),
         Setup("public pegaflow", settings, public, peer),
     ]
     folder = settings.folder / "model"
@@ -188,9 +214,13 @@ def running(
     """A server until the end of the block."""
     with log.open("ab") as file:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=environment,
             start_new_session=True,
-        )  # fmt: skip
+        )
     try:
         yield child
     finally:
@@ -218,11 +248,20 @@ def daemon(settings: Settings) -> Iterator[None]:
     """This project's daemon, its pool pinned before the first engine comes."""
     log = settings.folder / "pegaflowd.log"
     command = [
-        str(settings.pack / "bin" / "pegaflowd"), "--node", "measured",
-        "--socket", str(settings.folder / "pegaflow.sock"),
-        "--pool-size", str(settings.pool_bytes), "--pool", "fresh", "--pin", "start",
-        "--http", "off",
-    ]  # fmt: skip
+        str(settings.pack / "ours" / "pegaflow" / "_native" / "pegaflowd"),
+        "--node",
+        "measured",
+        "--socket",
+        str(settings.folder / "pegaflow.sock"),
+        "--pool-size",
+        str(settings.pool_bytes),
+        "--pool",
+        "fresh",
+        "--pin",
+        "start",
+        "--http",
+        "off",
+    ]
     shm = Path(os.environ.get("PEGAFLOW_SHM_DIR", "/dev/shm/pegaflow")) / "measured"
     try:
         with running(command, log, dict(os.environ)) as child:
@@ -243,9 +282,13 @@ def peer_server(settings: Settings) -> Iterator[None]:
     environment["PYTHONPATH"] = str(settings.pack / "peer")
     command = [
         str(settings.pack / "peer" / "pegaflow" / "pegaflow-server-py"),
-        "--pool-size", f"{settings.pool_bytes >> 30}gb", "--devices", "0",
-        "--http-addr", "127.0.0.1:9091",
-    ]  # fmt: skip
+        "--pool-size",
+        f"{settings.pool_bytes >> 30}gb",
+        "--devices",
+        "0",
+        "--http-addr",
+        "127.0.0.1:9091",
+    ]
 
     def healthy() -> bool:
         try:

@@ -47,9 +47,10 @@ def pytest_configure(config: Any) -> None:
                     block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32
                 )
                 kv_cache_config = KVCacheConfig(
-                    num_blocks=1, kv_cache_tensors=[],
+                    num_blocks=1,
+                    kv_cache_tensors=[],
                     kv_cache_groups=[KVCacheGroupSpec(["layer"], attention)],
-                )  # fmt: skip
+                )
             super().__init__(vllm_config, role, kv_cache_config)
 
     # The wrapper that records calls (TestExampleConnector) makes one of these, and records.
