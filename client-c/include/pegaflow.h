@@ -596,6 +596,40 @@ int pega_save_after(pega_client *client, uint32_t registration, uint16_t group,
                     const pega_order *after, uint64_t *request);
 
 /*
+ * pega_load_after() whose blocks come in `steps` steps, for which streams can wait on the GPU: the
+ * engine's work on the first layers begins while the others are still on their way. Step n, counted
+ * from 1, has the group's segments from (n - 1) * num_segments / steps on, up to
+ * n * num_segments / steps, of all blocks.
+ *
+ * steps  1 up to the number of the group's segments, at most 256
+ *
+ * -PEGA_INVALID_ARGUMENT: another number of steps, or a registration without GPU memory.
+ * -PEGA_AGAIN: too, while 256 such loads are under way: consume completions.
+ */
+int pega_load_in_steps(pega_client *client, uint32_t registration, uint16_t group, uint64_t lease,
+                       uint32_t first, const uint32_t *blocks, size_t count,
+                       const pega_order *after, uint32_t steps, uint64_t *request);
+
+/*
+ * What `stream` (a cudaStream_t or CUstream; NULL: default stream) gets from now on comes after the
+ * first `steps` steps of a load of pega_load_in_steps(). No thread waits. Any number of streams may
+ * wait for any of the steps.
+ *
+ * The stream goes on, too, when the load has failed, was cancelled, or its daemon is gone, and 30
+ * to 40 seconds after the submission at the latest. So only the completion says that the bytes are
+ * there: look at it before the results of the work behind the wait are used.
+ *
+ * request  of a load that is not consumed; where it has completed with PEGA_OK there is nothing to
+ *          wait for
+ *
+ * -PEGA_UNKNOWN_REQUEST: no such load; -status: it has completed with another status than PEGA_OK.
+ * -PEGA_DEVICE_UNAVAILABLE: the request is no load in steps, or driver or daemon cannot tell a
+ * stream of it (the library logs why once): pega_wait() for it instead.
+ * -PEGA_INVALID_ARGUMENT: more steps than the load has, or a stream that is being captured.
+ */
+int pega_stream_wait(pega_client *client, uint64_t request, uint32_t steps, void *stream);
+
+/*
  * Gives a lease back without loading. If it is over already, completes with PEGA_UNKNOWN_LEASE,
  * PEGA_LEASE_CONSUMED or PEGA_LEASE_EXPIRED: harmless.
  */

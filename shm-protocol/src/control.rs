@@ -138,6 +138,10 @@ pub enum ClientMessage {
         seq: u64,
         /// What to register.
         registration: Box<RegisterSpec>,
+        /// The region of [`ClientMessage::AddRegion`] whose words its loads raise, see
+        /// [`LoadSignal`](crate::desc::LoadSignal); none where it has no GPU memory.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signals: Option<u32>,
     },
     /// Ends a registration: running copies drain first.
     Unregister {
@@ -267,6 +271,9 @@ pub enum DaemonMessage {
         seq: u64,
         /// Its id in this session's descriptors.
         registration: u32,
+        /// Its loads can raise the words of the region that it named for that.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        signals: bool,
     },
     /// Every rank of the registration's instance is there.
     Ready {

@@ -106,13 +106,33 @@ pub struct Submission {
     /// Save: the event that it comes after, see [`Self::with_after`].
     pub arg0: u64,
     /// Query of a group other than 0: offset of the result in the daemon's result arena.
-    /// Load: position in the lease of the first block. Renew: new time to live in ms.
+    /// Load: position in the lease of the first block, and half of [`Self::with_signal`]. Renew:
+    /// new time to live in ms.
     pub arg1: u64,
     /// Query: time to live of the lease in ms, 0 for the daemon's default; of one that waits
     /// ([`flags::WAIT`]) the low half, and the high half is how long it waits at most, in ms, 0
-    /// for as long as it takes. Load: the event that it
-    /// comes after, see [`Self::with_after`]. Otherwise 0.
+    /// for as long as it takes. Load: the event that it comes after, see [`Self::with_after`], and
+    /// half of [`Self::with_signal`]. Otherwise 0.
     pub arg2: u64,
+}
+
+/// Most steps of a load.
+pub const MAX_LOAD_STEPS: u16 = 256;
+
+/// How a load tells a GPU how far it is: by a 32-bit word in memory that client and daemon share,
+/// whose value never falls. Once the first `n` of the steps are in place in all blocks it is
+/// `base + n` at least; when the load has ended, however that was, `base + steps`.
+///
+/// Step `n`, counted from 1, has the group's segments from `(n - 1) * segments / steps` on, up to
+/// `n * segments / steps`. A daemon may bring all of them in one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadSignal {
+    /// Place of the word, in words from the start of the region.
+    pub word: u16,
+    /// Steps, from 1 to [`MAX_LOAD_STEPS`].
+    pub steps: u16,
+    /// What the word is at least from now on. `base + steps` does not overflow.
+    pub base: u32,
 }
 
 /// The answer to one request.
@@ -178,7 +198,7 @@ impl Submission {
         let word = event.map_or(0, |index| u64::from(index) + 1);
         match Op::from_code(self.op) {
             Some(Op::Save) => self.arg0 = word,
-            Some(Op::Load) => self.arg2 = word,
+            Some(Op::Load) => self.arg2 = self.arg2 >> 32 << 32 | word,
             _ => {}
         }
         self
@@ -193,6 +213,41 @@ impl Submission {
             _ => 0,
         };
         (word as u32).checked_sub(1)
+    }
+
+    /// A load that comes in steps and raises a word of the registration's signals with each: only
+    /// where the daemon has said that it does so.
+    ///
+    /// Other operations stay as they are.
+    #[inline]
+    pub fn with_signal(mut self, signal: Option<LoadSignal>) -> Submission {
+        if Op::from_code(self.op) == Some(Op::Load)
+            && let Some(LoadSignal { word, steps, base }) = signal
+        {
+            self.arg1 = u64::from(base) << 32 | self.arg1 & 0xFFFF_FFFF;
+            self.arg2 |= u64::from(word) << 48 | u64::from(steps) << 32;
+        }
+        self
+    }
+
+    /// The word that a load raises, see [`Self::with_signal`].
+    #[inline]
+    pub fn signal(&self) -> Option<LoadSignal> {
+        let steps = (self.arg2 >> 32) as u16;
+        (Op::from_code(self.op) == Some(Op::Load) && steps > 0).then_some(LoadSignal {
+            word: (self.arg2 >> 48) as u16,
+            steps,
+            base: (self.arg1 >> 32) as u32,
+        })
+    }
+
+    /// Load: position in the lease of the first block.
+    #[inline]
+    pub fn first(&self) -> u64 {
+        match self.signal() {
+            Some(_) => self.arg1 & 0xFFFF_FFFF,
+            None => self.arg1,
+        }
     }
 
     /// Checks the fields that need no state: operation, flags, id, payload bounds.
@@ -332,6 +387,16 @@ pub enum DescriptorFault {
         /// Events that there are.
         count: u32,
     },
+    /// A load's word lies outside the registration's signals, or its steps are none that there are.
+    #[error("a load raises {signal:?}, of {bytes} bytes of signals and {segments} segments")]
+    Signal {
+        /// What the submission says.
+        signal: LoadSignal,
+        /// Bytes of the registration's signals.
+        bytes: u64,
+        /// Segments of the group.
+        segments: usize,
+    },
     /// The result lies outside the result arena.
     #[error("result at {offset} for {count} positions does not lie in the result arena")]
     Result {
@@ -443,6 +508,40 @@ mod tests {
         assert_eq!(bytes[16..24], [0, 0x40, 0, 0, 0x20, 0, 0, 0]);
         assert_eq!(bytes[24..32], [1, 0, 0, 0, 2, 0, 0, 0]);
         assert_eq!(Submission::from_body(submission.to_body()), submission);
+    }
+
+    #[test]
+    fn a_load_names_the_word_that_it_raises_beside_its_place_and_its_event() {
+        let load = Submission {
+            op: Op::Load as u8,
+            arg0: 7,
+            arg1: 0xFFFF_FFF0,
+            ..nop()
+        };
+        let signal = LoadSignal {
+            word: 0x1234,
+            steps: 256,
+            base: 0x8000_0001,
+        };
+        for event in [None, Some(255)] {
+            let plain = load.with_after(event);
+            assert_eq!((plain.signal(), plain.first()), (None, 0xFFFF_FFF0));
+            for both in [
+                plain.with_signal(Some(signal)),
+                load.with_signal(Some(signal)).with_after(event),
+            ] {
+                assert_eq!(both.signal(), Some(signal));
+                assert_eq!((both.after(), both.first()), (event, 0xFFFF_FFF0));
+            }
+        }
+        let golden = load.with_after(Some(4)).with_signal(Some(signal));
+        assert_eq!(golden.arg1, 0x8000_0001_FFFF_FFF0);
+        assert_eq!(golden.arg2, 0x1234_0100_0000_0005);
+        let save = Submission {
+            op: Op::Save as u8,
+            ..load
+        };
+        assert_eq!(save.with_signal(Some(signal)), save);
     }
 
     #[test]

@@ -209,6 +209,43 @@ impl Client {
         self.shared.submit_after(&draft, after)
     }
 
+    /// [`Self::load_after`] whose blocks come in so many steps, for [`Self::stream_wait`]: step
+    /// `n`, counted from 1, has the group's segments from `(n - 1) * segments / steps` on, up to
+    /// `n * segments / steps`, of all blocks.
+    ///
+    /// # Errors
+    /// As [`Self::load_after`]; more steps than the group has segments, or none;
+    /// [`Error::Again`] while 256 such loads are under way.
+    pub fn load_in_steps(
+        &self,
+        registration: RegistrationId,
+        group: u16,
+        lease: u64,
+        (first, blocks): (u32, &[u32]),
+        after: Order,
+        steps: u16,
+    ) -> Result<RequestId, Error> {
+        if steps == 0 {
+            return Err(Error::argument("steps", "0", "give 1 or more"));
+        }
+        let draft = Draft::load(registration, group, lease, first, blocks).in_steps(steps);
+        self.shared.submit_after(&draft, after)
+    }
+
+    /// What `stream` gets from now on comes after the first `steps` steps of a load of
+    /// [`Self::load_in_steps`], without a thread that waits. The stream goes on as well when the
+    /// load has failed or its daemon is gone, and 30 to 40 seconds after the submission at the
+    /// latest: only the completion says that the bytes are there.
+    ///
+    /// # Errors
+    /// [`Error::UnknownRequest`] for a load whose completion was consumed; what became of a load
+    /// that has failed. [`Status::DeviceUnavailable`](crate::Status::DeviceUnavailable) where
+    /// driver or daemon cannot do it: wait for the completion instead. A stream that is being
+    /// captured, or a failure of the CUDA driver.
+    pub fn stream_wait(&self, request: RequestId, steps: u32, stream: Order) -> Result<(), Error> {
+        self.shared.stream_wait(request, steps, stream)
+    }
+
     /// Copies `blocks[i]` into the pool under the name `hashes[i]`. Blocks already held are
     /// skipped.
     ///

@@ -33,6 +33,8 @@ pub(crate) struct Registered {
     pub(super) asked: bool,
     /// Its id at the present daemon.
     pub(crate) remote: Option<u32>,
+    /// The present daemon raises its loads' words.
+    pub(crate) signals: bool,
     /// Key of its blocks in the index, once the instance is complete.
     pub(crate) namespace: Option<u32>,
     /// What the present daemon said against it.
@@ -55,6 +57,7 @@ impl Registered {
             adopted: false,
             asked: false,
             remote: None,
+            signals: false,
             namespace: None,
             refusal: None,
             told: false,
@@ -67,7 +70,12 @@ impl Registered {
     /// The daemon is gone, and with it what it knew.
     pub(crate) fn forget_daemon(&mut self) {
         (self.remote, self.namespace, self.refusal) = (None, None, None);
-        (self.told, self.asked) = (false, false);
+        (self.told, self.asked, self.signals) = (false, false, false);
+    }
+
+    /// The message that registers it.
+    fn message(&self, seq: u64) -> ClientMessage {
+        register_message(seq, &self.spec, self.device.as_ref())
     }
 
     /// Why a daemon of this version cannot take it.
@@ -152,8 +160,8 @@ impl Shared {
         self.check_process()?;
         let resolved = resolve(registration, &PlacesOf::new(self))?;
         // What cannot be sent would end each session that the keeper tries to send it in.
-        check_length(&register_message(u64::MAX, &resolved.spec))?;
         let registered = Registered::new(resolved);
+        check_length(&registered.message(u64::MAX))?;
         let by_keeper = registered.device.is_some();
         let (spec, uses) = (registered.spec.clone(), registered.uses_process_memory);
         let deadline = Instant::now() + self.resolved.options.control_timeout;
@@ -190,7 +198,7 @@ impl Shared {
         let bound = deadline.saturating_duration_since(Instant::now());
         let purpose = Purpose::Register(id);
         let reply = self.control.call(&session, purpose, &[], bound, |seq| {
-            register_message(seq, &spec)
+            register_message(seq, &spec, None)
         });
         match reply.and_then(|reply| reply.registered()) {
             Ok(_) => self.adopt(id),
@@ -367,7 +375,12 @@ impl Shared {
     }
 
     /// The daemon of this session accepted a registration: false if it was given up meanwhile.
-    pub(crate) fn accepted(&self, session: &Session, id: u32, remote: u32) -> bool {
+    pub(crate) fn accepted(
+        &self,
+        session: &Session,
+        id: u32,
+        (remote, signals): (u32, bool),
+    ) -> bool {
         let mut inner = self.lock();
         if !inner.is_present(session) {
             // Its id means something else, or nothing, to the present daemon.
@@ -377,6 +390,7 @@ impl Shared {
             return false;
         };
         (registered.remote, registered.refusal) = (Some(remote), None);
+        registered.signals = signals;
         registered.adopted = true;
         if std::mem::take(&mut registered.told) {
             let label = registered.label(id);
@@ -484,10 +498,16 @@ pub(crate) fn may_pass(status: Status) -> bool {
 }
 
 /// The message that registers.
-pub(crate) fn register_message(seq: u64, spec: &RegisterSpec) -> ClientMessage {
+pub(crate) fn register_message(
+    seq: u64,
+    spec: &RegisterSpec,
+    device: Option<&DeviceUse>,
+) -> ClientMessage {
+    let signals = device.and_then(|used| used.signals.as_ref().ok());
     ClientMessage::Register {
         seq,
         registration: Box::new(spec.clone()),
+        signals: signals.map(|signals| signals.region()),
     }
 }
 
@@ -562,7 +582,7 @@ mod tests {
             let mut wakes = Wakes::default();
             let status = Status::Disconnected;
             shared.lose_locked(&mut shared.lock(), old.number, status, "test", &mut wakes);
-            assert!(shared.accepted(&old, 1, 77));
+            assert!(shared.accepted(&old, 1, (77, false)));
             shared.control.answer(1, Reply::Registered(77));
             shared.deliver(wakes);
             let id = registers.join().unwrap().unwrap();
@@ -611,7 +631,7 @@ mod tests {
         for _ in 0..2 {
             let before = shared.lock().registration(id).unwrap().remote;
             assert!(
-                shared.accepted(&old, id.0, 4711),
+                shared.accepted(&old, id.0, (4711, false)),
                 "and nothing is taken back"
             );
             shared.set_namespace(&old, 4711, Some(9));

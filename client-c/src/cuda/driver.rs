@@ -34,25 +34,37 @@ const CAPTURE_RELAXED: c_uint = 2;
 const EVENT_DISABLE_TIMING: c_uint = 2;
 /// `CU_EVENT_INTERPROCESS`.
 const EVENT_INTERPROCESS: c_uint = 4;
+/// `CU_STREAM_PER_THREAD`, the largest number that names a default stream instead of a stream.
+const LAST_DEFAULT_STREAM: usize = 2;
 /// `CU_STREAM_NON_BLOCKING`.
 const STREAM_NON_BLOCKING: c_uint = 1;
+/// `CUDA_ERROR_NOT_SUPPORTED`.
+const NOT_SUPPORTED: Code = 801;
+/// `CU_MEMHOSTREGISTER_PORTABLE`.
+const HOST_PORTABLE: c_uint = 1;
+/// `CU_MEMHOSTREGISTER_DEVICEMAP`.
+const HOST_DEVICEMAP: c_uint = 2;
+/// `CU_STREAM_WAIT_VALUE_GEQ`.
+const WAIT_GEQ: c_uint = 0;
 /// `CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR`.
 pub(super) const HANDLE_POSIX_FD: u64 = 1;
 
 macro_rules! functions {
-    ($($name:ident($($kind:ty),*);)*) => {
-        /// Addresses of the driver's functions.
+    ($(#[$meta:meta])* $functions:ident: $($name:ident($($kind:ty),*);)*) => {
+        $(#[$meta])*
         #[allow(non_snake_case, reason = "the driver's names")]
         #[derive(Clone, Copy)]
-        pub(super) struct Functions {
+        pub(super) struct $functions {
             $(pub(super) $name: unsafe extern "C" fn($($kind),*) -> Code,)*
         }
 
-        impl Functions {
+        impl $functions {
             /// # Safety
             /// `find` gives the address of the CUDA driver's function of that name, or null.
-            unsafe fn find(find: impl Fn(&CStr) -> *mut c_void) -> Result<Functions, &'static str> {
-                Ok(Functions { $($name: {
+            unsafe fn find(
+                find: impl Fn(&CStr) -> *mut c_void,
+            ) -> Result<$functions, &'static str> {
+                Ok($functions { $($name: {
                     let name = concat!(stringify!($name), "\0");
                     let name = CStr::from_bytes_with_nul(name.as_bytes());
                     let address = name.map_or(null_mut(), &find);
@@ -70,6 +82,8 @@ macro_rules! functions {
 }
 
 functions! {
+    /// Addresses of the driver's functions.
+    Functions:
     cuGetErrorName(Code, *mut *const c_char);
     cuGetErrorString(Code, *mut *const c_char);
     cuThreadExchangeStreamCaptureMode(*mut c_uint);
@@ -99,6 +113,15 @@ functions! {
     cuStreamIsCapturing(Opaque, *mut c_uint);
 }
 
+functions! {
+    /// Those that make a stream wait for a word of host memory: not every driver has them.
+    WordFunctions:
+    cuMemHostRegister_v2(*mut c_void, usize, c_uint);
+    cuMemHostUnregister(*mut c_void);
+    cuMemHostGetDevicePointer_v2(*mut c_ulonglong, *mut c_void, c_uint);
+    cuStreamWaitValue32_v2(Opaque, c_ulonglong, c_uint, c_uint);
+}
+
 /// A call of the CUDA driver that failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{call}: {name} ({code}), {text}")]
@@ -124,10 +147,18 @@ pub(crate) enum NoDriver {
     TooOld(&'static str),
 }
 
+/// The driver's functions, each kind as far as it is whole.
+struct Found {
+    functions: Result<Functions, &'static str>,
+    words: Result<WordFunctions, &'static str>,
+}
+
 /// The driver.
 #[derive(Clone, Copy)]
 pub(crate) struct Driver {
     functions: &'static Functions,
+    /// Or the name of one that is missing.
+    words: Result<&'static WordFunctions, &'static str>,
 }
 
 impl std::fmt::Debug for Driver {
@@ -139,7 +170,7 @@ impl std::fmt::Debug for Driver {
 impl Driver {
     /// The driver, if this process has loaded it. Cheap, and asked again until it has.
     pub(crate) fn of_process() -> Result<Driver, NoDriver> {
-        static FUNCTIONS: OnceLock<Result<Functions, &'static str>> = OnceLock::new();
+        static FUNCTIONS: OnceLock<Found> = OnceLock::new();
         if let Some(known) = FUNCTIONS.get() {
             return Driver::over(known);
         }
@@ -155,16 +186,21 @@ impl Driver {
         }
         // SAFETY: the library stays loaded, since its handle is never closed, and `libcuda.so.1` is
         // the CUDA driver, whose functions have kept their declarations since CUDA 11.
-        Driver::over(
-            FUNCTIONS.get_or_init(|| unsafe {
-                Functions::find(|name| libc::dlsym(library, name.as_ptr()))
-            }),
-        )
+        Driver::over(FUNCTIONS.get_or_init(|| unsafe {
+            let find = |name: &CStr| libc::dlsym(library, name.as_ptr());
+            Found {
+                functions: Functions::find(find),
+                words: WordFunctions::find(find),
+            }
+        }))
     }
 
-    fn over(found: &'static Result<Functions, &'static str>) -> Result<Driver, NoDriver> {
-        let functions = found.as_ref().map_err(|name| NoDriver::TooOld(name))?;
-        Ok(Driver { functions })
+    fn over(found: &'static Found) -> Result<Driver, NoDriver> {
+        let functions = found.functions.as_ref();
+        Ok(Driver {
+            functions: functions.map_err(|name| NoDriver::TooOld(name))?,
+            words: found.words.as_ref().map_err(|name| *name),
+        })
     }
 
     /// A driver of these functions.
@@ -172,6 +208,7 @@ impl Driver {
     pub(super) fn with(functions: Functions) -> Driver {
         Driver {
             functions: Box::leak(Box::new(functions)),
+            words: Err("functions for words of memory"),
         }
     }
 
@@ -383,6 +420,60 @@ impl Driver {
         self.check("cuStreamWaitEvent", code)
     }
 
+    fn words(self) -> Result<&'static WordFunctions, CudaError> {
+        self.words.map_err(|name| CudaError {
+            call: name,
+            code: NOT_SUPPORTED,
+            name: "CUDA_ERROR_NOT_SUPPORTED".to_owned(),
+            text: "the CUDA driver of this process has no such function".to_owned(),
+        })
+    }
+
+    /// Whether streams can be made to wait for words of memory at all.
+    pub(super) fn check_words(self) -> Result<(), CudaError> {
+        self.words().map(drop)
+    }
+
+    /// Lets all GPUs read host memory in place.
+    ///
+    /// # Safety
+    /// The range is mapped until [`Self::unpin`], or to the end of the process.
+    pub(super) unsafe fn pin(self, host: *mut u8, bytes: usize) -> Result<(), CudaError> {
+        let flags = HOST_PORTABLE | HOST_DEVICEMAP;
+        let words = self.words()?;
+        // SAFETY: the caller's promise.
+        let code = unsafe { (words.cuMemHostRegister_v2)(host.cast(), bytes, flags) };
+        self.check("cuMemHostRegister", code)
+    }
+
+    /// Undoes [`Self::pin`].
+    pub(super) fn unpin(self, host: *mut u8) -> Result<(), CudaError> {
+        let words = self.words()?;
+        // SAFETY: the driver refuses an address that is not pinned.
+        let code = unsafe { (words.cuMemHostUnregister)(host.cast()) };
+        self.check("cuMemHostUnregister", code)
+    }
+
+    /// What the stream gets from now on comes after a word of pinned host memory is at least
+    /// `value`, in the order that wraps around. In the context of the stream.
+    pub(super) fn wait_for_word(
+        self,
+        stream: Stream,
+        word: *mut u8,
+        value: u32,
+    ) -> Result<(), CudaError> {
+        let words = self.words()?;
+        let mut address = 0;
+        // SAFETY: the place is writable, and the word only looked up; by the contract of `Order`
+        // the stream lives. The word stays pinned while streams may wait for it.
+        unsafe {
+            let code = (words.cuMemHostGetDevicePointer_v2)(&mut address, word.cast(), 0);
+            self.check("cuMemHostGetDevicePointer", code)?;
+            let code = (words.cuStreamWaitValue32_v2)(stream.0, address, value, WAIT_GEQ);
+            self.check("cuStreamWaitValue32", code)
+        }
+    }
+
     /// The context that a stream belongs to.
     pub(super) fn context_of(self, stream: Stream) -> Result<Option<Context>, CudaError> {
         let mut context = null_mut();
@@ -390,6 +481,16 @@ impl Driver {
         let code = unsafe { (self.functions.cuStreamGetCtx)(stream.0, &mut context) };
         self.check("cuStreamGetCtx", code)?;
         Ok(Context::new(context))
+    }
+
+    /// The context that work for a stream is given in; a default stream is that of the calling
+    /// thread's current context.
+    pub(super) fn context_for(self, stream: Stream) -> Result<Option<Context>, CudaError> {
+        if stream.0.addr() <= LAST_DEFAULT_STREAM {
+            self.current()
+        } else {
+            self.context_of(stream)
+        }
     }
 
     /// Whether the stream records a graph instead of doing anything.

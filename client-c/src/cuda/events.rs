@@ -24,9 +24,6 @@ const RELAYS: usize = 4;
 /// First and longest pause of a thread that waits for an event itself.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(20), Duration::from_millis(1));
 
-/// `CU_STREAM_PER_THREAD`, the largest number that names a default stream instead of a stream.
-const LAST_DEFAULT_STREAM: usize = 2;
-
 /// The events of one device.
 #[derive(Debug)]
 pub(crate) struct DeviceEvents {
@@ -164,13 +161,7 @@ impl DeviceEvents {
 
     fn after_stream(&self, event: Event, stream: Stream) -> Result<(), Error> {
         let driver = self.device.driver;
-        let is_default = stream.0.addr() <= LAST_DEFAULT_STREAM;
-        let own = if is_default {
-            // A default stream is that of the calling thread's current context.
-            driver.current()?
-        } else {
-            driver.context_of(stream)?
-        };
+        let own = driver.context_for(stream)?;
         let context = own.unwrap_or(self.device.context());
         let entered = driver.enter(Some(context))?;
         if driver.is_capturing(stream)? {

@@ -12,6 +12,7 @@
 //! | `region` | allocations as the daemon gets them: one region each |
 //! | `events` | interprocess events, recorded on the engine's streams |
 //! | `order` | what a save or load comes after |
+//! | `signals` | words that a load raises as it comes in, for which streams wait |
 
 mod device;
 mod driver;
@@ -19,6 +20,7 @@ mod events;
 mod locate;
 mod order;
 mod region;
+mod signals;
 
 #[cfg(test)]
 pub(crate) mod fake;
@@ -34,6 +36,7 @@ pub(crate) use device::Device;
 pub(crate) use events::{DeviceEvents, EventSlot};
 pub(crate) use locate::{Location, Place, Span};
 pub(crate) use region::DeviceRegion;
+pub(crate) use signals::{LOAD_WAIT_BOUND, SignalSlot, Signals};
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -55,6 +58,11 @@ struct Known {
     devices: Vec<Weak<Device>>,
     regions: Vec<Weak<DeviceRegion>>,
     events: Vec<Weak<DeviceEvents>>,
+    /// Kept as long as the client: a load's word may be the last that holds them, where the client
+    /// is locked.
+    signals: Option<Arc<Signals>>,
+    /// It was said why loads come whole that were to come in steps.
+    whole_loads_said: bool,
 }
 
 /// Device memory of one registration, and what orders its copies.
@@ -62,6 +70,8 @@ struct Known {
 pub(crate) struct DeviceUse {
     pub(crate) regions: Vec<Arc<DeviceRegion>>,
     pub(crate) events: Arc<DeviceEvents>,
+    /// What its loads raise; or why there is nothing that a stream could wait for.
+    pub(crate) signals: Result<Arc<Signals>, Arc<str>>,
 }
 
 impl Cuda {
@@ -91,6 +101,35 @@ impl Cuda {
             Err(error @ NoDriver::TooOld(_)) => return Err(Error::Driver(error.to_string())),
         };
         locate::locate(driver, address)
+    }
+
+    /// True once: that loads come whole has to be said.
+    pub(crate) fn is_news_of_whole_loads(&self) -> bool {
+        !std::mem::replace(&mut self.known().whole_loads_said, true)
+    }
+
+    /// The client's signals, if there are any.
+    pub(crate) fn signals(&self) -> Option<Arc<Signals>> {
+        self.known().signals.clone()
+    }
+
+    /// Finds or makes the client's signals, in memory that `allocate` shares with the daemon.
+    ///
+    /// # Errors
+    /// That fails, or the driver refuses the memory.
+    pub(crate) fn share_signals(
+        &self,
+        events: &DeviceEvents,
+        allocate: impl FnOnce(usize) -> Result<crate::memory::HostMemory, Error>,
+    ) -> Result<Arc<Signals>, Error> {
+        if let Some(known) = self.signals() {
+            return Ok(known);
+        }
+        events.device().driver.check_words()?;
+        // Without the lock: the daemon is asked. Of two threads that make some, one's serve.
+        let made = Signals::new(allocate(Signals::BYTES)?, events.device().clone())?;
+        let made = Arc::new(made);
+        Ok(self.known().signals.get_or_insert(made).clone())
     }
 
     /// Finds or makes the regions that these spans of device memory lie in, and the events of their

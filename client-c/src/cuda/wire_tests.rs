@@ -159,6 +159,48 @@ fn descriptors_follow_in_full_messages() {
 }
 
 #[test]
+fn where_a_driver_has_no_words_a_load_in_steps_comes_whole_and_says_so_once() {
+    let rig = Rig::start(|_| {});
+    let base = allocate(0, MIB, Kind::Plain);
+    let id = rig.client.register(&over(&[base])).unwrap();
+    let load = |steps| {
+        let blocks = (0, &[0][..]);
+        let none = Order::NONE;
+        rig.client.load_in_steps(id, 0, 1, blocks, none, steps)
+    };
+    assert_eq!(load(0).unwrap_err().status(), Status::InvalidArgument);
+    let error = load(2).unwrap_err();
+    assert_eq!(
+        error.status(),
+        Status::InvalidArgument,
+        "one segment: {error}"
+    );
+    for _ in 0..2 {
+        let request = load(1).unwrap();
+        let stream = order(cuda::stream(0, true), false);
+        let error = rig.client.stream_wait(request, 1, stream).unwrap_err();
+        // Answered meanwhile by the fake daemon, which knows no lease, or still under way.
+        let status = error.status();
+        assert!(
+            matches!(status, Status::DeviceUnavailable | Status::UnknownLease),
+            "{error}"
+        );
+        rig.client.wait(request, LONG).unwrap();
+        let gone = rig.client.stream_wait(request, 1, stream).unwrap_err();
+        assert_eq!(gone.status(), Status::UnknownRequest);
+    }
+    let said = || {
+        let lines = rig.lines.lock().unwrap().clone();
+        lines.iter().filter(|l| l.contains("come whole")).count()
+    };
+    let deadline = Instant::now() + LONG;
+    while said() == 0 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(said(), 1);
+}
+
+#[test]
 fn requests_name_the_event_and_give_it_back_when_they_complete() {
     let rig = Rig::start(|_| {});
     let base = allocate(0, MIB, Kind::Plain);

@@ -1,6 +1,6 @@
 //! Probes and submissions.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::time::Duration;
 
 use super::guard::exports;
@@ -114,6 +114,38 @@ exports! {
             let draft = Draft::load(RegistrationId(registration), group, lease, first, blocks);
             submit_after(client, draft, after, request)
         }
+    }
+
+    /// As `pega_load_after`, in steps for which streams can wait.
+    try fn pega_load_in_steps(
+        client: *mut pega_client, registration: u32, group: u16, lease: u64, first: u32,
+        blocks: *const u32, count: usize, after: *const pega_order, steps: u32,
+        request: *mut u64,
+    ) -> c_int {
+        let in_range = u16::try_from(steps).ok().filter(|steps| *steps > 0);
+        let Some(steps) = in_range else {
+            let way_out = "give 1 up to the number of the group's segments, at most 256";
+            return Err(Error::argument("steps", steps.to_string(), way_out));
+        };
+        // SAFETY: by the header: a handle of `pega_connect`, `count` ids, NULL or an order whose
+        // stream or event lives, a place for the answer.
+        unsafe {
+            let (blocks, after) = (array(blocks, count, "blocks")?, read_order(after)?);
+            let draft = Draft::load(RegistrationId(registration), group, lease, first, blocks);
+            submit_after(client, draft.in_steps(steps), after, request)
+        }
+    }
+
+    /// Makes a stream wait for the first steps of a load.
+    try fn pega_stream_wait(
+        client: *mut pega_client, request: u64, steps: u32, stream: *mut c_void,
+    ) -> c_int {
+        // SAFETY: by the header: a handle of `pega_connect`, a stream that lives.
+        unsafe {
+            let client = &handle(client)?.client;
+            client.stream_wait(RequestId(request), steps, Order::stream(stream))?;
+        }
+        Ok(0)
     }
 
     /// Copies blocks into the pool once something has written them.

@@ -88,13 +88,15 @@ impl Bringing {
                 shared.note_own_events(&used.events);
             }
             let Some(step) = next else {
-                let Missing { id, spec, .. } = first;
-                let (id, spec) = (*id, spec.clone());
+                let Missing {
+                    id, spec, device, ..
+                } = first;
+                let (id, spec, device) = (*id, spec.clone(), device.clone());
                 self.waiting.pop_front();
                 return Ok(Some(Parcel {
                     purpose: Purpose::Register(id),
                     fds: Vec::new(),
-                    message: Box::new(move |seq| register_message(seq, &spec)),
+                    message: Box::new(move |seq| register_message(seq, &spec, device.as_ref())),
                 }));
             };
             let parcel = match &step {

@@ -109,6 +109,7 @@ impl Keeper {
     fn watch(&mut self, session: &Arc<Session>) {
         loop {
             self.shared.journal.say();
+            self.shared.end_stale_waits();
             if self.shared.is_closing() || session.is_lost() {
                 return;
             }
@@ -156,9 +157,11 @@ impl Keeper {
                 self.step_answered(session, seq, &Reply::Done)?;
                 self.shared.control.answer(seq, Reply::Done);
             }
-            DaemonMessage::Registered { seq, registration } => {
-                self.registered(session, seq, registration)?;
-            }
+            DaemonMessage::Registered {
+                seq,
+                registration,
+                signals,
+            } => self.registered(session, seq, (registration, signals))?,
             DaemonMessage::Failed {
                 seq,
                 status,
@@ -211,11 +214,16 @@ impl Keeper {
         Ok(())
     }
 
-    fn registered(&self, session: &Session, seq: u64, remote: u32) -> Result<(), Error> {
+    fn registered(
+        &self,
+        session: &Session,
+        seq: u64,
+        (remote, signals): (u32, bool),
+    ) -> Result<(), Error> {
         let Some((Purpose::Register(id), _)) = self.shared.control.purpose(seq) else {
             return Err(Error::Protocol(format!("a Registered for request {seq}")));
         };
-        let wanted = self.shared.accepted(session, id, remote);
+        let wanted = self.shared.accepted(session, id, (remote, signals));
         self.shared.control.answer(seq, Reply::Registered(remote));
         if wanted {
             return Ok(());
@@ -367,7 +375,7 @@ impl Keeper {
             } else {
                 self.shared.prepare(session, missing.uses_process_memory);
                 self.send(session, Purpose::Register(id), &[], |seq| {
-                    register_message(seq, &missing.spec)
+                    register_message(seq, &missing.spec, None)
                 })?;
             }
         }

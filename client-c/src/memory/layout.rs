@@ -10,7 +10,7 @@ use pegaflow_shm::namespace::NamespaceSpec;
 
 use super::{HostMemory, HostRegion};
 use crate::Error;
-use crate::cuda::{DeviceEvents, DeviceRegion, DeviceUse, Location, Place, Span};
+use crate::cuda::{DeviceRegion, DeviceUse, Location, Place, Span};
 
 /// A rank of an instance with its KV memory, or a scheduler without.
 #[derive(Clone, Debug)]
@@ -118,8 +118,8 @@ pub(crate) trait Places {
     /// What kind of memory an address outside of it is.
     fn locate(&self, address: u64) -> Result<Location, Error>;
 
-    /// The regions of spans of device memory, one for each.
-    fn share(&self, spans: &[Span]) -> Result<(Vec<Arc<DeviceRegion>>, Arc<DeviceEvents>), Error>;
+    /// The regions of spans of device memory, one for each, and what copies of it use.
+    fn share(&self, spans: &[Span]) -> Result<DeviceUse, Error>;
 }
 
 /// Checks what needs no daemon and turns addresses into references.
@@ -247,17 +247,17 @@ impl Found {
         if self.spans.is_empty() {
             return Ok(None);
         }
-        let (shared, events) = places.share(&self.spans)?;
+        let shared = places.share(&self.spans)?;
         let segments = groups.iter_mut().flat_map(|group| &mut group.segments);
         let mut regions: Vec<Arc<DeviceRegion>> = Vec::new();
-        for (segment, region) in segments.zip(shared) {
+        for (segment, region) in segments.zip(shared.regions) {
             segment.memory = MemoryRef::Region(region.id());
             segment.base -= region.base();
             if regions.iter().all(|known| known.id() != region.id()) {
                 regions.push(region);
             }
         }
-        Ok(Some(DeviceUse { regions, events }))
+        Ok(Some(DeviceUse { regions, ..shared }))
     }
 }
 
@@ -390,7 +390,7 @@ mod tests {
             Ok(Location::Process)
         }
 
-        fn share(&self, _: &[Span]) -> Result<(Vec<Arc<DeviceRegion>>, Arc<DeviceEvents>), Error> {
+        fn share(&self, _: &[Span]) -> Result<DeviceUse, Error> {
             unreachable!("there is no device memory")
         }
     }

@@ -22,7 +22,7 @@ use super::table::{Held, ResultSource, local_answer};
 use crate::Error;
 use crate::client::{Inner, Shared, Wakes};
 use crate::completion::{RegistrationId, RequestId};
-use crate::cuda::EventSlot;
+use crate::cuda::{EventSlot, SignalSlot};
 use crate::query::Fetch;
 use crate::session::{Live, Session};
 use crate::stats::Limits;
@@ -45,6 +45,7 @@ pub(crate) struct Draft<'a> {
     arg2: u64,
     cookie: u64,
     fetch: Fetch,
+    steps: u16,
 }
 
 impl<'a> Draft<'a> {
@@ -60,6 +61,7 @@ impl<'a> Draft<'a> {
             arg2: 0,
             cookie: 0,
             fetch: Fetch::Poll,
+            steps: 0,
         }
     }
 
@@ -144,6 +146,21 @@ impl<'a> Draft<'a> {
         Draft { fetch, ..self }
     }
 
+    /// A load that tells streams of each of so many steps.
+    pub(crate) fn in_steps(self, steps: u16) -> Draft<'a> {
+        Draft { steps, ..self }
+    }
+
+    /// Steps of a load; 0 where it comes whole.
+    pub(crate) fn steps(&self) -> u16 {
+        self.steps
+    }
+
+    /// Cache group.
+    pub(crate) fn group(&self) -> u16 {
+        self.group
+    }
+
     /// Comes back in the completion.
     pub(crate) fn with_cookie(self, cookie: u64) -> Draft<'a> {
         Draft { cookie, ..self }
@@ -177,23 +194,28 @@ struct Reserved {
 
 impl Shared {
     pub(crate) fn submit(&self, draft: &Draft<'_>) -> Result<RequestId, Error> {
-        self.submit_with(draft, None)
+        self.submit_with(draft, None, None)
     }
 
-    /// Submits a save or load that comes after a recorded event.
+    /// Submits a save or load that comes after a recorded event, and raises a word as it comes in.
     pub(crate) fn submit_with(
         &self,
         draft: &Draft<'_>,
         after: Option<EventSlot>,
+        signal: Option<SignalSlot>,
     ) -> Result<RequestId, Error> {
         self.check_process()?;
         // Copied before the lock is taken.
         let blocks = (draft.op == Op::Load).then(|| Box::from(draft.blocks));
         let mut inner = self.lock();
-        let remote = match draft.registration {
-            Some(id) => inner.registration(id)?.remote,
-            None => Some(0),
+        let (remote, takes_signals) = match draft.registration {
+            Some(id) => {
+                let registered = inner.registration(id)?;
+                (registered.remote, registered.signals)
+            }
+            None => (Some(0), false),
         };
+        let signal = signal.filter(|_| takes_signals);
         let (Some(remote), true) = (remote, inner.serves()) else {
             return self.offline(inner, draft);
         };
@@ -214,10 +236,10 @@ impl Shared {
         {
             drop(inner);
             self.wait_here(slot)?;
-            return self.submit(draft);
+            return self.submit_with(draft, None, signal);
         }
         let reserved = inner
-            .reserve(draft, remote, blocks, after)
+            .reserve(draft, remote, blocks, (after, signal))
             .inspect_err(|error| {
                 if matches!(error, Error::Again(_)) {
                     inner.stats.again += 1;
@@ -267,6 +289,7 @@ impl Shared {
             cookie: draft.cookie,
             blocks: (draft.op == Op::Load).then(|| Box::from(draft.blocks)),
             after: None,
+            signal: None,
         };
         let id = inner
             .table
@@ -368,7 +391,7 @@ impl Inner {
         draft: &Draft<'_>,
         registration: u32,
         blocks: Option<Box<[u32]>>,
-        after: Option<EventSlot>,
+        (after, signal): (Option<EventSlot>, Option<SignalSlot>),
     ) -> Result<Reserved, Error> {
         let Some(live) = &mut self.live else {
             return Err(self.disconnected());
@@ -398,6 +421,7 @@ impl Inner {
         if let Some(slot) = &after {
             template = template.with_after(Some(slot.index()));
         }
+        template = template.with_signal(signal.as_ref().map(SignalSlot::signal));
         let chain = live.chunks.take(chunks).ok_or(Error::Again("arena"))?;
         let source = match take_result(live, draft) {
             Ok(source) => source,
@@ -421,6 +445,7 @@ impl Inner {
             cookie,
             blocks,
             after,
+            signal,
         };
         let id = self
             .table

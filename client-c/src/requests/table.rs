@@ -15,7 +15,7 @@ use pegaflow_shm::status::Status;
 use super::arena::Chain;
 use super::results::ResultRange;
 use crate::completion::{Completion, RequestId};
-use crate::cuda::EventSlot;
+use crate::cuda::{EventSlot, SignalSlot};
 use crate::session::Session;
 
 /// Ends the ready list.
@@ -59,6 +59,8 @@ pub(crate) struct Held {
     pub(crate) blocks: Option<Box<[u32]>>,
     /// The event that it comes after; free for others once the request has finished.
     pub(crate) after: Option<EventSlot>,
+    /// The word that a load raises; raised past all its steps once the request has finished.
+    pub(crate) signal: Option<SignalSlot>,
 }
 
 #[derive(Debug)]
@@ -99,6 +101,7 @@ impl Table {
                 cookie: 0,
                 blocks: None,
                 after: None,
+                signal: None,
             },
             answer: Answer::zeroed(),
         };
@@ -162,6 +165,12 @@ impl Table {
             .is_some_and(|slot| self.entries[slot].phase == Phase::Ready)
     }
 
+    /// The status of a request that is finished and not consumed.
+    pub(crate) fn answered(&self, id: u64) -> Option<Status> {
+        let entry = &self.entries[self.slot(id)?];
+        (entry.phase == Phase::Ready).then(|| entry.answer.status())
+    }
+
     /// Marks an unfinished request as finished; true if somebody waits for exactly this one. What
     /// nobody waits for goes to the ready list.
     pub(crate) fn finish(&mut self, id: u64, answer: Answer) -> bool {
@@ -173,7 +182,7 @@ impl Table {
         debug_assert_eq!(entry.phase, Phase::InFlight);
         entry.phase = Phase::Ready;
         entry.answer = answer;
-        entry.held.after = None;
+        (entry.held.after, entry.held.signal) = (None, None);
         if entry.waiters > 0 {
             return true;
         }
@@ -301,6 +310,7 @@ mod tests {
             cookie: 5,
             blocks: None,
             after: None,
+            signal: None,
         }
     }
 

@@ -296,7 +296,9 @@ impl Session {
                 }
                 self.reply(&DaemonMessage::Done { seq });
             }
-            ClientMessage::Register { seq, registration } => self.register(seq, *registration),
+            ClientMessage::Register {
+                seq, registration, ..
+            } => self.register(seq, *registration),
             ClientMessage::Unregister { seq, registration } => {
                 self.registrations.remove(&registration);
                 self.world.unregistered.fetch_add(1, Ordering::Relaxed);
@@ -341,7 +343,11 @@ impl Session {
         let number = self.world.registrations.fetch_add(1, Ordering::Relaxed);
         let registration = 100 + number;
         self.registrations.insert(registration, spec);
-        self.reply(&DaemonMessage::Registered { seq, registration });
+        self.reply(&DaemonMessage::Registered {
+            seq,
+            registration,
+            signals: false,
+        });
         if !self.world.never_ready.load(Ordering::Relaxed) {
             self.reply(&DaemonMessage::Ready {
                 registration,

@@ -12,7 +12,7 @@ use pegaflow_shm::control::{
 use pegaflow_shm::status::Status;
 
 use super::regions::Memory;
-use crate::copy::BoundLayout;
+use crate::copy::{BoundLayout, ClientMemory, RegionMapping};
 use crate::isolation::IsolationDomain;
 use crate::lane::api::{NewRegistration, Refusal, RegisteredGroup};
 use crate::layout::ValidLayout;
@@ -32,6 +32,7 @@ pub(crate) fn names_process(spec: &RegisterSpec) -> bool {
 /// Checks a registration and finds its memory; that of the process, if named, was opened before.
 pub(crate) fn check(
     spec: RegisterSpec,
+    signals: Option<u32>,
     memory: &Memory,
     domain: &IsolationDomain,
 ) -> Result<Checked, Refusal> {
@@ -56,10 +57,15 @@ pub(crate) fn check(
         regions.extend(used);
     }
     let events = memory.device_events(&spec)?;
+    let signals = signals
+        .map(|region| check_signals(region, memory))
+        .transpose()?;
+    regions.extend(signals.as_ref().map(|(region, _)| *region));
     let registration = NewRegistration {
         spec,
         groups,
         events,
+        signals: signals.map(|(_, mapping)| mapping),
     };
     Ok(Checked {
         registration,
@@ -128,6 +134,17 @@ fn check_group_numbers(spec: &RegisterSpec) -> Result<(), Refusal> {
         }
     }
     Ok(())
+}
+
+/// The words that the registration's loads raise: a memfd's.
+fn check_signals(region: u32, memory: &Memory) -> Result<(u32, Arc<RegionMapping>), Refusal> {
+    match memory.resolve(MemoryRef::Region(region)) {
+        Some(ClientMemory::Region(mapping)) => Ok((region, mapping)),
+        _ => Err(invalid(format!(
+            "signals in region {region}, which is no memfd that the session has shared: share it \
+             first"
+        ))),
+    }
 }
 
 fn check_group(group: &GroupLayout, memory: &Memory) -> Result<RegisteredGroup, Refusal> {

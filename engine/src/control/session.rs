@@ -242,9 +242,18 @@ impl Session {
                     .remove(region)
                     .map(|()| DaemonMessage::Done { seq }),
             ),
-            ClientMessage::Register { seq, registration } => {
-                let registered = self.register(*registration).await;
-                let answer = |registration| DaemonMessage::Registered { seq, registration };
+            ClientMessage::Register {
+                seq,
+                registration,
+                signals,
+            } => {
+                let registered = self.register(*registration, signals).await;
+                let signals = signals.is_some();
+                let answer = |registration| DaemonMessage::Registered {
+                    seq,
+                    registration,
+                    signals,
+                };
                 (seq, registered.map(answer))
             }
             ClientMessage::Unregister { seq, registration } => {
@@ -270,11 +279,11 @@ impl Session {
         self.memory.import(import, devices, &self.peer).await
     }
 
-    async fn register(&mut self, spec: RegisterSpec) -> Result<u32, Refusal> {
+    async fn register(&mut self, spec: RegisterSpec, signals: Option<u32>) -> Result<u32, Refusal> {
         if register::names_process(&spec) {
             self.memory.open_process(&self.peer).await?;
         }
-        let checked = register::check(spec, &self.memory, &self.peer.domain)?;
+        let checked = register::check(spec, signals, &self.memory, &self.peer.domain)?;
         let (instance, rank) = (
             checked.registration.spec.instance.clone(),
             checked.registration.spec.rank,

@@ -286,6 +286,7 @@ fn worker(groups: Vec<GroupLayout>) -> RegisterSpec {
 fn register(registration: RegisterSpec) -> ClientMessage {
     ClientMessage::Register {
         seq: 9,
+        signals: None,
         registration: Box::new(registration),
     }
 }
@@ -551,7 +552,8 @@ fn regions_are_checked_counted_and_kept_while_used() {
         registered,
         DaemonMessage::Registered {
             seq: 9,
-            registration: 1
+            registration: 1,
+            signals: false,
         }
     );
     client.is_failed(
@@ -658,7 +660,8 @@ fn each_bad_registration_is_refused_before_the_lane_hears_of_it() {
         registered,
         DaemonMessage::Registered {
             seq: 9,
-            registration: 1
+            registration: 1,
+            signals: false,
         }
     );
     let scheduler = RegisterSpec {
@@ -671,7 +674,8 @@ fn each_bad_registration_is_refused_before_the_lane_hears_of_it() {
         registered,
         DaemonMessage::Registered {
             seq: 9,
-            registration: 2
+            registration: 2,
+            signals: false,
         }
     );
     assert_eq!(

@@ -136,6 +136,42 @@ impl BoundLayout {
         Ok(Arc::new(bound))
     }
 
+    /// The bytes of the page from `start` to `end`, bound to the same memory of a device; `None`
+    /// where the group lies elsewhere.
+    ///
+    /// # Panics
+    /// As [`ValidLayout::slice`].
+    pub fn slice(&self, start: u64, end: u64) -> Option<Arc<BoundLayout>> {
+        let whole = self.device.as_ref()?;
+        let layout = self.layout.slice(start, end);
+        // Both lists have the page's parts in its order.
+        let device_parts = whole.parts.iter().filter_map(|part| {
+            let first = u64::from(part.page_offset);
+            let from = first.max(start);
+            let to = (first + u64::from(part.bytes)).min(end);
+            (from < to).then(|| DevicePart {
+                base: part.base + (from - first),
+                block_stride: part.block_stride,
+                bytes: (to - from) as u32,
+                page_offset: (from - start) as u32,
+            })
+        });
+        let device = DeviceTarget {
+            card: Arc::clone(&whole.card),
+            generation: whole.generation,
+            parts: device_parts.collect(),
+            regions: whole.regions.clone(),
+        };
+        Some(Arc::new(BoundLayout {
+            layout: Arc::new(layout),
+            region_parts: Vec::new(),
+            process_parts: Vec::new(),
+            process: None,
+            regions: Vec::new(),
+            device: Some(device),
+        }))
+    }
+
     /// The layout.
     pub fn layout(&self) -> &Arc<ValidLayout> {
         &self.layout

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::error::MemoryError;
 
@@ -68,6 +69,22 @@ impl RegionMapping {
     /// The mapping's size in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes as u64
+    }
+
+    /// Raises the 32-bit word at byte `offset` to `value`, unless it is higher; what other memory
+    /// was written before is seen by whoever sees the word. Nothing where no word lies there.
+    pub(crate) fn raise(&self, offset: usize, value: u32) {
+        let inside = offset
+            .checked_add(size_of::<u32>())
+            .is_some_and(|end| end <= self.bytes);
+        if !inside || !offset.is_multiple_of(align_of::<u32>()) {
+            return;
+        }
+        // SAFETY: an aligned word of the mapping, which starts at a page. The other process reaches
+        // it by atomic operations, too, or breaks its own signals.
+        let word = unsafe { AtomicU32::from_ptr(self.base.as_ptr().add(offset).cast()) };
+        // SYNC: load-signal. Pairs with the GPU's wait and with the client's own raise.
+        word.fetch_max(value, Ordering::Release);
     }
 
     /// The address of byte 0 in the daemon.

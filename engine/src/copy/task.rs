@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::bound::BoundLayout;
 use super::error::CopyError;
+use super::steps::Step;
 use crate::device::AfterEvent;
 
 /// Which way the bytes go.
@@ -52,6 +53,8 @@ pub struct CopyTask {
     /// Device targets: the copy starts only after this, and a task that waits for it waits alone
     /// with its session's others. Host targets have none.
     pub after: Option<AfterEvent>,
+    /// The step of its load that it belongs to, where that is told step by step.
+    pub step: Option<Step>,
 }
 
 /// The end of one task, whatever became of it.

@@ -21,6 +21,7 @@ use super::error::CopyError;
 use super::host::HostBackend;
 use super::memory::PoolMemory;
 use super::results::Results;
+use super::steps::Step;
 use super::task::{CopyDone, CopyTask};
 use crate::device::Devices;
 
@@ -425,8 +426,12 @@ pub(crate) fn finished(
         tag,
         cancelled,
         after,
+        step,
     } = task;
-    drop((target, cancelled, after));
+    if let (Some(Step { steps, step }), Ok(_)) = (&step, &result) {
+        steps.task_done(*step);
+    }
+    drop((target, cancelled, after, step));
     CopyDone {
         tag,
         direction,

@@ -20,6 +20,7 @@
 //! | `flights` | chunks under way over pinned memory, which must not be unpinned under them |
 //! | `inbox` | tasks on their way to a device's thread |
 //! | `turns`, `job` | whose turn it is; how far each task is |
+//! | `forecast` | when chunks should be done, and when to look |
 //! | `slot`, `side` | a stream with a chunk under way; a direction's two of them |
 //! | `worker`, `thread` | a device's thread: its work; its sleeps and new beginnings |
 //! | `counters` | what each device has done |
@@ -34,6 +35,7 @@ mod driver;
 mod error;
 mod events;
 mod flights;
+mod forecast;
 mod inbox;
 mod info;
 mod job;

@@ -35,6 +35,8 @@ pub(super) struct Limits {
     pub(super) max_copies: usize,
     /// Most pages of a staged chunk.
     pub(super) max_pages: usize,
+    /// Most pages of a chunk that is not staged.
+    pub(super) max_direct_pages: usize,
 }
 
 /// A place in a task: a page of its list, and a byte of that page.
@@ -202,23 +204,30 @@ impl Limits {
     /// not; to the end of a page's part at most, when one is named.
     fn plan_direct(&self, source: &Source<'_>, until_part: Option<usize>, chunk: &mut Chunk) {
         let Cursor { page, mut offset } = chunk.from;
-        let first = source.pages[page].pool_offset + offset;
-        let pinned = source.pins.at(first).pinned;
+        let mut range = source.pins.at(source.pages[page].pool_offset + offset);
+        let pinned = range.pinned;
         chunk.bounced = !pinned;
         let limit_bytes = if pinned {
             self.chunk_bytes
         } else {
             self.chunk_bytes.min(self.bounce_bytes)
         };
+        // The bus begins with the first pages while the next ones are planned.
         let last_page = until_part.map_or(source.pages.len(), |_| page + 1);
+        let last_page = last_page.min(page.saturating_add(self.max_direct_pages));
         for (number, page) in source.pages[..last_page].iter().enumerate().skip(page) {
-            let mut part = source
-                .parts
-                .partition_point(|part| part_end(part) <= offset);
+            let mut part = match offset {
+                0 => 0,
+                _ => source
+                    .parts
+                    .partition_point(|part| part_end(part) <= offset),
+            };
             while let Some(piece) = source.parts.get(part) {
                 let skip = offset - u64::from(piece.page_offset);
                 let pool = page.pool_offset + offset;
-                let range = source.pins.at(pool);
+                if !(range.start..range.end).contains(&pool) {
+                    range = source.pins.at(pool);
+                }
                 let full = chunk.bytes == limit_bytes || chunk.copies.len() == self.max_copies;
                 if full || range.pinned != pinned || until_part.is_some_and(|last| part > last) {
                     return;

@@ -9,23 +9,11 @@ use super::card::{Card, Workplace};
 use super::counters::ChunkPlan;
 use super::driver::{Context, Way};
 use super::error::DriverError;
+use super::forecast::Forecast;
 use super::job::Job;
 use super::plan::{Limits, Source};
 use super::slot::{Cargo, Flight, Kernels, Slot};
 use super::turns::Turns;
-
-/// What the bus is taken to do until chunks have shown it, in bytes a microsecond.
-const FIRST_BYTES_PER_US: f64 = 50_000.0;
-/// What a chunk takes beside its bytes.
-const CHUNK_OVERHEAD: Duration = Duration::from_micros(12);
-/// Chunks of less say little about the bus.
-const TELLING_BYTES: u64 = 4 << 20;
-/// A chunk that should be done this soon is waited for awake, when nothing is queued behind it.
-const SOON: Duration = Duration::from_micros(60);
-/// For how long past its time a chunk is waited for awake.
-const LATE: Duration = Duration::from_micros(100);
-/// How long to sleep when a chunk is later than that.
-const LATE_PAUSE: Duration = Duration::from_micros(25);
 
 /// What both directions use.
 pub(super) struct Gear {
@@ -43,11 +31,7 @@ pub(super) struct Side {
     way: Way,
     pub(super) turns: Turns,
     slots: Vec<Slot>,
-    /// When the chunks under way should all be done.
-    busy_until: Instant,
-    /// When the last chunk was seen to be done.
-    last_done: Instant,
-    bytes_per_us: f64,
+    forecast: Forecast,
     /// Most bytes a second.
     limit: Option<u64>,
     /// Under a limit: when the next chunk may start.
@@ -69,9 +53,7 @@ impl Side {
             },
             turns: Turns::default(),
             slots,
-            busy_until: now,
-            last_done: now,
-            bytes_per_us: FIRST_BYTES_PER_US,
+            forecast: Forecast::new(now),
             limit: limit.filter(|limit| *limit > 0),
             allowed_at: now,
         }
@@ -88,7 +70,8 @@ impl Side {
         gear: &Gear,
         now: Instant,
     ) -> Result<Option<usize>, DriverError> {
-        for slot in &mut self.slots {
+        for number in 0..self.slots.len() {
+            let slot = &mut self.slots[number];
             let Some(flight) = slot.flight else {
                 continue;
             };
@@ -106,10 +89,18 @@ impl Side {
                     staged: slot.chunk.staged.is_some(),
                     bounced: slot.chunk.bounced,
                 };
-                let busy = self.note_done(bytes, flight, now);
+                let others = self
+                    .slots
+                    .iter_mut()
+                    .filter_map(|slot| slot.flight.as_mut());
+                let others = others.map(|flight| &mut flight.awaited);
+                let busy = self.forecast.done(flight.awaited, others, now);
                 let counters = gear.card.counters();
                 counters.chunk_done(self.direction, plan, bytes, busy);
                 return Ok(Some(flight.job));
+            }
+            if let Some(flight) = &mut slot.flight {
+                flight.awaited.is_unfinished(now);
             }
         }
         Ok(None)
@@ -168,17 +159,10 @@ impl Side {
         let started = job.next;
         job.next = slot.chunk.to;
         job.in_flight += 1;
-        let expected = {
-            let bus = Duration::from_nanos((bytes as f64 * 1e3 / self.bytes_per_us) as u64);
-            // Chunks queued before it go first; what they take at the start overlaps.
-            self.busy_until = (self.busy_until + bus).max(now + bus + CHUNK_OVERHEAD);
-            self.busy_until
-        };
         slot.flight = Some(Flight {
             job: number,
             pinned,
-            started: now,
-            expected,
+            awaited: self.forecast.start(bytes, now),
         });
         if let Some(limit) = self.limit {
             let pause = Duration::from_nanos((bytes as f64 * 1e9 / limit as f64) as u64);
@@ -205,19 +189,6 @@ impl Side {
         }
     }
 
-    /// Returns the time that the chunk had the bus for itself.
-    fn note_done(&mut self, bytes: u64, flight: Flight, now: Instant) -> Duration {
-        let since = self.last_done.max(flight.started);
-        let busy = now.saturating_duration_since(since);
-        let micros = busy.as_secs_f64() * 1e6;
-        if bytes >= TELLING_BYTES && micros > 1.0 {
-            let seen = (bytes as f64 / micros).clamp(100.0, 1e6);
-            self.bytes_per_us += (seen - self.bytes_per_us) / 4.0;
-        }
-        self.last_done = now;
-        busy
-    }
-
     /// The jobs whose chunks are under way, with where those begin. All slots are free afterwards:
     /// their context is gone.
     pub(super) fn abandon(&mut self) -> Vec<(usize, super::plan::Cursor)> {
@@ -231,21 +202,7 @@ impl Side {
     /// When to look at the slots again: `None` when nothing is under way.
     pub(super) fn next_look(&self, now: Instant) -> Option<Instant> {
         let flights = self.slots.iter().filter_map(|slot| slot.flight);
-        let first = flights.clone().map(|flight| flight.expected).min()?;
-        if flights.count() > 1 {
-            // The bus has the next chunk already: nobody waits for this one to be noticed.
-            let late = now.saturating_duration_since(first);
-            return Some(if late.is_zero() {
-                first
-            } else {
-                now + LATE_PAUSE
-            });
-        }
-        if now > first + LATE {
-            return Some(now + LATE_PAUSE);
-        }
-        let soon = first.checked_sub(SOON).unwrap_or(now);
-        Some(soon.max(now))
+        Forecast::next_look(flights.map(|flight| flight.awaited), now)
     }
 }
 

@@ -1,7 +1,6 @@
 //! A stream with what a chunk needs on its way: an event, a staging slot, lists, a bounce buffer.
 
 use std::sync::{Arc, Weak};
-use std::time::Instant;
 
 use crate::copy::{BoundLayout, ByteCopier, PageCopy, PoolMemory};
 
@@ -9,6 +8,7 @@ use super::driver::{
     BusCopy, Context, DevicePtr, Event, Kernel, KernelArgs, PinnedBuffer, Stream, Way,
 };
 use super::error::DriverError;
+use super::forecast::Awaited;
 use super::part::DevicePart;
 use super::plan::{Chunk, Staged};
 
@@ -50,9 +50,7 @@ pub(super) struct Flight {
     pub(super) job: usize,
     /// Its copies touch pinned memory of the pool.
     pub(super) pinned: bool,
-    pub(super) started: Instant,
-    /// When it should be done.
-    pub(super) expected: Instant,
+    pub(super) awaited: Awaited,
 }
 
 /// A stream and its memory; one chunk at a time is under way in it.

@@ -15,8 +15,9 @@ use super::card::{Card, Workplace};
 use super::driver::Context;
 use super::worker::{Wait, Worker};
 
-/// How long the thread looks for work before it sleeps.
-const SPIN: Duration = Duration::from_micros(20);
+/// How long the thread looks for work before it sleeps: what a wake-up costs, and a query of the
+/// engine that has a load behind it.
+const SPIN: Duration = Duration::from_micros(80);
 /// How punctual its sleeps are, in nanoseconds.
 const TIMER_SLACK_NS: u64 = 1000;
 /// The first pause before a device that went down is tried again, and the longest.

@@ -33,6 +33,8 @@ const SLOTS: usize = 2;
 const CHUNK_BYTES: u64 = 32 << 20;
 /// Most copies of a chunk.
 const MAX_COPIES: usize = 2048;
+/// Most pages of a chunk without kernel: what the thread plans in a tenth of a millisecond.
+const MAX_DIRECT_PAGES: usize = 8192;
 /// Runs of pool memory shorter than this are worth the CPU's way.
 const SMALL_RUN_BYTES: u64 = 16 << 10;
 /// Pieces as few as this are not worth a kernel.
@@ -404,6 +406,7 @@ fn limits(options: &DeviceOptions, staging_bytes: u64) -> Limits {
         few: FEW_PIECES,
         max_copies: MAX_COPIES,
         max_pages: MAX_PAGES,
+        max_direct_pages: MAX_DIRECT_PAGES,
     }
 }
 

@@ -148,7 +148,11 @@ impl Session {
                 Err(Refusal::new(Status::DeviceUnavailable, text))
             }
             ClientMessage::RemoveRegion { region, .. } => self.memory.remove(region),
-            ClientMessage::Register { registration, .. } => self.register(*registration),
+            ClientMessage::Register {
+                registration,
+                signals,
+                ..
+            } => self.register(*registration, signals),
             ClientMessage::Unregister { registration, .. } => {
                 let Some((instance, regions)) = self.registrations.remove(&registration) else {
                     return Err(Refusal::new(Status::UnknownRegistration, "no such one"));
@@ -160,14 +164,14 @@ impl Session {
         }
     }
 
-    fn register(&mut self, spec: RegisterSpec) -> Result<(), Refusal> {
+    fn register(&mut self, spec: RegisterSpec, signals: Option<u32>) -> Result<(), Refusal> {
         if register::names_process(&spec) {
             let pidfd = self.peer.pidfd.try_clone().expect("a descriptor is left");
             let process = ProcessMemory::open(self.peer.pid, pidfd, self.peer.uid);
             let process = process.expect("our own memory");
             self.memory.hold_process(process);
         }
-        let checked = register::check(spec, &self.memory, &self.peer.domain)?;
+        let checked = register::check(spec, signals, &self.memory, &self.peer.domain)?;
         let spec = checked.registration.spec;
         assert!((1..=MAX_WORLD_SIZE).contains(&spec.world_size));
         assert_eq!(spec.rank.is_some(), !spec.groups.is_empty());

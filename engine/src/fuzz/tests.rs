@@ -208,6 +208,7 @@ pub(super) fn control_seeds() -> Vec<Vec<u8>> {
         };
         let register = |seq, rank| ClientMessage::Register {
             seq,
+            signals: None,
             registration: Box::new(spec(rank)),
         };
         let mut seed = packet(start(), &region(1, 0, 1 << 20));
@@ -318,6 +319,7 @@ fn daemon_messages() -> Vec<DaemonMessage> {
         DaemonMessage::Registered {
             seq: 3,
             registration: 1,
+            signals: false,
         },
         DaemonMessage::Ready {
             registration: 1,

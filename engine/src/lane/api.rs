@@ -15,7 +15,7 @@ use pegaflow_shm::segment::SegmentShape;
 use pegaflow_shm::status::Status;
 use tokio::sync::oneshot;
 
-use crate::copy::BoundLayout;
+use crate::copy::{BoundLayout, RegionMapping};
 use crate::device::DeviceEvents;
 use crate::isolation::IsolationDomain;
 use crate::lane::LaneWake;
@@ -95,6 +95,8 @@ pub struct NewRegistration {
     /// The session's events on the device of its groups, if it shared any; more may join them
     /// later.
     pub events: Option<Arc<DeviceEvents>>,
+    /// Words that its loads raise, if it has shared any.
+    pub signals: Option<Arc<RegionMapping>>,
 }
 
 /// Why a session ends.

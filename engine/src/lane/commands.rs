@@ -118,6 +118,7 @@ impl<M: Machine> Lane<M> {
             spec,
             groups,
             events,
+            signals,
         } = new;
         if session.registrations.len() >= MAX_REGISTRATIONS {
             return Err(Refusal::new(
@@ -154,6 +155,8 @@ impl<M: Machine> Lane<M> {
                 .map(|group| (group.group, group.target))
                 .collect(),
             events,
+            signals,
+            stepped: Vec::new(),
             copies: 0,
             leaving: None,
         };

@@ -13,14 +13,14 @@ use pegaflow_shm::node::{Counter, Histogram};
 use pegaflow_shm::payload;
 use pegaflow_shm::status::Status;
 
-use crate::copy::{BoundLayout, ChecksumMode, NO_CHECKSUM, PageCopy};
+use crate::copy::{BoundLayout, ChecksumMode, NO_CHECKSUM, PageCopy, Signal};
 use crate::device::AfterEvent;
 use crate::fault::{self, CrashPoint};
 use crate::lane::machine::Machine;
-use crate::lane::request::{CopyProgress, ListProgress, LoadRequest, Request};
+use crate::lane::request::{CopyProgress, ListProgress, LoadRequest, Request, StepsProgress};
 use crate::lane::run::Lane;
 use crate::lane::session::{LaneSession, SessionFault};
-use crate::lane::tasks::{TaskKind, TaskOwner};
+use crate::lane::tasks::{TaskKind, TaskOrder, TaskOwner};
 
 /// A load that may go ahead; its pages are in `Lane::pages`.
 struct Plan {
@@ -35,9 +35,12 @@ impl<M: Machine> Lane<M> {
     pub(super) fn new_load(&mut self, submission: &Submission, now: Instant) -> LoadRequest {
         LoadRequest {
             list: ListProgress::new(submission, now),
+            first: submission.first(),
             blocks: self.entry_lists.pop().unwrap_or_default(),
             counted: 0,
             copies: CopyProgress::new(),
+            signal: None,
+            steps: None,
         }
     }
 
@@ -59,6 +62,8 @@ impl<M: Machine> Lane<M> {
         }
         let registration = session.registration(submission.registration).ok();
         let after = registration.map(|r| r.after(submission)).transpose()?;
+        let signal = registration.map(|r| r.signal(submission)).transpose()?;
+        load.signal = signal.flatten();
         self.start_load(session, load, after.flatten().as_ref())
     }
 
@@ -145,7 +150,7 @@ impl<M: Machine> Lane<M> {
         self.leases
             .check_consume(lease_id, rank)
             .map_err(|status| (status, lease_id))?;
-        let first = head.args[1];
+        let first = load.first;
         let held = lease.entries.len() as u64;
         let end = first
             .checked_add(load.blocks.len() as u64)
@@ -199,8 +204,18 @@ impl<M: Machine> Lane<M> {
             kind: TaskKind::Load(plan.lease),
         };
         let cancelled = load.copies.cancelled.clone();
-        let order = (&cancelled, after);
-        let tasks = self.dispatch(session, owner, &plan.target, &[], order);
+        let order = TaskOrder {
+            cancelled: &cancelled,
+            after,
+            step: None,
+        };
+        let tasks = match self.steps_of(session, load, &plan) {
+            Some((signal, targets)) => {
+                load.steps = Some(StepsProgress::default());
+                self.dispatch_steps(session, owner, &targets, signal, order)
+            }
+            None => self.dispatch(session, owner, &plan.target, &[], order),
+        };
         load.copies.running = tasks;
         load.copies.failed_pages = plan.withdrawn;
         self.tally
@@ -215,6 +230,27 @@ impl<M: Machine> Lane<M> {
         fault::point(CrashPoint::LoadStarted);
     }
 
+    /// The steps in which a load is copied, if it is: its pages have no checksums, which are those
+    /// of whole pages, and none of its blocks is missing.
+    fn steps_of(
+        &self,
+        session: &mut LaneSession,
+        load: &LoadRequest,
+        plan: &Plan,
+    ) -> Option<(Signal, Arc<[Arc<BoundLayout>]>)> {
+        let signal = load.signal.as_ref().filter(|signal| signal.steps() > 1)?;
+        let is_checked = |page: &PageCopy| page.checksum != NO_CHECKSUM;
+        if plan.withdrawn > 0 || self.pages.iter().any(is_checked) {
+            return None;
+        }
+        let registration = session.registration_mut(load.list.head.registration)?;
+        let group = load.list.head.group;
+        Some((
+            signal.clone(),
+            registration.steps(group, &plan.target, signal.steps())?,
+        ))
+    }
+
     /// A copy task of a load has ended.
     pub(super) fn load_copied(
         &mut self,
@@ -222,29 +258,63 @@ impl<M: Machine> Lane<M> {
         request_id: u64,
         lease: u64,
         outcome: (usize, usize, bool),
-        page_bytes: u64,
+        (page_bytes, is_step): (u64, bool),
     ) -> Result<(), SessionFault> {
         let ended = self.leases.copy_drained(lease);
-        self.finish_leases(ended);
         fault::point(CrashPoint::LoadCopied);
+        // The engine hears of it before the lane lets go of each of the blocks.
+        let answered = self.count_load(session, request_id, outcome, (page_bytes, is_step));
+        self.finish_leases(ended);
+        answered
+    }
+
+    fn count_load(
+        &mut self,
+        session: &mut LaneSession,
+        request_id: u64,
+        outcome: (usize, usize, bool),
+        (page_bytes, is_step): (u64, bool),
+    ) -> Result<(), SessionFault> {
         let (pages_done, pages, was_cancelled) = outcome;
         let bytes = pages_done as u64 * page_bytes;
-        self.tally.add(Counter::LoadLoaded, pages_done as u64);
         self.tally.add(Counter::LoadedBytes, bytes);
         let what = if was_cancelled {
             Counter::LoadCancelled
         } else {
             Counter::LoadFailed
         };
-        self.tally.add(what, (pages - pages_done) as u64);
+        if !is_step {
+            self.tally.add(Counter::LoadLoaded, pages_done as u64);
+            self.tally.add(what, (pages - pages_done) as u64);
+        }
         let Some(Request::Load(mut load)) = session.requests.remove(&request_id) else {
             return Ok(());
         };
         load.copies.running -= 1;
-        load.copies.pages += pages_done as u32;
-        load.copies.failed_pages += (pages - pages_done) as u32;
         load.copies.bytes += bytes;
+        match &mut load.steps {
+            // Each page comes in every step: what one of them lacks, all of it lacks.
+            Some(steps) => {
+                if pages_done < pages {
+                    steps.failed.get_or_insert(what);
+                }
+            }
+            None => {
+                load.copies.pages += pages_done as u32;
+                load.copies.failed_pages += (pages - pages_done) as u32;
+            }
+        }
         if load.copies.running == 0 {
+            if let Some(steps) = &load.steps {
+                let blocks = load.list.head.total;
+                let pages = match steps.failed {
+                    None => &mut load.copies.pages,
+                    Some(_) => &mut load.copies.failed_pages,
+                };
+                *pages = blocks;
+                let what = steps.failed.unwrap_or(Counter::LoadLoaded);
+                self.tally.add(what, u64::from(blocks));
+            }
             return self.finish_load(session, *load);
         }
         session.requests.insert(request_id, Request::Load(load));
@@ -284,6 +354,10 @@ impl<M: Machine> Lane<M> {
             ..Completion::new(Op::Load, load.list.head.request_id, status)
         };
         self.node.observe(Histogram::Load, daemon_ns);
+        // Before the completion, after which the client may use the word for another load.
+        if let Some(signal) = &load.signal {
+            signal.raise(signal.steps());
+        }
         self.complete(session, completion)
     }
 }

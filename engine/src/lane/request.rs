@@ -7,9 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use pegaflow_shm::desc::{DescriptorFault, MissReason, Submission, flags};
+use pegaflow_shm::node::Counter;
 use pegaflow_shm::status::Status;
 
 use crate::cache::store::ShardScope;
+use crate::copy::Signal;
 use crate::lane::below::Reach;
 use crate::lane::prefetch::Piece;
 
@@ -157,10 +159,23 @@ pub(super) struct QueryScope {
 #[derive(Debug)]
 pub(super) struct LoadRequest {
     pub list: ListProgress,
+    /// Position in the lease of the first block.
+    pub first: u64,
     pub blocks: Vec<u32>,
     /// Block ids that it keeps, here or in its copies, until it is finished.
     pub counted: usize,
     pub copies: CopyProgress,
+    /// What is raised as it comes in, and when it has ended.
+    pub signal: Option<Signal>,
+    /// Its copies come in steps.
+    pub steps: Option<StepsProgress>,
+}
+
+/// Copies of a load that come in steps, each with all of its pages.
+#[derive(Debug, Default)]
+pub(super) struct StepsProgress {
+    /// Not every page came in every step; what its pages are counted as.
+    pub failed: Option<Counter>,
 }
 
 /// A save: its copies start with the first chunk.

@@ -42,7 +42,7 @@ const BATCH_BLOCKS: u32 = 2048;
 const SAVED_BLOCK: u32 = 8;
 /// Marks the lane's own wake-up among the bells; sessions have ids from 1.
 pub(super) const LANE_WAKE: u64 = 0;
-/// How long the lane polls while the copy threads need every CPU.
+/// How long the lane polls while the copy threads need every CPU, or GPUs copy for long.
 const CROWDED_SPIN: Duration = Duration::from_micros(2);
 /// Idle rounds between two looks at the clock.
 const CLOCK_ROUNDS: u32 = 8;
@@ -165,9 +165,11 @@ impl<M: Machine> Lane<M> {
     }
 
     /// How long to poll without work. While long copies run on every CPU there is, polling would
-    /// take the time from them; a copy's end wakes the lane.
+    /// take the time from them, and beside those of a GPU it is most of what they cost; a copy's
+    /// end wakes the lane.
     fn patience(&self) -> Duration {
-        if self.crowded && self.tasks.runs_long() {
+        let on_device = self.tasks.runs_long_on_device();
+        if on_device || (self.crowded && self.tasks.runs_long()) {
             CROWDED_SPIN.min(self.options.spin)
         } else {
             self.options.spin

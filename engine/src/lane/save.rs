@@ -17,7 +17,7 @@ use crate::lane::machine::Machine;
 use crate::lane::request::{CopyProgress, ListProgress, Request, SaveRequest};
 use crate::lane::run::Lane;
 use crate::lane::session::{LaneSession, SessionFault};
-use crate::lane::tasks::{TaskKind, TaskOwner};
+use crate::lane::tasks::{TaskKind, TaskOrder, TaskOwner};
 
 impl<M: Machine> Lane<M> {
     pub(super) fn new_save(
@@ -191,7 +191,11 @@ impl<M: Machine> Lane<M> {
         };
         self.pages = pages;
         let cancelled = save.copies.cancelled.clone();
-        let order = (&cancelled, after);
+        let order = TaskOrder {
+            cancelled: &cancelled,
+            after,
+            step: None,
+        };
         let tasks = self.dispatch(session, owner, target, &entries, order);
         self.recycle(entries);
         save.copies.running += tasks;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pegaflow_shm::bell::{BellFd, Sleeper, Waker};
-use pegaflow_shm::desc::{Completion, DescriptorFault, Submission};
+use pegaflow_shm::desc::{Completion, DescriptorFault, MAX_LOAD_STEPS, Submission};
 use pegaflow_shm::mapping::{Mapping, MappingError, SharedU32};
 use pegaflow_shm::node::{SessionRow, text_field};
 use pegaflow_shm::ring::{Consumer, Producer, RawRing, RingFault};
@@ -19,7 +19,7 @@ use pegaflow_shm::status::Status;
 use pegaflow_shm::sync::Ordering;
 
 use crate::cache::domain::DomainId;
-use crate::copy::BoundLayout;
+use crate::copy::{BoundLayout, RegionMapping, Signal};
 use crate::device::{AfterEvent, DeviceEvents};
 use crate::lane::api::{CloseReason, NewSession, Refusal, Reply, SessionId};
 use crate::lane::request::Request;
@@ -58,6 +58,10 @@ pub(super) struct Registration {
     pub targets: Vec<(u16, Arc<BoundLayout>)>,
     /// Events that its copies may have to come after.
     pub events: Option<Arc<DeviceEvents>>,
+    /// Words that its loads raise.
+    pub signals: Option<Arc<RegionMapping>>,
+    /// Groups cut into as many steps as loads wanted last.
+    pub stepped: Vec<(u16, Arc<[Arc<BoundLayout>]>)>,
     /// Copy tasks that use the memory.
     pub copies: u32,
     /// Set once it is to end; the reply goes out with the last copy.
@@ -84,6 +88,56 @@ impl Registration {
                 count: count as u32,
             }),
         }
+    }
+
+    /// The word that a load raises.
+    pub(super) fn signal(
+        &self,
+        submission: &Submission,
+    ) -> Result<Option<Signal>, DescriptorFault> {
+        let Some(signal) = submission.signal() else {
+            return Ok(None);
+        };
+        let bytes = self.signals.as_ref().map_or(0, |region| region.bytes());
+        let target = self.target(submission.group);
+        let segments = target.map_or(1, |target| target.layout().segment_bytes().len());
+        let end = (u64::from(signal.word) + 1) * size_of::<u32>() as u64;
+        let known = signal.steps <= MAX_LOAD_STEPS
+            && usize::from(signal.steps) <= segments
+            && signal.base.checked_add(u32::from(signal.steps)).is_some();
+        match &self.signals {
+            Some(region) if end <= bytes && known => Ok(Some(Signal::new(region.clone(), signal))),
+            _ => Err(DescriptorFault::Signal {
+                signal,
+                bytes,
+                segments,
+            }),
+        }
+    }
+
+    /// A group's memory, cut into steps; `None` where it lies on no device.
+    pub(super) fn steps(
+        &mut self,
+        group: u16,
+        target: &Arc<BoundLayout>,
+        steps: u16,
+    ) -> Option<Arc<[Arc<BoundLayout>]>> {
+        let mut known = self.stepped.iter();
+        if let Some((_, known)) =
+            known.find(|(known, cut)| *known == group && cut.len() == usize::from(steps))
+        {
+            return Some(known.clone());
+        }
+        let bytes = target.layout().segment_bytes();
+        let end_of = |step: usize| {
+            let segments = step * bytes.len() / usize::from(steps);
+            bytes[..segments].iter().sum::<u64>()
+        };
+        let cut = (0..usize::from(steps)).map(|step| target.slice(end_of(step), end_of(step + 1)));
+        let cut = cut.collect::<Option<Arc<[_]>>>()?;
+        self.stepped.retain(|(known, _)| *known != group);
+        self.stepped.push((group, cut.clone()));
+        Some(cut)
     }
 
     pub(super) fn place(&self, group: u16) -> Option<GroupPlace> {

@@ -10,7 +10,10 @@ use pegaflow_shm::node::Counter;
 use crate::cache::store::ShardScope;
 use crate::cache::withdraw::Withdrawn;
 use crate::control::hex;
-use crate::copy::{BoundLayout, CopyDone, CopyError, CopyTask, CopyThreads, Direction, PageCopy};
+use crate::copy::{
+    BoundLayout, CopyDone, CopyError, CopyTask, CopyThreads, Direction, PageCopy, Signal, Step,
+    Steps,
+};
 use crate::device::AfterEvent;
 use crate::lane::api::SessionId;
 use crate::lane::machine::Machine;
@@ -25,7 +28,11 @@ pub(super) const TASK_BYTES: u64 = 512 * 1024;
 
 /// Bytes of one task of GPU memory: a device's thread is the only one to work on them, cuts them
 /// itself, and does better the more of a request it sees at once.
-const DEVICE_TASK_BYTES: u64 = 32 << 20;
+const DEVICE_TASK_BYTES: u64 = 128 << 20;
+
+/// Tasks of this many bytes of GPU memory take many times as long as the lane's way to sleep and
+/// back, and no processor.
+const LONG_DEVICE_BYTES: u64 = 8 << 20;
 
 /// Pages of this size and more take longer to copy than the lane takes to sleep and wake up.
 const LONG_PAGE_BYTES: u64 = 256 * 1024;
@@ -55,6 +62,30 @@ pub(super) struct Task {
     page_bytes: u64,
     /// Came from the backlog.
     had_turn: bool,
+    /// One step of its pages, of which other tasks copy the others.
+    is_step: bool,
+    /// A GPU is busy with it for long.
+    is_long_on_device: bool,
+}
+
+/// What holds for all copies of a request.
+#[derive(Clone, Copy)]
+pub(super) struct TaskOrder<'a> {
+    /// Set to stop them early.
+    pub cancelled: &'a Arc<AtomicBool>,
+    /// They begin only after this.
+    pub after: Option<&'a AfterEvent>,
+    /// The step of a load that they are.
+    pub step: Option<&'a Step>,
+}
+
+/// Pages of one task that copies between the pool and this memory.
+fn pages_of_task(target: &BoundLayout, host_bytes: u64) -> usize {
+    let task_bytes = match target.device() {
+        Some(_) => DEVICE_TASK_BYTES,
+        None => host_bytes,
+    };
+    (task_bytes / target.layout().page_bytes().max(1)).max(1) as usize
 }
 
 /// Whether a task takes a place with the copy threads of all sessions. Copies of process and GPU
@@ -70,6 +101,8 @@ pub(super) struct TaskTable {
     free: Vec<usize>,
     /// Tasks of pages so large that copying one takes longer than a sleep and a wake-up.
     long: usize,
+    /// Tasks that keep a GPU busy for long.
+    long_on_device: usize,
     /// Tasks that somebody's process holds up, as of the last look.
     held_up: usize,
 }
@@ -81,6 +114,7 @@ impl TaskTable {
             self.slots.len() - 1
         });
         self.long += usize::from(task.page_bytes >= LONG_PAGE_BYTES);
+        self.long_on_device += usize::from(task.is_long_on_device);
         self.slots[position] = Some(task);
         position as u64
     }
@@ -89,6 +123,7 @@ impl TaskTable {
         let task = self.slots.get_mut(tag as usize)?.take();
         if let Some(task) = &task {
             self.long -= usize::from(task.page_bytes >= LONG_PAGE_BYTES);
+            self.long_on_device -= usize::from(task.is_long_on_device);
             self.free.push(tag as usize);
         }
         task
@@ -98,6 +133,11 @@ impl TaskTable {
     /// does not run.
     pub(super) fn runs_long(&self) -> bool {
         self.long > self.held_up
+    }
+
+    /// True when a GPU copies for long: its end wakes the lane.
+    pub(super) fn runs_long_on_device(&self) -> bool {
+        self.long_on_device > self.held_up
     }
 
     /// Notes how many tasks are held up.
@@ -119,7 +159,7 @@ impl<M: Machine> Lane<M> {
         owner: TaskOwner,
         target: &Arc<BoundLayout>,
         entries: &[u32],
-        (cancelled, after): (&Arc<AtomicBool>, Option<&AfterEvent>),
+        order: TaskOrder<'_>,
     ) -> u32 {
         let pages = std::mem::take(&mut self.pages);
         let page_bytes = target.layout().page_bytes();
@@ -127,11 +167,7 @@ impl<M: Machine> Lane<M> {
             TaskKind::Save(_) => Direction::Save,
             TaskKind::Load(_) => Direction::Load,
         };
-        let task_bytes = match target.device() {
-            Some(_) => DEVICE_TASK_BYTES,
-            None => self.task_bytes,
-        };
-        let per_task = (task_bytes / page_bytes.max(1)).max(1) as usize;
+        let per_task = pages_of_task(target, self.task_bytes);
         let mut tasks = 0;
         for (number, part) in pages.chunks(per_task).enumerate() {
             let mut part_pages = self.page_lists.pop().unwrap_or_default();
@@ -147,6 +183,9 @@ impl<M: Machine> Lane<M> {
                 entries: part_entries,
                 page_bytes,
                 had_turn: waits_its_turn(target),
+                is_step: order.step.is_some(),
+                is_long_on_device: target.device().is_some()
+                    && part.len() as u64 * page_bytes >= LONG_DEVICE_BYTES,
             });
             self.hand_out(CopyTask {
                 session: owner.session,
@@ -154,8 +193,9 @@ impl<M: Machine> Lane<M> {
                 target: target.clone(),
                 pages: part_pages,
                 tag,
-                cancelled: cancelled.clone(),
-                after: after.cloned(),
+                cancelled: order.cancelled.clone(),
+                after: order.after.cloned(),
+                step: order.step.cloned(),
             });
             tasks += 1;
         }
@@ -166,6 +206,44 @@ impl<M: Machine> Lane<M> {
         if let Some(registration) = session.registration_mut(owner.registration) {
             registration.copies += tasks;
         }
+        tasks
+    }
+
+    /// As [`Self::dispatch`] for a load whose signal is raised step by step: `targets` are the
+    /// steps, each a stretch of the page.
+    pub(super) fn dispatch_steps(
+        &mut self,
+        session: &mut LaneSession,
+        owner: TaskOwner,
+        targets: &[Arc<BoundLayout>],
+        signal: Signal,
+        order: TaskOrder<'_>,
+    ) -> u32 {
+        let pages = std::mem::take(&mut self.pages);
+        let tasks_of = |target: &Arc<BoundLayout>| {
+            let per_task = pages_of_task(target, self.task_bytes);
+            pages.len().div_ceil(per_task) as u32
+        };
+        let steps = Steps::new(signal, targets.iter().map(tasks_of));
+        let (mut tasks, mut page_offset) = (0, 0);
+        for (number, target) in targets.iter().enumerate() {
+            let step = Step {
+                steps: steps.clone(),
+                step: number as u16,
+            };
+            self.pages.clear();
+            self.pages.extend(pages.iter().map(|page| PageCopy {
+                pool_offset: page.pool_offset + page_offset,
+                ..*page
+            }));
+            let order = TaskOrder {
+                step: Some(&step),
+                ..order
+            };
+            tasks += self.dispatch(session, owner, target, &[], order);
+            page_offset += target.layout().page_bytes();
+        }
+        self.recycle_pages(pages);
         tasks
     }
 
@@ -240,7 +318,7 @@ impl<M: Machine> Lane<M> {
                     owner.request_id,
                     lease,
                     (pages_done, pages, was_cancelled),
-                    task.page_bytes,
+                    (task.page_bytes, task.is_step),
                 ),
             };
             lane.recycle(task.entries);

@@ -124,6 +124,34 @@ impl ValidLayout {
         matches!(self.parts[..], [part] if part.block_stride == part.bytes)
     }
 
+    /// The bytes of the page from `start` to `end` as a layout of their own.
+    ///
+    /// # Panics
+    /// There is none: the range is empty or does not lie in the page.
+    pub fn slice(&self, start: u64, end: u64) -> ValidLayout {
+        assert!(
+            start < end && end <= self.page_bytes,
+            "{start}..{end} of a page of {}",
+            self.page_bytes
+        );
+        let clipped = |part: &Part| {
+            let from = part.page_offset.max(start);
+            let to = (part.page_offset + part.bytes).min(end);
+            (from < to).then(|| Part {
+                base: part.base + (from - part.page_offset),
+                bytes: to - from,
+                page_offset: from - start,
+                ..*part
+            })
+        };
+        ValidLayout {
+            page_bytes: end - start,
+            parts: self.parts.iter().filter_map(clipped).collect(),
+            segment_bytes: vec![end - start],
+            ..*self
+        }
+    }
+
     /// The registered segment that holds byte `page_offset` of the page; `page_offset` must be
     /// smaller than `page_bytes`.
     pub fn segment_at(&self, page_offset: u64) -> usize {

@@ -103,6 +103,7 @@ impl World {
         });
         let registration = NewRegistration {
             events: None,
+            signals: None,
             spec,
             groups: groups.collect(),
         };

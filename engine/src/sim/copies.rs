@@ -82,6 +82,7 @@ impl Shared {
             tag: 0,
             cancelled: Arc::new(AtomicBool::new(false)),
             after: None,
+            step: None,
         };
         let mut done = 0;
         let copied = HostBackend::new(self.pool.clone()).copy(&mut task, &mut done);
@@ -234,6 +235,7 @@ impl SimCopies {
             tag: 0,
             cancelled: Arc::new(AtomicBool::new(false)),
             after: None,
+            step: None,
         };
         let mut backend = HostBackend::new(self.lock().pool.clone());
         let copied = backend.copy(&mut task, &mut 0);

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ptr::{null_mut, with_exposed_provenance, with_exposed_provenance_mut};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
@@ -133,6 +133,17 @@ impl Place {
         // SAFETY: the place has as many bytes (asserted); `out` is borrowed mutably and is no part
         // of it.
         unsafe { std::ptr::copy_nonoverlapping(source, out.as_mut_ptr(), out.len()) };
+    }
+
+    /// Its first 32-bit word, which other processes may change at any time; `None` where there is
+    /// none, or it is not aligned.
+    pub fn word(&self) -> Option<u32> {
+        if self.bytes < 4 || !self.address.is_multiple_of(4) {
+            return None;
+        }
+        let word = with_exposed_provenance_mut::<u32>(self.address);
+        // SAFETY: inside the place and aligned; others change it by atomic operations, too.
+        Some(unsafe { AtomicU32::from_ptr(word) }.load(Ordering::Acquire))
     }
 
     /// Fills it with a pattern, which begins anew at its start.

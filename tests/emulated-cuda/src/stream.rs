@@ -38,6 +38,8 @@ pub enum Work {
     Record(Arc<Event>, u64),
     /// Waits for a record of an event.
     Wait(Arc<Event>, u64),
+    /// Waits until a word of host memory is at least a value, in the order that wraps around.
+    WaitWord(Place, u32),
     /// Calls the host.
     Call(Box<dyn FnOnce() + Send>),
 }
@@ -200,6 +202,14 @@ impl Work {
             }
             Work::Wait(event, record) => {
                 while !event.has_reached(record) && context.state().is_ok() {
+                    std::thread::sleep(LOOK);
+                }
+                Ok(())
+            }
+            Work::WaitWord(place, value) => {
+                let reached =
+                    |word: Option<u32>| word.is_some_and(|w| w.wrapping_sub(value) as i32 >= 0);
+                while !reached(place.word()) && context.state().is_ok() {
                     std::thread::sleep(LOOK);
                 }
                 Ok(())

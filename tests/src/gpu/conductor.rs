@@ -3,7 +3,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -16,6 +15,7 @@ use super::soak::{Plan, Tally};
 use crate::binaries;
 use crate::content::Stream;
 use crate::daemon::{Config, Daemon};
+use crate::eventually;
 
 /// What is run.
 #[derive(Clone, Debug)]
@@ -34,6 +34,10 @@ pub struct Settings {
     pub pool: String,
     /// Kill the daemon now and then, too.
     pub kill_daemon: bool,
+    /// Some engines end by an illegal address of a kernel of theirs.
+    pub break_contexts: bool,
+    /// What the daemon may keep of a GPU's memory when its engines have gone.
+    pub daemon_share: u64,
     /// Environment of all processes.
     pub environment: Vec<(String, String)>,
 }
@@ -49,8 +53,12 @@ pub struct Summary {
     pub engines: u64,
     /// Engines that were killed.
     pub killed: u64,
+    /// Those of them that were to break their GPU context before.
+    pub broken: u64,
     /// Restarts of a killed daemon.
     pub daemon_kills: u64,
+    /// What the daemon kept of each GPU's memory when all engines had gone: context and staging.
+    pub daemon_gpu_bytes: Vec<u64>,
     /// What those that were not killed have told.
     pub tally: Tally,
     /// Faults of any kind, in words: bytes that differ, an engine or daemon that ended by itself.
@@ -75,8 +83,8 @@ fn number<T: std::str::FromStr>(name: &str, default: T) -> anyhow::Result<T> {
 }
 
 impl Settings {
-    /// As `GPU_SOAK_SECONDS`, `_SEED`, `_GPUS` (0,1), `_ENGINES`, `_BUDGET_MIB`, `_POOL` and
-    /// `_KILL_DAEMON` say.
+    /// As `GPU_SOAK_SECONDS`, `_SEED`, `_GPUS` (0,1), `_ENGINES`, `_BUDGET_MIB`, `_POOL`,
+    /// `_KILL_DAEMON` and `_BREAK_CONTEXTS` say.
     ///
     /// # Errors
     /// One of them is no number.
@@ -91,14 +99,21 @@ impl Settings {
             budget: number("GPU_SOAK_BUDGET_MIB", 64_usize)? << 20,
             pool: std::env::var("GPU_SOAK_POOL").unwrap_or_else(|_| "256MiB".into()),
             kill_daemon: number("GPU_SOAK_KILL_DAEMON", 0_u8)? != 0,
+            break_contexts: number("GPU_SOAK_BREAK_CONTEXTS", 0_u8)? != 0,
+            daemon_share: MOST_DAEMON_SHARE,
             environment: Vec::new(),
         })
     }
 
-    fn program(&self) -> PathBuf {
-        binaries::folder().join("gpu-engine")
+    fn command(&self) -> Command {
+        let mut command = Command::new(binaries::folder().join("gpu-engine"));
+        command.envs(self.environment.iter().cloned());
+        command
     }
 }
+
+/// What the daemon may keep of a GPU: context and staging.
+const MOST_DAEMON_SHARE: u64 = 700 << 20;
 
 /// An engine and when it is killed, if it is.
 struct Seat {
@@ -106,6 +121,46 @@ struct Seat {
     gpu: u32,
     ends: Instant,
     killed: bool,
+    broken: bool,
+}
+
+/// Looks at a GPU's free memory, from a process of its own that was there before the daemon.
+struct Watch {
+    engine: Engine,
+    gpu: u32,
+    free: u64,
+}
+
+impl Watch {
+    fn new(settings: &Settings, gpu: u32) -> anyhow::Result<Watch> {
+        let mut engine = Engine::spawn(settings.command());
+        let free = free(&mut engine, gpu)?;
+        Ok(Watch { engine, gpu, free })
+    }
+
+    /// What others hold of the GPU since, once that has come down to `most`, or after a while.
+    fn held_by_others(&mut self, most: u64) -> anyhow::Result<u64> {
+        let mut held = u64::MAX;
+        let mut failed = None;
+        eventually(|| match free(&mut self.engine, self.gpu) {
+            Ok(free) => {
+                held = self.free.saturating_sub(free);
+                held <= most
+            }
+            Err(error) => {
+                failed = Some(error);
+                true
+            }
+        });
+        failed.map_or(Ok(held), Err)
+    }
+}
+
+fn free(engine: &mut Engine, gpu: u32) -> anyhow::Result<u64> {
+    engine.tell(&Task::FreeMemory { gpu })?;
+    let reply = engine.hear()?;
+    anyhow::ensure!(reply.is_ok(), "the memory of GPU {gpu}: {}", reply.error);
+    Ok(reply.bytes)
 }
 
 struct Conductor<'a> {
@@ -126,6 +181,10 @@ pub fn run(settings: &Settings) -> anyhow::Result<Summary> {
         environment: settings.environment.clone(),
         ..Config::default()
     };
+    let mut watches = Vec::new();
+    for gpu in &settings.gpus {
+        watches.push(Watch::new(settings, *gpu)?);
+    }
     let started = Instant::now();
     let mut conductor = Conductor {
         settings,
@@ -169,7 +228,19 @@ pub fn run(settings: &Settings) -> anyhow::Result<Summary> {
             .faults
             .push(format!("the daemon ended: {log}"));
     }
-    conductor.summary.seconds = started.elapsed().as_secs_f64();
+    let Conductor { summary, .. } = &mut conductor;
+    for watch in &mut watches {
+        let held = watch.held_by_others(settings.daemon_share)?;
+        summary.daemon_gpu_bytes.push(held);
+        if held > settings.daemon_share {
+            let (gpu, most) = (watch.gpu, settings.daemon_share);
+            let what = "bytes are held when all engines have gone, which may be";
+            summary
+                .faults
+                .push(format!("GPU {gpu}: {held} {what} {most}"));
+        }
+    }
+    summary.seconds = started.elapsed().as_secs_f64();
     Ok(conductor.summary)
 }
 
@@ -185,6 +256,7 @@ impl Conductor<'_> {
         let ms = 500 + self.random.below(6000);
         let seconds = (ms as f64 / 1e3).min(left.as_secs_f64().max(0.2));
         let killed = self.random.below(2) == 0;
+        let broken = self.settings.break_contexts && killed && self.random.below(3) == 0;
         let sizes = self.random.below(SIZES);
         let plan = Plan {
             socket: self.daemon.socket(),
@@ -199,19 +271,23 @@ impl Conductor<'_> {
                 ..GpuSpec::default()
             },
             seed: self.random.next() >> 32,
-            // One that is killed does not end by itself before.
-            seconds: if killed { seconds + 30.0 } else { seconds },
+            // One that is killed does not end by itself before; one that is broken lingers.
+            seconds: match (broken, killed) {
+                (true, _) => seconds * 0.7,
+                (false, true) => seconds + 30.0,
+                (false, false) => seconds,
+            },
             hashes: HASHES,
+            breaks: broken,
         };
-        let mut command = Command::new(self.settings.program());
-        command.envs(self.settings.environment.iter().cloned());
-        let mut engine = Engine::spawn(command);
+        let mut engine = Engine::spawn(self.settings.command());
         engine.tell(&Task::Soak(plan))?;
         Ok(Seat {
             engine,
             gpu,
             ends: Instant::now() + Duration::from_secs_f64(seconds),
             killed,
+            broken,
         })
     }
 
@@ -219,6 +295,7 @@ impl Conductor<'_> {
         if seat.killed && seat.engine.is_running() {
             seat.engine.kill();
             self.summary.killed += 1;
+            self.summary.broken += u64::from(seat.broken);
             return;
         }
         match seat.engine.hear() {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use pegaflow::{Client, Completion, Options, Order, RequestId, Status};
-use pegaflow_tools::gpu::{Event, Gate, PinnedMemory};
+use pegaflow_tools::gpu::{Event, Gate, Gpu, PinnedMemory};
 use serde::{Deserialize, Serialize};
 
 use super::rank::{GpuSpec, Rank};
@@ -65,6 +65,20 @@ pub enum Task {
         /// When they may be overwritten.
         after: After,
     },
+    /// Load a lease into blocks in steps, and compare what a stream finds that waits for each of
+    /// them.
+    LoadInSteps {
+        /// Cache group.
+        group: u16,
+        /// The lease.
+        lease: u64,
+        /// First hash number.
+        first: u64,
+        /// Block ids.
+        blocks: Vec<u32>,
+        /// Steps.
+        steps: u16,
+    },
     /// Let the stream go on.
     OpenGate,
     /// Wait for the oldest request that was started.
@@ -91,7 +105,12 @@ pub enum Task {
     State,
     /// Give registration and memory back and live on.
     Leave,
-    /// Connect without memory; for [`Task::Query`] of nothing but the connection.
+    /// Tell the free memory of a GPU, without registering anything.
+    FreeMemory {
+        /// Number of the GPU.
+        gpu: u32,
+    },
+    /// Do as the soak run's engines do.
     Soak(soak::Plan),
 }
 
@@ -102,7 +121,7 @@ pub struct Reply {
     pub status: String,
     /// Hits, blocks loaded, or blocks stored.
     pub count: u32,
-    /// Bytes copied.
+    /// Bytes copied, or free.
     pub bytes: u64,
     /// A query's lease.
     pub lease: u64,
@@ -279,6 +298,7 @@ struct Serving {
     pending: Vec<Pending>,
     held: Vec<(Gate, PinnedMemory)>,
     rank: Option<Rank>,
+    watched: Option<Gpu>,
 }
 
 impl Serving {
@@ -295,6 +315,12 @@ impl Serving {
             Task::OpenGate => {
                 self.held.iter().for_each(|(gate, _)| gate.open());
                 return Ok(ok());
+            }
+            Task::FreeMemory { gpu } => {
+                let gpu = self.watched.take().map_or_else(|| Gpu::open(gpu), Ok)?;
+                let bytes = gpu.memory()?.0 as u64;
+                self.watched = Some(gpu);
+                return Ok(Reply { bytes, ..ok() });
             }
             Task::Soak(plan) => {
                 let tally = soak::run(&plan)?;
@@ -348,6 +374,29 @@ impl Serving {
                 let request = client.load_after(registration, group, lease, 0, &blocks, order)?;
                 self.pending.push(Pending { request, loads });
             }
+            Task::LoadInSteps {
+                group,
+                lease,
+                first,
+                blocks,
+                steps,
+            } => {
+                let (found, answer) = rank.load_in_steps(group, lease, &blocks, steps)?;
+                let answer = answer?;
+                if answer.is_ok() {
+                    for (number, (block, page)) in
+                        pages(rank, group, first, &blocks).iter().enumerate()
+                    {
+                        anyhow::ensure!(
+                            found[number] == *page,
+                            "a stream that waited for {steps} steps found other bytes in block \
+                             {block}"
+                        );
+                        rank.expect(group, *block, page);
+                    }
+                }
+                return Ok(reply(&answer));
+            }
             Task::Finish => {
                 anyhow::ensure!(!self.pending.is_empty(), "nothing was started");
                 let pending = self.pending.remove(0);
@@ -386,7 +435,11 @@ impl Serving {
                 let error = format!("{state:?}");
                 return Ok(Reply { error, ..ok() });
             }
-            Task::Open { .. } | Task::Leave | Task::OpenGate | Task::Soak(_) => {}
+            Task::Open { .. }
+            | Task::Leave
+            | Task::OpenGate
+            | Task::FreeMemory { .. }
+            | Task::Soak(_) => {}
         }
         Ok(ok())
     }

@@ -65,6 +65,11 @@ impl Gpus {
         }
     }
 
+    /// Where the driver library is.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// What a process needs to see these GPUs.
     pub fn environment(&self) -> Vec<(String, String)> {
         let folder = self.folder.path().to_str().expect("a plain path");

@@ -9,7 +9,9 @@ use pegaflow::{
     BlockHash, Client, Completion, GroupMemory, MemoryKind, Mode, NamespaceSpec, Options, Order,
     Registration, RegistrationId, RequestId, SegmentMemory,
 };
-use pegaflow_tools::gpu::{DeviceMemory, Event, Gate, Gpu, PinnedMemory, Stream};
+use pegaflow_tools::gpu::{
+    DeviceMemory, Event, Gate, Gpu, PinnedMemory, Stream, store_to_an_illegal_address,
+};
 use serde::{Deserialize, Serialize};
 
 use super::shape::{Arranged, GroupSizes, Piece, arrange, sizes};
@@ -89,6 +91,9 @@ pub struct Difference {
 
 /// Bytes that no block computes to.
 const BACKGROUND: u8 = 0xA5;
+
+/// Blocks as they were read.
+pub type Pages = Vec<Vec<u8>>;
 
 /// A registered rank. The client goes first: after that nobody touches the memory.
 pub struct Rank {
@@ -279,6 +284,63 @@ impl Rank {
     pub fn after_event(event: &Event) -> Order {
         // SAFETY: by this function's words; the event is of the registration's GPU.
         unsafe { Order::event(event.raw().cast::<c_void>()) }
+    }
+
+    /// Loads pages into blocks in steps, each of which the stream waits for and reads at once;
+    /// returns what it read, as pages, and the load's answer.
+    ///
+    /// # Errors
+    /// As the library and the GPU say.
+    pub fn load_in_steps(
+        &self,
+        group: u16,
+        lease: u64,
+        blocks: &[u32],
+        steps: u16,
+    ) -> anyhow::Result<(Pages, Result<Completion, pegaflow::Error>)> {
+        let sizes = self.group(group);
+        let (pieces, page_bytes) = (sizes.pieces.len(), sizes.page_bytes());
+        let read = PinnedMemory::allocate(blocks.len() * page_bytes)?;
+        let (client, registration) = (&self.client, self.registration);
+        let after = self.after_stream();
+        let request =
+            client.load_in_steps(registration, group, lease, (0, blocks), after, steps)?;
+        for step in 1..=usize::from(steps) {
+            client.stream_wait(request, step as u32, self.after_stream())?;
+            let first = (step - 1) * pieces / usize::from(steps);
+            let end = step * pieces / usize::from(steps);
+            for (number, block) in blocks.iter().enumerate() {
+                let mut position = 0;
+                self.for_pieces(group, *block, |piece, at, in_page| {
+                    if (first..end).contains(&position) {
+                        let memory = &self.memories[piece.allocation];
+                        let to = (&read, number * page_bytes + in_page);
+                        memory.read_to(at, to, piece.bytes, &self.stream)?;
+                    }
+                    position += 1;
+                    Ok(())
+                })?;
+            }
+        }
+        // Nobody waits for the load itself before the stream is through.
+        self.stream.synchronize()?;
+        let answer = self.wait(request);
+        let mut pages = vec![vec![0; page_bytes]; blocks.len()];
+        for (number, page) in pages.iter_mut().enumerate() {
+            read.get(number * page_bytes, page);
+        }
+        Ok((pages, answer))
+    }
+
+    /// Ends the context as a kernel with an illegal address does, whatever is under way.
+    ///
+    /// # Errors
+    /// The driver has not let it end.
+    pub fn break_context(&self) -> anyhow::Result<()> {
+        let broken = store_to_an_illegal_address(&self.stream);
+        let gone = self.stream.synchronize();
+        anyhow::ensure!(gone.is_err(), "the context lives on: {broken:?}");
+        Ok(())
     }
 
     /// A block as a page, from the GPU.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use pegaflow::{BlockHash, Completion, Error, RequestId, Status};
+use pegaflow::{BlockHash, Completion, Error, Options, RequestId, Status};
 use serde::{Deserialize, Serialize};
 
 use super::engine::options;
@@ -27,6 +27,9 @@ pub struct Plan {
     pub seconds: f64,
     /// Hashes that all engines of the same sizes share.
     pub hashes: u64,
+    /// When its time is over, break the GPU's context with requests under way, and stay until
+    /// killed.
+    pub breaks: bool,
 }
 
 /// What it has done.
@@ -38,6 +41,8 @@ pub struct Tally {
     pub loads: u64,
     /// Their bytes.
     pub loaded_bytes: u64,
+    /// Loads in steps, of which a stream waited for some.
+    pub waits: u64,
     /// Requests that were cancelled.
     pub cancels: u64,
     /// Requests that were refused or failed (a daemon that was away, a lease that ended).
@@ -52,6 +57,7 @@ impl Tally {
         self.saves += other.saves;
         self.loads += other.loads;
         self.loaded_bytes += other.loaded_bytes;
+        self.waits += other.waits;
         self.cancels += other.cancels;
         self.refused += other.refused;
         self.checks += other.checks;
@@ -91,7 +97,12 @@ struct Soak {
 /// # Errors
 /// A byte differs, or the GPU fails.
 pub fn run(plan: &Plan) -> anyhow::Result<Tally> {
-    let rank = Rank::open(options(plan.socket.clone()), plan.spec.clone())?;
+    // The daemon may be killed while the engine starts.
+    let options = Options {
+        start_without_daemon: Some(true),
+        ..options(plan.socket.clone())
+    };
+    let rank = Rank::open(options, plan.spec.clone())?;
     rank.client.wait_ready(rank.registration, crate::SOON)?;
     let free = rank.groups.iter().map(|group| (0..group.blocks).collect());
     let mut soak = Soak {
@@ -107,6 +118,14 @@ pub fn run(plan: &Plan) -> anyhow::Result<Tally> {
     while started.elapsed() < Duration::from_secs_f64(plan.seconds) {
         for _ in 0..ROUND {
             soak.step()?;
+        }
+        if plan.breaks && started.elapsed() >= Duration::from_secs_f64(plan.seconds) {
+            if let Err(error) = soak.rank.break_context() {
+                // An engine that still runs is killed unheard; one that has ended is a fault.
+                eprintln!("{error:#}");
+                std::process::exit(1);
+            }
+            std::thread::sleep(crate::SOON);
         }
         while !soak.pending.is_empty() {
             soak.finish()?;
@@ -194,8 +213,21 @@ impl Soak {
         };
         let blocks = self.take(position, hits.len());
         let after = self.rank.after_stream();
-        let client = &self.rank.client;
-        let started = client.load_after(registration, group, answer.lease, 0, &blocks, after);
+        let pieces = self.rank.group(group).pieces.len().min(256) as u64;
+        let steps = self.random.below(2) * (1 + self.random.below(pieces));
+        let (client, lease) = (&self.rank.client, answer.lease);
+        let started = if steps == 0 {
+            client.load_after(registration, group, lease, 0, &blocks, after)
+        } else {
+            let into = (0, &blocks[..]);
+            client.load_in_steps(registration, group, lease, into, after, steps as u16)
+        };
+        if let (Ok(request), 1..) = (&started, steps) {
+            // What comes next in the stream, saves included, comes after some of the load.
+            let wait = 1 + self.random.below(steps) as u32;
+            let waits = client.stream_wait(*request, wait, self.rank.after_stream());
+            self.tally.waits += u64::from(waits.is_ok());
+        }
         self.started(started, group, blocks, Kind::Load(hits))
     }
 

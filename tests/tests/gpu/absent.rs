@@ -56,7 +56,7 @@ fn bench_gpu_measures_and_prints_every_case() {
         .args([
             "bench", "gpu", "--json", "--memory", "16MiB", "--rounds", "1",
         ])
-        .args(["--pool-size", "256MiB", "--only", "128 x 1 KiB"])
+        .args(["--pool-size", "256MiB", "--only", "2-MiB"])
         .envs(gpus.environment())
         .output()
         .expect("pegactl runs");

@@ -7,10 +7,12 @@
 mod absent;
 mod bytes;
 mod devices;
+mod example;
 mod faults;
 mod order;
 mod returned;
 mod soak;
+mod steps;
 
 use pegaflow_tests::daemon::{Config, Daemon};
 use pegaflow_tests::gpu::Gpus;

@@ -3,6 +3,8 @@
 use pegaflow_tests::gpu::Gpus;
 use pegaflow_tests::gpu::conductor::{Settings, run};
 
+use crate::own_share;
+
 fn settings(gpus: &Gpus, count: u32, kill_daemon: bool) -> Settings {
     Settings {
         seconds: 6.0,
@@ -12,6 +14,8 @@ fn settings(gpus: &Gpus, count: u32, kill_daemon: bool) -> Settings {
         budget: 3 << 20,
         pool: "24MiB".into(),
         kill_daemon,
+        break_contexts: false,
+        daemon_share: own_share(gpus),
         environment: gpus.environment(),
     }
 }

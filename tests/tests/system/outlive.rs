@@ -47,6 +47,7 @@ fn raw_scheduler(daemon: &Daemon, spec: &WorkerSpec) -> (RawClient, u32) {
     let message = ClientMessage::Register {
         seq: 1,
         registration,
+        signals: None,
     };
     client.socket.send(&message, &[]);
     match client.socket.receive() {

@@ -215,9 +215,14 @@ fn a_client_without_the_library_gets_the_same_answers() {
                 replicated: false,
             }],
         });
-        client
-            .socket
-            .send(&ClientMessage::Register { seq, registration }, &[]);
+        client.socket.send(
+            &ClientMessage::Register {
+                seq,
+                registration,
+                signals: None,
+            },
+            &[],
+        );
         let Some((
             DaemonMessage::Failed {
                 seq: back,

@@ -208,6 +208,25 @@ impl Member {
         })
     }
 
+    /// Loads a lease's first blocks and saves others at the same time; gives both answers.
+    ///
+    /// # Errors
+    /// The library refused or the daemon did not answer.
+    pub fn load_and_save(
+        &self,
+        (lease, into): (u64, &[u32]),
+        (hashes, from): (&[BlockHash], &[u32]),
+    ) -> Result<(Completion, Completion), ToolError> {
+        let (client, registration) = (&self.client, self.registration);
+        let load = Self::start("load", || client.load(registration, 0, lease, 0, into))?;
+        let save = Self::start("save", || client.save(registration, 0, hashes, from))?;
+        let wait = |what, request| {
+            let answer = client.wait(request, REQUEST_PATIENCE);
+            answer.map_err(ToolError::client(what))
+        };
+        Ok((wait("load", load)?, wait("save", save)?))
+    }
+
     /// Gives a lease back.
     ///
     /// # Errors
@@ -230,13 +249,21 @@ impl Member {
         what: &'static str,
         submit: impl Fn() -> Result<RequestId, Error>,
     ) -> Result<Completion, ToolError> {
-        let request = match submit() {
-            Err(error) if error.status() == Status::Again => submit_later(what, submit)?,
-            other => other.map_err(ToolError::client(what))?,
-        };
+        let request = Self::start(what, submit)?;
         self.client
             .wait(request, REQUEST_PATIENCE)
             .map_err(ToolError::client(what))
+    }
+
+    #[inline]
+    fn start(
+        what: &'static str,
+        submit: impl Fn() -> Result<RequestId, Error>,
+    ) -> Result<RequestId, ToolError> {
+        match submit() {
+            Err(error) if error.status() == Status::Again => submit_later(what, submit),
+            other => other.map_err(ToolError::client(what)),
+        }
     }
 }
 

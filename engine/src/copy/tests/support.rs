@@ -108,6 +108,7 @@ pub fn task(direction: Direction, target: &Arc<BoundLayout>, pages: &[(u64, u32)
         tag: 0,
         cancelled: Arc::new(AtomicBool::new(false)),
         after: None,
+        step: None,
     }
 }
 
@@ -119,6 +120,7 @@ pub fn run(pool: &PoolMemory, task: &CopyTask) -> (Result<u64, CopyError>, u32) 
         target: task.target.clone(),
         cancelled: task.cancelled.clone(),
         after: None,
+        step: None,
         ..*task
     };
     let result = HostBackend::new(pool.clone()).copy(&mut task, &mut pages_done);

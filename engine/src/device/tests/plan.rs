@@ -164,6 +164,7 @@ fn limits() -> impl Strategy<Value = Limits> {
                 few,
                 max_copies: copies,
                 max_pages: pages,
+                max_direct_pages: usize::MAX,
             },
         )
 }
@@ -263,6 +264,7 @@ fn first_chunk(parts: &[DevicePart], page_bytes: u64, list: &[(u64, u32)]) -> Ch
         few: 4,
         max_copies: 2048,
         max_pages: 1 << 17,
+        max_direct_pages: usize::MAX,
     };
     let mut chunk = Chunk::default();
     let source = Source {

@@ -188,6 +188,7 @@ pub fn task(
         tag: session,
         cancelled: Arc::new(AtomicBool::new(false)),
         after: None,
+        step: None,
     }
 }
 

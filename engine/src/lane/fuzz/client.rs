@@ -109,6 +109,7 @@ impl Client {
         });
         NewRegistration {
             events: None,
+            signals: None,
             spec,
             groups: groups.into(),
         }

@@ -215,6 +215,7 @@ impl Rig {
         });
         let registration = NewRegistration {
             events: None,
+            signals: None,
             spec,
             groups: groups.collect(),
         };

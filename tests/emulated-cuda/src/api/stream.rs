@@ -9,6 +9,9 @@ use crate::stream::{Stream, Work};
 /// `CU_STREAM_NON_BLOCKING`.
 const NON_BLOCKING: u32 = 1;
 
+/// `CU_STREAM_WAIT_VALUE_GEQ`; the other ways of comparing are not emulated.
+const WAIT_GEQ: u32 = 0;
+
 fn create(out: &Out<u64>, flags: u32) -> Outcome {
     if flags > NON_BLOCKING {
         return Err(Code::INVALID_VALUE);
@@ -53,6 +56,19 @@ exported! {
         let event = driver.event(event)?;
         let recorded = event.recorded();
         stream.submit(Work::Wait(event, recorded));
+        Ok(())
+    }
+
+    fn cuStreamWaitValue32_v2(stream: u64, address: u64, value: u32, flags: u32) {
+        if flags != WAIT_GEQ {
+            return Err(Code::INVALID_VALUE);
+        }
+        let driver = driver()?;
+        let stream = driver.stream(stream)?;
+        let word = driver.lock().ranges.resolve(address, 4)?;
+        let place = word.places.into_iter().next();
+        let place = place.filter(|place| word.pinned && place.word().is_some());
+        stream.submit(Work::WaitWord(place.ok_or(Code::INVALID_VALUE)?, value));
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::case::Compute;
+use super::engine::Product;
 use crate::gpu::{Blas, DeviceMemory, Event, Gpu, GpuError, Matrix, Stream};
 use crate::replay::latency::median;
 
@@ -68,11 +69,16 @@ impl ComputeLoop {
         }
     }
 
-    /// Computes until told to stop, for `least` at least; gives the median nanoseconds of one.
+    /// Computes until told to stop, for `least` at least; gives the nanoseconds of one.
     ///
     /// # Errors
     /// The GPU fails.
-    pub fn run(&mut self, gpu: &Gpu, least: Duration, stop: &AtomicBool) -> Result<f64, GpuError> {
+    pub fn run(
+        &mut self,
+        gpu: &Gpu,
+        least: Duration,
+        stop: &AtomicBool,
+    ) -> Result<Product, GpuError> {
         gpu.bind()?;
         let mut events = Vec::with_capacity(AHEAD + 1);
         for _ in 0..=AHEAD {
@@ -95,7 +101,10 @@ impl ComputeLoop {
         }
         self.stream.synchronize()?;
         // The first ones warm up clocks and library.
-        let warm = times.len() / 10;
-        Ok(median(&times[warm..]))
+        let warm = &times[times.len() / 10..];
+        Ok(Product {
+            median_ns: median(warm),
+            mean_ns: warm.iter().sum::<f64>() / warm.len().max(1) as f64,
+        })
     }
 }

@@ -10,12 +10,12 @@ use pegaflow_shm::BlockHash;
 use serde::{Deserialize, Serialize};
 
 use super::cache::GpuCache;
-use super::case::{Case, Compute, GpuShape};
+use super::case::{Case, Compute, GpuShape, Target};
 use super::compute::ComputeLoop;
 use crate::bench::save::cpu_ns;
 use crate::children::die_with_parent;
 use crate::error::ToolError;
-use crate::gpu::{Event, Gpu, PinnedMemory, Stream};
+use crate::gpu::{DeviceMemory, Gpu, PinnedMemory, Stream};
 use crate::replay::kv::{KvShape, MemoryKind};
 use crate::replay::latency::median;
 use crate::replay::member::{Identity, Member, expect_ok};
@@ -27,9 +27,6 @@ pub const ENGINE_ARGUMENT: &str = "__bench-gpu-engine";
 /// Bytes of the copies that are the limit.
 const RAW_BYTES: usize = 1 << 30;
 const RAW_ROUNDS: usize = 5;
-/// How long each part of an interference measurement takes.
-const INTERFERENCE: Duration = Duration::from_millis(1500);
-
 /// What an engine is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Order {
@@ -38,6 +35,8 @@ pub enum Order {
         /// Number of the GPU.
         gpu: u32,
     },
+    /// Take the limit; answered [`Answer::Limit`].
+    Limit,
     /// Allocate, fill and register; answered [`Answer::Ready`].
     Prepare {
         /// Socket of the daemon.
@@ -56,6 +55,8 @@ pub enum Order {
     Interfere {
         /// What to compute.
         compute: Compute,
+        /// How long each part takes.
+        part_ms: u64,
     },
 }
 
@@ -66,19 +67,33 @@ pub enum Answer {
     Opened {
         /// Its name.
         name: String,
-        /// One large copy to the host, GB/s.
-        out_gbps: f64,
-        /// One large copy to the GPU, GB/s.
-        in_gbps: f64,
     },
+    /// What one large copy does.
+    Limit(Limit),
     /// Registered.
-    Ready,
+    Ready {
+        /// How long allocating and filling took, in milliseconds.
+        fill_ms: f64,
+        /// How long connecting and registering took, in milliseconds.
+        register_ms: f64,
+    },
     /// Of one case.
     Figures(Figures),
     /// Of one computation.
     Slowdown(Slowdown),
     /// It could not be done.
     Failed(String),
+}
+
+/// What large copies between GPU memory and pinned memory of the engine do, in GB/s.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Limit {
+    /// One to the host.
+    pub out_gbps: f64,
+    /// One to the GPU.
+    pub in_gbps: f64,
+    /// One each way at once, together.
+    pub both_gbps: f64,
 }
 
 /// What was measured in a case.
@@ -88,21 +103,33 @@ pub struct Figures {
     pub save_ns: f64,
     /// Nanoseconds of the median load.
     pub load_ns: f64,
+    /// Nanoseconds of the median load of half of the blocks while the other half is saved; of cases
+    /// with a rate.
+    pub both_ns: Option<f64>,
     /// CPU of the daemon while it saved, in cores.
     pub save_cpu: f64,
     /// CPU of the daemon while it loaded, in cores.
     pub load_cpu: f64,
 }
 
+/// Nanoseconds of a product.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Product {
+    /// Median.
+    pub median_ns: f64,
+    /// Mean, which sees the few that wait for long.
+    pub mean_ns: f64,
+}
+
 /// What the copies cost a computation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Slowdown {
-    /// Nanoseconds of one product alone.
-    pub alone_ns: f64,
+    /// A product alone.
+    pub alone: Product,
     /// While saving.
-    pub saving_ns: f64,
+    pub saving: Product,
     /// While loading.
-    pub loading_ns: f64,
+    pub loading: Product,
     /// Rate of the saves meanwhile.
     pub save_gbps: f64,
     /// Rate of the loads meanwhile.
@@ -131,6 +158,7 @@ struct Prepared {
     cache: GpuCache,
     case: Case,
     blocks: Vec<u32>,
+    seed: u64,
     saved: u64,
     queries: u64,
 }
@@ -139,31 +167,37 @@ struct Prepared {
 struct Engine {
     prepared: Option<Prepared>,
     gpu: Option<Gpu>,
+    /// Of the bytes, which differ from GPU to GPU.
+    seed: u64,
 }
 
 impl Engine {
     fn obey(&mut self, order: Order) -> Result<Answer, ToolError> {
         match order {
             Order::Open { gpu } => {
-                let gpu = Gpu::open(gpu)?;
-                let (out_gbps, in_gbps) = raw_gbps()?;
-                let name = gpu.name()?;
-                self.gpu = Some(gpu);
-                Ok(Answer::Opened {
-                    name,
-                    out_gbps,
-                    in_gbps,
-                })
+                let opened = Gpu::open(gpu)?;
+                let name = opened.name()?;
+                (self.gpu, self.seed) = (Some(opened), 1 + u64::from(gpu));
+                Ok(Answer::Opened { name })
             }
+            Order::Limit => Ok(Answer::Limit(raw_limit()?)),
             Order::Prepare { socket, salt, case } => {
                 self.prepared = None;
-                self.prepared = Some(Prepared::new(socket, salt, case)?);
-                Ok(Answer::Ready)
+                let started = Instant::now();
+                let cache = GpuCache::allocate(case.shape)?;
+                cache.fill(self.seed)?;
+                let filled = Instant::now();
+                self.prepared = Some(Prepared::new(socket, salt, case, (cache, self.seed))?);
+                Ok(Answer::Ready {
+                    fill_ms: (filled - started).as_secs_f64() * 1e3,
+                    register_ms: filled.elapsed().as_secs_f64() * 1e3,
+                })
             }
             Order::Go { daemon } => Ok(Answer::Figures(self.prepared()?.measure(daemon)?)),
-            Order::Interfere { compute } => {
+            Order::Interfere { compute, part_ms } => {
                 let gpu = self.gpu.take().ok_or_else(not_prepared)?;
-                let result = self.prepared()?.interfere(&gpu, compute);
+                let part = Duration::from_millis(part_ms);
+                let result = self.prepared()?.interfere(&gpu, compute, part);
                 self.gpu = Some(gpu);
                 Ok(Answer::Slowdown(result?))
             }
@@ -179,35 +213,52 @@ fn not_prepared() -> ToolError {
     ToolError::Plan("an engine is told to measure before it is prepared".into())
 }
 
-/// One large copy each way, between GPU memory and pinned memory of this process: the limit.
-fn raw_gbps() -> Result<(f64, f64), ToolError> {
-    let memory = crate::gpu::DeviceMemory::allocate(RAW_BYTES)?;
-    let mut host = PinnedMemory::allocate(RAW_BYTES)?;
-    host.fill(0x5A);
-    let (stream, start, end) = (Stream::new()?, Event::new()?, Event::new()?);
-    let mut rates = [Vec::new(), Vec::new()];
-    for _ in 0..RAW_ROUNDS {
-        for (way, rates) in rates.iter_mut().enumerate() {
-            start.record(&stream)?;
-            match way {
-                0 => memory.read_to(0, (&host, 0), RAW_BYTES, &stream)?,
-                _ => memory.write_from(0, (&host, 0), RAW_BYTES, &stream)?,
-            }
-            end.record(&stream)?;
-            end.synchronize()?;
-            rates.push(RAW_BYTES as f64 / end.ns_since(&start)?);
+/// Large copies between GPU memory and pinned memory of this process: the limit.
+fn raw_limit() -> Result<Limit, ToolError> {
+    let memories = [
+        DeviceMemory::allocate(RAW_BYTES)?,
+        DeviceMemory::allocate(RAW_BYTES)?,
+    ];
+    let mut hosts = [
+        PinnedMemory::allocate(RAW_BYTES)?,
+        PinnedMemory::allocate(RAW_BYTES)?,
+    ];
+    hosts.iter_mut().for_each(|host| host.fill(0x5A));
+    let streams = [Stream::new()?, Stream::new()?];
+    let copy = |way: usize| match way {
+        0 => memories[0].read_to(0, (&hosts[0], 0), RAW_BYTES, &streams[0]),
+        _ => memories[1].write_from(0, (&hosts[1], 0), RAW_BYTES, &streams[1]),
+    };
+    // One way after the other, so that several GPUs that do it at once are at the same.
+    let median_of = |ways: &[usize]| {
+        let mut rates = Vec::new();
+        for _ in 0..RAW_ROUNDS {
+            let start = Instant::now();
+            ways.iter().try_for_each(|way| copy(*way))?;
+            ways.iter()
+                .try_for_each(|way| streams[*way].synchronize())?;
+            let bytes = (ways.len() * RAW_BYTES) as f64;
+            rates.push(bytes / start.elapsed().as_nanos() as f64);
         }
-    }
-    Ok((median(&rates[0]), median(&rates[1])))
+        Ok::<f64, ToolError>(median(&rates))
+    };
+    Ok(Limit {
+        out_gbps: median_of(&[0])?,
+        in_gbps: median_of(&[1])?,
+        both_gbps: median_of(&[0, 1])?,
+    })
 }
 
 impl Prepared {
-    fn new(socket: PathBuf, salt: String, case: Case) -> Result<Prepared, ToolError> {
+    fn new(
+        socket: PathBuf,
+        salt: String,
+        case: Case,
+        (cache, seed): (GpuCache, u64),
+    ) -> Result<Prepared, ToolError> {
         let GpuShape {
             blocks, segments, ..
         } = case.shape;
-        let cache = GpuCache::allocate(case.shape)?;
-        cache.fill(1)?;
         let identity = Identity {
             socket,
             instance: format!("bench-gpu-{salt}"),
@@ -227,6 +278,7 @@ impl Prepared {
             cache,
             blocks: (0..blocks).collect(),
             case,
+            seed,
             saved: 0,
             queries: 0,
         })
@@ -270,7 +322,7 @@ impl Prepared {
         let mut hashes = self.new_hashes();
         self.save(&hashes)?;
         self.load(&hashes, true)?;
-        self.cache.verify(1)?;
+        self.cache.verify(self.seed)?;
         let cpu = || cpu_ns(daemon).unwrap_or(0) as f64;
         let (mut saves, mut loads) = (Vec::new(), Vec::new());
         let before = cpu();
@@ -284,53 +336,87 @@ impl Prepared {
         }
         let after = cpu();
         let share = |cpu: f64, times: &[f64]| cpu / times.iter().sum::<f64>();
+        let both_ns = match self.case.target {
+            Target::Ratio(_) if self.blocks.len() > 1 => Some(self.both_ways(&hashes)?),
+            _ => None,
+        };
         Ok(Figures {
             save_ns: median(&saves),
             load_ns: median(&loads),
+            both_ns,
             save_cpu: share(between - before, &saves),
             load_cpu: share(after - between, &loads),
         })
     }
 
-    fn interfere(&mut self, gpu: &Gpu, compute: Compute) -> Result<Slowdown, ToolError> {
+    /// Loads half of the blocks while the other half is saved; gives nanoseconds.
+    fn both_ways(&mut self, held: &[BlockHash]) -> Result<f64, ToolError> {
+        let half = self.blocks.len() / 2;
+        let (into, from) = (&self.blocks[..half], &self.blocks[half..2 * half]);
+        let mut times = Vec::new();
+        for _ in 0..self.case.rounds {
+            self.queries += 1;
+            let answer = self.member.query(self.queries, &held[..half])?;
+            let lease = expect_ok("query", answer)?.lease;
+            let first = self.saved * self.blocks.len() as u64;
+            self.saved += 1;
+            let new: Vec<_> = (first..first + half as u64).map(block_hash).collect();
+            let start = Instant::now();
+            let (loaded, saved) = self.member.load_and_save((lease, into), (&new, from))?;
+            times.push(start.elapsed().as_nanos() as f64);
+            expect_ok("load", loaded)?;
+            expect_all("stored", expect_ok("save", saved)?.count, &new)?;
+        }
+        Ok(median(&times))
+    }
+
+    fn interfere(
+        &mut self,
+        gpu: &Gpu,
+        compute: Compute,
+        part: Duration,
+    ) -> Result<Slowdown, ToolError> {
         let mut products = ComputeLoop::new(compute)?;
-        let alone =
-            |products: &mut ComputeLoop| products.run(gpu, INTERFERENCE, &AtomicBool::new(true));
+        let alone = |products: &mut ComputeLoop| products.run(gpu, part, &AtomicBool::new(true));
         alone(&mut products)?;
         let before = alone(&mut products)?;
         let mut hashes = self.new_hashes();
         self.save(&hashes)?;
-        let (saving_ns, saves) = beside(gpu, &mut products, || {
+        let (saving, saves) = beside(gpu, part, &mut products, || {
             hashes = self.new_hashes();
             self.save(&hashes)
         })?;
-        let (loading_ns, loads) = beside(gpu, &mut products, || self.load(&hashes, false))?;
+        let (loading, loads) = beside(gpu, part, &mut products, || self.load(&hashes, false))?;
         let after = alone(&mut products)?;
         let bytes = self.case.shape.total_bytes() as f64;
         Ok(Slowdown {
-            alone_ns: (before + after) / 2.0,
-            saving_ns,
-            loading_ns,
+            alone: Product {
+                median_ns: (before.median_ns + after.median_ns) / 2.0,
+                mean_ns: (before.mean_ns + after.mean_ns) / 2.0,
+            },
+            saving,
+            loading,
             save_gbps: bytes / median(&saves),
             load_gbps: bytes / median(&loads),
         })
     }
 }
 
-/// Computes on another thread while `copy` is called again and again; gives the median product and
+/// Computes on another thread while `copy` is called again and again; gives the products' times and
 /// the times of the copies.
 fn beside(
     gpu: &Gpu,
+    part: Duration,
     products: &mut ComputeLoop,
     mut copy: impl FnMut() -> Result<f64, ToolError>,
-) -> Result<(f64, Vec<f64>), ToolError> {
+) -> Result<(Product, Vec<f64>), ToolError> {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let computing = scope.spawn(|| products.run(gpu, INTERFERENCE, &stop));
+        let computing = scope.spawn(|| products.run(gpu, part, &stop));
         let started = Instant::now();
         let mut times = Vec::new();
         let mut result = Ok(());
-        while started.elapsed() < INTERFERENCE && result.is_ok() {
+        while started.elapsed() < part && result.is_ok() {
             result = copy().map(|time| times.push(time));
         }
         stop.store(true, Ordering::Relaxed);

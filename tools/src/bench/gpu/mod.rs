@@ -7,11 +7,14 @@
 mod cache;
 mod case;
 mod compute;
+mod curve;
 mod engine;
 mod report;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::OnceLock;
+use std::time::Instant;
 
 use bytesize::ByteSize;
 use clap::Args;
@@ -20,7 +23,7 @@ use rustix::fs::statvfs;
 pub use engine::{ENGINE_ARGUMENT, engine_main};
 
 use self::case::{Case, Compute, cases};
-use self::engine::{Answer, Figures, Order, Slowdown};
+use self::engine::{Answer, Figures, Limit, Order, Slowdown};
 use self::report::Report;
 use crate::daemon::{DaemonInUse, DaemonSpec};
 use crate::error::ToolError;
@@ -49,6 +52,14 @@ pub struct GpuArgs {
     /// What the copies cost an engine that computes meanwhile (needs cuBLAS)
     #[arg(long)]
     pub interference: bool,
+    /// Bandwidth and cost for such an engine with each way in which small segments can go, by a
+    /// daemon of its own for each
+    #[arg(long)]
+    pub curve: bool,
+    /// How long each computation and each copying beside it takes
+    #[arg(long, default_value_t = 1500, value_name = "MS",
+          value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    pub part_ms: u64,
     /// Further argument of the daemon, such as --daemon-arg=--pin=background
     #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
     pub daemon_arg: Vec<String>,
@@ -116,8 +127,13 @@ pub fn command(
     let mut spec = DaemonSpec::with_pool(pool_bytes(args, place));
     spec.max_blocks = Some(MAX_BLOCKS);
     spec.further.clone_from(&args.daemon_arg);
+    say("the daemon starts");
     let mut daemon = DaemonInUse::new(socket, place, &spec)?;
-    let report = run(args, &daemon).map_err(|error| daemon.explain(error))?;
+    let mut report = run(args, &daemon).map_err(|error| daemon.explain(error))?;
+    drop(daemon);
+    if args.curve {
+        report.set_curve(curve::draw(args, place)?);
+    }
     if as_json {
         crate::output::print_json(&report);
     } else {
@@ -142,14 +158,16 @@ fn run(args: &GpuArgs, daemon: &DaemonInUse) -> Result<Report, ToolError> {
     for gpu in &args.gpus {
         let mut engine = Engine::start(*gpu)?;
         match engine.ask(&Order::Open { gpu: *gpu })? {
-            Answer::Opened {
-                name,
-                out_gbps,
-                in_gbps,
-            } => report.add_gpu(*gpu, name, (out_gbps, in_gbps)),
+            Answer::Opened { name } => {
+                let limit = take_limit(std::slice::from_mut(&mut engine))?;
+                report.add_gpu(*gpu, name, limit);
+            }
             other => return Err(engine.unexpected(&other)),
         }
         engines.push(engine);
+    }
+    if engines.len() > 1 {
+        report.set_joint_limit(take_limit(&mut engines)?);
     }
     let wanted = |case: &Case| {
         let only = args.only.as_deref();
@@ -163,7 +181,7 @@ fn run(args: &GpuArgs, daemon: &DaemonInUse) -> Result<Report, ToolError> {
             report.add_case(case, &figures);
             if args.interference && INTERFERING.iter().any(|name| case.name.contains(name)) {
                 for compute in Compute::ALL {
-                    let slowdown = interfere(engine, compute)?;
+                    let slowdown = interfere(engine, compute, args.part_ms)?;
                     report.add_slowdown(gpu, case, compute, &slowdown);
                 }
             }
@@ -175,12 +193,41 @@ fn run(args: &GpuArgs, daemon: &DaemonInUse) -> Result<Report, ToolError> {
     Ok(report)
 }
 
+/// Says on standard error what is done now: a run takes minutes.
+fn say(what: &str) {
+    static STARTED: OnceLock<Instant> = OnceLock::new();
+    let seconds = STARTED.get_or_init(Instant::now).elapsed().as_secs_f64();
+    eprintln!("{seconds:6.1} s  {what}");
+}
+
+/// What large copies on all these GPUs at once do together.
+fn take_limit(engines: &mut [Engine]) -> Result<Limit, ToolError> {
+    say(&format!("the limit of {} GPUs at once", engines.len()));
+    for engine in engines.iter_mut() {
+        engine.tell(&Order::Limit)?;
+    }
+    let mut sum = Limit::default();
+    for engine in engines.iter_mut() {
+        match engine.answer()? {
+            Answer::Limit(limit) => {
+                sum.out_gbps += limit.out_gbps;
+                sum.in_gbps += limit.in_gbps;
+                sum.both_gbps += limit.both_gbps;
+            }
+            other => return Err(engine.unexpected(&other)),
+        }
+    }
+    Ok(sum)
+}
+
 /// Measures a case on several GPUs at once.
 fn measure(
     engines: &mut [Engine],
     daemon: &DaemonInUse,
     case: &Case,
 ) -> Result<BTreeMap<u32, Figures>, ToolError> {
+    let gpus: Vec<u32> = engines.iter().map(|engine| engine.gpu).collect();
+    say(&format!("{}: GPU memory of {gpus:?}", case.name));
     for engine in engines.iter_mut() {
         let salt = format!("{}-{}", engine.gpu, crate::output::unix_now_ms());
         let order = Order::Prepare {
@@ -189,10 +236,16 @@ fn measure(
             case: case.clone(),
         };
         match engine.ask(&order)? {
-            Answer::Ready => {}
+            Answer::Ready {
+                fill_ms,
+                register_ms,
+            } => say(&format!(
+                "filled in {fill_ms:.0} ms, registered in {register_ms:.0} ms"
+            )),
             other => return Err(engine.unexpected(&other)),
         }
     }
+    say(&format!("{}: saves and loads", case.name));
     let daemon = daemon.view()?.header.pid;
     for engine in engines.iter_mut() {
         engine.tell(&Order::Go { daemon })?;
@@ -207,8 +260,9 @@ fn measure(
     Ok(all)
 }
 
-fn interfere(engine: &mut Engine, compute: Compute) -> Result<Slowdown, ToolError> {
-    match engine.ask(&Order::Interfere { compute })? {
+fn interfere(engine: &mut Engine, compute: Compute, part_ms: u64) -> Result<Slowdown, ToolError> {
+    say(&format!("{} beside them", compute.name()));
+    match engine.ask(&Order::Interfere { compute, part_ms })? {
         Answer::Slowdown(slowdown) => Ok(slowdown),
         other => Err(engine.unexpected(&other)),
     }

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::case::{Case, Compute, Target};
-use super::engine::{Figures, Slowdown};
+use super::curve::{self, Point};
+use super::engine::{Figures, Limit, Slowdown};
 use crate::output::table;
 
 /// Most CPU of the daemon at full rate with 2-MiB pages, in cores.
@@ -19,10 +20,8 @@ const CPU_CASE_BYTES: usize = 2 << 20;
 struct GpuRow {
     gpu: u32,
     name: String,
-    /// One large copy to the host.
-    out_gbps: f64,
-    /// One large copy to the GPU.
-    in_gbps: f64,
+    /// Large copies of this GPU alone.
+    limit: Limit,
 }
 
 /// One figure.
@@ -36,7 +35,7 @@ pub struct Row {
     pub what: &'static str,
     /// Its value.
     pub value: f64,
-    /// `GB/s`, `ms`, `us`, `cores` or `x`.
+    /// `GB/s`, `ms`, `us`, `cores`, `x` (of the median) or `x in the mean`.
     pub unit: &'static str,
     /// One large copy, where the value is a rate.
     pub limit: Option<f64>,
@@ -52,7 +51,10 @@ pub struct Row {
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     gpus: Vec<GpuRow>,
+    /// Large copies of all GPUs at once, where there are several.
+    joint: Option<Limit>,
     rows: Vec<Row>,
+    curve: Vec<Point>,
 }
 
 impl Row {
@@ -83,21 +85,25 @@ impl Row {
 
 impl Report {
     /// Enters a GPU.
-    pub fn add_gpu(&mut self, gpu: u32, name: String, (out_gbps, in_gbps): (f64, f64)) {
-        self.gpus.push(GpuRow {
-            gpu,
-            name,
-            out_gbps,
-            in_gbps,
-        });
+    pub fn add_gpu(&mut self, gpu: u32, name: String, limit: Limit) {
+        self.gpus.push(GpuRow { gpu, name, limit });
     }
 
-    /// Sum of the limits of some GPUs, out and in.
-    fn limit(&self, gpus: &[u32]) -> (f64, f64) {
-        let known = self.gpus.iter().filter(|row| gpus.contains(&row.gpu));
-        known.fold((0.0, 0.0), |sum, row| {
-            (sum.0 + row.out_gbps, sum.1 + row.in_gbps)
-        })
+    /// Enters what all of them do at once.
+    pub fn set_joint_limit(&mut self, limit: Limit) {
+        self.joint = Some(limit);
+    }
+
+    /// Enters the planner's alternatives.
+    pub fn set_curve(&mut self, curve: Vec<Point>) {
+        self.curve = curve;
+    }
+
+    /// What large copies of these GPUs did.
+    fn limit(&self, gpus: &[u32]) -> Limit {
+        let alone = |row: &GpuRow| gpus == [row.gpu];
+        let found = self.gpus.iter().find(|row| alone(row));
+        found.map_or(self.joint.unwrap_or_default(), |row| row.limit)
     }
 
     fn add(&mut self, gpus: &[u32], case: &Case, what: &'static str, row: Row) {
@@ -113,7 +119,8 @@ impl Report {
     pub fn add_case(&mut self, case: &Case, figures: &BTreeMap<u32, Figures>) {
         let gpus: Vec<u32> = figures.keys().copied().collect();
         let bytes = case.shape.total_bytes() as f64;
-        let (out, into) = self.limit(&gpus);
+        let limit = self.limit(&gpus);
+        let (out, into) = (limit.out_gbps, limit.in_gbps);
         let rate = |time: fn(&Figures) -> f64| -> f64 {
             figures.values().map(|one| bytes / time(one)).sum()
         };
@@ -122,10 +129,14 @@ impl Report {
         let alone = gpus.len() == 1;
         match case.target {
             Target::Ratio(target) => {
-                // How much several GPUs reach together is the host's to say.
-                let target = alone.then_some(target);
+                let target = Some(target);
                 self.add(&gpus, case, "save", Row::rate(save, out, target));
                 self.add(&gpus, case, "load", Row::rate(load, into, target));
+                let both = figures.values().map(|one| Some(bytes / one.both_ns?));
+                if let Some(both) = both.sum::<Option<f64>>() {
+                    let row = Row::rate(both, limit.both_gbps, None);
+                    self.add(&gpus, case, "save and load at once", row);
+                }
             }
             Target::SaveMs(target) => {
                 let ms = worst(|one| one.save_ns) / 1e6;
@@ -162,20 +173,24 @@ impl Report {
     pub fn add_slowdown(&mut self, gpu: u32, case: &Case, compute: Compute, slow: &Slowdown) {
         let most = Some(compute.most_slowdown(case.shape));
         let parts = [
-            ("save beside", slow.saving_ns, slow.save_gbps),
-            ("load beside", slow.loading_ns, slow.load_gbps),
+            ("save beside", slow.saving, slow.save_gbps),
+            ("load beside", slow.loading, slow.load_gbps),
         ];
-        let (out, into) = self.limit(&[gpu]);
-        for ((what, ns, gbps), limit) in parts.into_iter().zip([out, into]) {
+        let limit = self.limit(&[gpu]);
+        let limits = [limit.out_gbps, limit.in_gbps];
+        for ((what, product, gbps), limit) in parts.into_iter().zip(limits) {
             let case = Case {
                 name: format!("{}, {}", case.name, compute.name()),
                 ..case.clone()
             };
+            let times = product.median_ns / slow.alone.median_ns;
+            self.add(&[gpu], &case, what, Row::at_most(times, "x", most));
+            let times = product.mean_ns / slow.alone.mean_ns;
             self.add(
                 &[gpu],
                 &case,
                 what,
-                Row::at_most(ns / slow.alone_ns, "x", most),
+                Row::at_most(times, "x in the mean", None),
             );
             self.add(&[gpu], &case, what, Row::rate(gbps, limit, None));
         }
@@ -183,14 +198,22 @@ impl Report {
 
     /// As tables.
     pub fn render(&self) -> String {
-        let mut gpus = table(&["GPU", "name", "one large copy out", "in"], &[0, 2, 3]);
+        let header = ["GPU", "name", "one large copy out", "in", "both at once"];
+        let mut gpus = table(&header, &[0, 2, 3, 4]);
+        let mut add = |gpu: String, name: String, limit: Limit| {
+            let rate = |gbps: f64| format!("{gbps:.1} GB/s");
+            let Limit {
+                out_gbps,
+                in_gbps,
+                both_gbps,
+            } = limit;
+            gpus.add_row([gpu, name, rate(out_gbps), rate(in_gbps), rate(both_gbps)]);
+        };
         for row in &self.gpus {
-            gpus.add_row([
-                row.gpu.to_string(),
-                row.name.clone(),
-                format!("{:.1} GB/s", row.out_gbps),
-                format!("{:.1} GB/s", row.in_gbps),
-            ]);
+            add(row.gpu.to_string(), row.name.clone(), row.limit);
+        }
+        if let Some(joint) = self.joint {
+            add("all".into(), "at the same time".into(), joint);
         }
         let header = [
             "GPUs",
@@ -209,10 +232,9 @@ impl Report {
                 Some(_) => format!(">= {}", percent(target)),
                 None => format!("<= {target} {}", row.unit),
             });
-            let digits = if matches!(row.unit, "cores" | "x") {
-                3
-            } else {
-                1
+            let digits = match row.unit {
+                "cores" | "x" | "x in the mean" => 3,
+                _ => 1,
             };
             rows.add_row([
                 gpus.join(","),
@@ -226,6 +248,9 @@ impl Report {
                     .to_owned(),
             ]);
         }
-        format!("{gpus}\n{rows}")
+        if self.curve.is_empty() {
+            return format!("{gpus}\n{rows}");
+        }
+        format!("{gpus}\n{rows}\n{}", curve::render(&self.curve))
     }
 }

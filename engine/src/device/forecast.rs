@@ -1,0 +1,240 @@
+//! When the chunks of one direction should be done, so that the thread sleeps until then.
+//!
+//! The bus's rate is learnt from chunks whose begin and end were seen when they came: a look
+//! shortly before found the chunk under way. A chunk that is done at the first look may have been
+//! done for long. Taken for the bus's rate, that would let the thread sleep longer each time; so
+//! the next chunks are looked for earlier instead, until one is found under way.
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+/// What the bus is taken to do until chunks have shown it, in bytes a microsecond.
+const FIRST_BYTES_PER_US: f64 = 50_000.0;
+/// Between which any bus is.
+const RATES: (f64, f64) = (100.0, 1e6);
+/// What a chunk takes beside its bytes.
+const CHUNK_OVERHEAD: Duration = Duration::from_micros(12);
+/// Chunks of less say little about the bus.
+const TELLING_BYTES: u64 = 4 << 20;
+/// A chunk that should be done this soon is waited for awake, when nothing is queued behind it.
+const SOON: Duration = Duration::from_micros(60);
+/// For how long past its time a chunk is waited for awake.
+const LATE: Duration = Duration::from_micros(100);
+/// How long to sleep when a chunk is later than that.
+const LATE_PAUSE: Duration = Duration::from_micros(25);
+/// A look before the end says when that was if it lies back no longer than this share of the
+/// chunk's time: a pause, and the sleep's own delay.
+const FRESH_SHARE: u32 = 3;
+/// Of so many chunks two are looked for when they should be done, to learn the bus's rate. The
+/// others have a chunk behind them that keeps the bus busy, and are looked for when they are done
+/// for sure.
+const PROBED: u32 = 8;
+/// By which share of its time such a chunk is looked for late.
+const MARGIN: u32 = 6;
+/// By how much a chunk that was done at the first look lets the bus be taken for faster.
+const EARLIER: f64 = 1.08;
+
+/// A chunk under way, as it is waited for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Awaited {
+    bytes: u64,
+    started: Instant,
+    /// When it should be done.
+    expected: Instant,
+    /// How much later it is looked for when the bus has another one behind it.
+    margin: Duration,
+    /// When it was last found not to be.
+    unfinished: Option<Instant>,
+}
+
+impl Awaited {
+    /// A look has found it under way.
+    pub(super) fn is_unfinished(&mut self, now: Instant) {
+        self.unfinished = Some(now);
+    }
+}
+
+/// One direction's bus.
+#[derive(Debug)]
+pub(super) struct Forecast {
+    bytes_per_us: f64,
+    /// When the chunks under way should all be done.
+    busy_until: Instant,
+    /// When the last chunk was seen to be done.
+    last_done: Instant,
+    /// That was when it came.
+    last_is_seen: bool,
+    /// Chunks that were started.
+    started: u32,
+}
+
+impl Forecast {
+    pub(super) fn new(now: Instant) -> Forecast {
+        Forecast {
+            bytes_per_us: FIRST_BYTES_PER_US,
+            busy_until: now,
+            last_done: now,
+            last_is_seen: false,
+            started: 0,
+        }
+    }
+
+    fn on_the_bus(&self, bytes: u64) -> Duration {
+        Duration::from_nanos((bytes as f64 * 1e3 / self.bytes_per_us) as u64)
+    }
+
+    /// A chunk was queued behind those that are under way.
+    pub(super) fn start(&mut self, bytes: u64, now: Instant) -> Awaited {
+        let bus = self.on_the_bus(bytes);
+        // Chunks queued before it go first; what they take at the start overlaps.
+        self.busy_until = (self.busy_until + bus).max(now + bus + CHUNK_OVERHEAD);
+        self.started = self.started.wrapping_add(1);
+        Awaited {
+            bytes,
+            started: now,
+            expected: self.busy_until,
+            margin: if self.started % PROBED < 2 {
+                Duration::ZERO
+            } else {
+                bus / MARGIN
+            },
+            unfinished: None,
+        }
+    }
+
+    /// A chunk is done; `left` are those under way behind it. Returns the time for which it had the
+    /// bus for itself.
+    pub(super) fn done<'a>(
+        &mut self,
+        chunk: Awaited,
+        left: impl Iterator<Item = &'a mut Awaited>,
+        now: Instant,
+    ) -> Duration {
+        let since = self.last_done.max(chunk.started);
+        let busy = now.saturating_duration_since(since);
+        let micros = busy.as_secs_f64() * 1e6;
+        let is_fresh = |at: &Instant| now.saturating_duration_since(*at) <= busy / FRESH_SHARE;
+        let still_there = chunk.unfinished.filter(is_fresh);
+        let is_seen = still_there.is_some();
+        if chunk.bytes >= TELLING_BYTES && micros > 1.0 {
+            let seen = chunk.bytes as f64 / micros;
+            if is_seen && self.last_is_seen {
+                self.bytes_per_us += (seen - self.bytes_per_us) / 4.0;
+            } else if !is_seen && chunk.margin.is_zero() {
+                self.bytes_per_us *= EARLIER;
+            }
+            self.bytes_per_us = self.bytes_per_us.clamp(RATES.0, RATES.1);
+        }
+        self.last_is_seen = is_seen;
+        self.last_done = now;
+        // What is behind it has the bus since the last look, or since nobody knows when.
+        let mut at = still_there.unwrap_or(now);
+        for next in left {
+            at += self.on_the_bus(next.bytes);
+            if still_there.is_none() {
+                at = at.min(next.expected);
+            }
+            next.expected = at;
+        }
+        self.busy_until = at;
+        busy
+    }
+
+    /// When to look at the chunks again: `None` when nothing is under way.
+    pub(super) fn next_look(
+        chunks: impl Iterator<Item = Awaited>,
+        now: Instant,
+    ) -> Option<Instant> {
+        let (mut next, mut count) = (None::<Awaited>, 0);
+        for chunk in chunks {
+            count += 1;
+            next = match next {
+                Some(next) if next.expected <= chunk.expected => Some(next),
+                _ => Some(chunk),
+            };
+        }
+        let Awaited {
+            expected: first,
+            margin,
+            ..
+        } = next?;
+        if count > 1 {
+            // The bus has the next chunk already: nobody waits for this one to be noticed.
+            let look = first + margin;
+            return Some(if look > now { look } else { now + LATE_PAUSE });
+        }
+        if now > first + LATE {
+            return Some(now + LATE_PAUSE);
+        }
+        let soon = first.checked_sub(SOON).unwrap_or(now);
+        Some(soon.max(now))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    /// A bus, and a thread that queues two chunks at a time and whose sleeps take longer than they
+    /// should. Returns the share of the bus that it used, and looks for each chunk.
+    fn run(bytes_per_us: f64, chunk: u64, oversleep: Duration, chunks: u32) -> (f64, f64) {
+        let begin = Instant::now();
+        let mut forecast = Forecast::new(begin);
+        let time = Duration::from_nanos((chunk as f64 * 1e3 / bytes_per_us) as u64);
+        let (mut now, mut bus_free, mut looks, mut done) = (begin, begin, 0, 0);
+        let mut under_way: VecDeque<(Awaited, Instant)> = VecDeque::new();
+        while done < chunks {
+            looks += 1;
+            while let Some((awaited, end)) = under_way.front_mut() {
+                if *end > now {
+                    awaited.is_unfinished(now);
+                    break;
+                }
+                let (awaited, _) = under_way.pop_front().unwrap();
+                forecast.done(awaited, under_way.iter_mut().map(|(a, _)| a), now);
+                done += 1;
+            }
+            while under_way.len() < 2 {
+                bus_free = bus_free.max(now) + time;
+                under_way.push_back((forecast.start(chunk, now), bus_free));
+            }
+            let look = Forecast::next_look(under_way.iter().map(|(a, _)| *a), now).unwrap();
+            now = look.max(now) + oversleep;
+        }
+        let used = time.as_secs_f64() * f64::from(chunks) / (now - begin).as_secs_f64();
+        (used, f64::from(looks) / f64::from(chunks))
+    }
+
+    #[test]
+    fn sleeps_that_are_late_do_not_make_the_bus_seem_slower_and_slower() {
+        for us in [1, 8, 60, 150] {
+            for rate in [55_000.0, 12_000.0, 25_000.0, 110_000.0] {
+                let oversleep = Duration::from_micros(us);
+                let (used, looks) = run(rate, 32 << 20, oversleep, 4000);
+                assert!(
+                    used > 0.97,
+                    "{used:.3} of {rate} bytes/us, sleeps {us} us late"
+                );
+                assert!(looks < 2.5, "{looks:.1} looks for each chunk at {rate}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_bus_that_was_slow_for_a_while_is_found_to_be_fast_again() {
+        let begin = Instant::now();
+        let mut forecast = Forecast::new(begin);
+        forecast.bytes_per_us = RATES.0;
+        let mut now = begin;
+        let bytes = 32 << 20;
+        // Each is done long before it is looked for.
+        for _ in 0..PROBED * 100 {
+            let awaited = forecast.start(bytes, now);
+            now = awaited.expected;
+            forecast.done(awaited, std::iter::empty(), now);
+        }
+        assert!(forecast.on_the_bus(bytes) < Duration::from_millis(1));
+    }
+}

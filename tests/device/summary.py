@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""One table of what tests/device/run.sh has measured: each line passes or fails by its target.
+
+Usage: summary.py FOLDER, the folder with the outputs. The status is 1 if anything failed, or if
+nothing was measured.
+"""
+
+import json
+import pathlib
+import sys
+
+MIB = 1 << 20
+
+
+def read(folder: pathlib.Path, name: str):
+    """The last line of JSON that a step has printed, or None."""
+    text = (folder / f"{name}.out").read_text()
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    for line in reversed(text.splitlines()):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return None
+
+
+def bench_lines(report: dict):
+    """Verdict (None for a figure without target), what, figure, of which limit, target."""
+    for gpu in report["gpus"]:
+        limit = gpu["limit"]
+        yield None, f"GPU {gpu['gpu']}, {gpu['name']}: large copies", rates(limit), "", ""
+    if report.get("joint"):
+        yield None, "all GPUs at once: large copies", rates(report["joint"]), "", ""
+    for row in report["rows"]:
+        gpus = ",".join(str(gpu) for gpu in row["gpus"])
+        digits = 1 if row["unit"] in ("GB/s", "ms", "us") else 3
+        figure = f"{row['value']:.{digits}f} {row['unit']}"
+        limit = target = ""
+        if row["ratio"] is not None:
+            limit = f"{100 * row['ratio']:.1f} % of {row['limit']:.1f}"
+            if row["target"] is not None:
+                target = f">= {100 * row['target']:.0f} %"
+        elif row["target"] is not None:
+            target = f"<= {row['target']:g} {row['unit']}"
+        yield row["met"], f"GPU {gpus}: {row['case']}: {row['what']}", figure, limit, target
+
+
+def rates(limit: dict) -> str:
+    names = (("out", "out_gbps"), ("in", "in_gbps"), ("both", "both_gbps"))
+    return ", ".join(f"{name} {limit[key]:.1f}" for name, key in names) + " GB/s"
+
+
+def curve_lines(report: dict):
+    for point in report.get("curve", []):
+        idle = f"save {point['save_gbps']:.1f}, load {point['load_gbps']:.1f} GB/s"
+        yield None, f"way: {point['way']}: engine idle", idle, "", ""
+        for compute, slow in point["beside"].items():
+            alone = slow["alone"]
+            figure = f"save {slow['save_gbps']:.1f}, load {slow['load_gbps']:.1f} GB/s"
+            times = []
+            for part in ("saving", "loading"):
+                median = slow[part]["median_ns"] / alone["median_ns"]
+                mean = slow[part]["mean_ns"] / alone["mean_ns"]
+                times.append(f"x{median:.3f} (mean x{mean:.3f})")
+            yield None, f"way: {point['way']}: {compute}", figure, " / ".join(times), ""
+
+
+def soak_lines(name: str, summary: dict):
+    tally = summary["tally"]
+    good = not summary["faults"] and tally["loads"] > 0 and tally["saves"] > 0
+    if summary["seconds"] >= 10:
+        good = good and summary["killed"] > 0
+    figure = (
+        f"{len(summary['faults'])} faults in {summary['seconds']:.0f} s: {tally['saves']} saves, "
+        f"{tally['loads']} loads, {tally['loaded_bytes'] / 1e9:.1f} GB compared"
+    )
+    deaths = (
+        f"{summary['engines']} engines, {summary['killed']} killed, {summary['broken']} of them "
+        f"broken, {summary['daemon_kills']} daemons killed, {tally['cancels']} cancels"
+    )
+    yield good, f"{name}: every byte compared", figure, deaths, "0 faults"
+    held = summary["daemon_gpu_bytes"]
+    for gpu, held_bytes in enumerate(held):
+        what = f"{name}: daemon's memory of GPU {gpu} when its engines have gone"
+        yield held_bytes <= 700 * MIB, what, f"{held_bytes / MIB:.0f} MiB", "", "<= 700 MiB"
+    for fault in summary["faults"]:
+        yield False, f"{name}: fault", fault[:200], "", ""
+
+
+def lines(folder: pathlib.Path):
+    for path in sorted(folder.glob("*.status")):
+        name = path.stem
+        status = int(path.read_text())
+        report = read(folder, name) if name != "doctor" else None
+        if isinstance(report, dict) and "rows" in report:
+            yield from bench_lines(report)
+            yield from curve_lines(report)
+        elif isinstance(report, dict) and "tally" in report:
+            yield from soak_lines(name, report)
+        elif status == 0 and name != "doctor":
+            yield False, name, "said nothing that can be read", "", ""
+        if status != 0:
+            yield False, name, f"ended with status {status}", "", "0"
+
+
+def main() -> int:
+    folder = pathlib.Path(sys.argv[1])
+    all_lines = list(lines(folder))
+    words = {True: "PASS", False: "FAIL", None: ""}
+    cells = [(words[met], *rest) for met, *rest in all_lines]
+    widths = [max((len(row[at]) for row in cells), default=0) for at in range(4)]
+    print()
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)), row[4])
+    judged = [met for met, *_ in all_lines if met is not None]
+    print(f"\n{sum(judged)} passed, {len(judged) - sum(judged)} failed")
+    return 0 if judged and all(judged) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
