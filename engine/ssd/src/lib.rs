@@ -26,6 +26,8 @@ mod stats;
 mod tier;
 
 #[cfg(test)]
+mod reopen;
+#[cfg(test)]
 mod simulated;
 
 pub use block::{BlockInfo, BlockKey, PageRef};

@@ -384,6 +384,7 @@ pub(crate) fn take_in(shards: &mut [Shard], found: &[Found], reports: &mut [Shar
         reports[at].dropped_blocks += broken;
         reports[at].bad_chunks = found.bad_chunks;
         shards[at].found(found);
+        newest.reserve(blocks.len());
         for (key, write_id, pages) in blocks {
             match newest.get(&key) {
                 Some(&(other, _, _)) if other >= write_id => reports[at].dropped_blocks += 1,

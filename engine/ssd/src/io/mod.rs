@@ -74,7 +74,8 @@ pub(crate) trait Bell: Send + Sync {
 /// * What was written is read by every piece submitted after its end.
 /// * A sync that ends well covers every write that ended before the sync was submitted.
 /// * `wait` returns when a piece has ended, the bell rang, or the time is over, whichever comes
-///   first; at once if a piece had ended before.
+///   first; at once if a piece had ended before. With many pieces under way it may take half a
+///   millisecond longer, to bring several.
 /// * Dropping an engine does not return before no piece touches its memory any more.
 pub(crate) trait Engine: Send {
     /// The name in reports.

@@ -18,6 +18,11 @@ const BELL: u64 = u64::MAX;
 /// The kernel registers at most that many bytes as one buffer.
 const BUFFER_BYTES: u64 = 1 << 30;
 
+/// So many ends one wake-up waits for at most.
+const FEW: u32 = 4;
+/// It waits no longer than that for more than one.
+const FEW_WAIT: Duration = Duration::from_micros(500);
+
 /// What the ring could not get; it works without.
 pub(crate) type Shortfall = Option<String>;
 
@@ -230,9 +235,16 @@ impl Engine for Uring {
         let ended = self.collect(out);
         let submitted = match timeout {
             Some(timeout) if !ended && !timeout.is_zero() => {
-                let limit = Timespec::from(timeout);
+                // With many under way several will end soon: one wake-up serves a few of them.
+                let few = (self.running / 8).clamp(1, FEW);
+                let limit = if few > 1 {
+                    timeout.min(FEW_WAIT)
+                } else {
+                    timeout
+                };
+                let limit = Timespec::from(limit);
                 let args = SubmitArgs::new().timespec(&limit);
-                self.ring.submitter().submit_with_args(1, &args)
+                self.ring.submitter().submit_with_args(few as usize, &args)
             }
             _ => self.ring.submit(),
         };

@@ -39,17 +39,22 @@ impl Found {
     /// whole.
     pub fn blocks(&self) -> (Vec<FoundBlock>, u64) {
         let mut parts: HashMap<(BlockKey, u64), Vec<Option<Page>>> = HashMap::new();
+        let mut whole = Vec::new();
         for found in &self.segments {
             for record in &found.records {
-                let pages = parts
-                    .entry((record.key(), record.write_id))
-                    .or_insert_with(|| vec![None; usize::from(record.pages)]);
                 let page = Page {
                     segment: found.segment,
                     offset: record.offset,
                     bytes: record.bytes,
                     checksum: record.checksum,
                 };
+                if record.pages == 1 {
+                    whole.push((record.key(), record.write_id, Box::from([page])));
+                    continue;
+                }
+                let pages = parts
+                    .entry((record.key(), record.write_id))
+                    .or_insert_with(|| vec![None; usize::from(record.pages)]);
                 // A table that contradicts itself describes no block that can be whole.
                 match pages.get_mut(usize::from(record.page)) {
                     Some(place) if place.is_none() => *place = Some(page),
@@ -58,7 +63,6 @@ impl Found {
             }
         }
         let mut broken = 0;
-        let mut whole = Vec::new();
         for ((key, write_id), pages) in parts {
             match pages.into_iter().collect::<Option<Box<[Page]>>>() {
                 Some(pages) => whole.push((key, write_id, pages)),
