@@ -123,8 +123,9 @@ $(VENV)/ready: python/requirements-dev.txt
 python-venv: $(VENV)/ready ## install the tools for the Python package under target/
 
 .PHONY: lint-python
-lint-python: python-venv ## ruff and mypy --strict over the Python package
+lint-python: python-venv ## ruff (rules and format) and mypy --strict over the package
 	$(VENV)/bin/ruff check python
+	$(VENV)/bin/ruff format --check --quiet python
 	cd python && $(VENV)/bin/mypy --strict pegaflow tests examples benchmarks
 
 .PHONY: test-python

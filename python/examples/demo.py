@@ -86,8 +86,11 @@ def engine(model: str, answers: str) -> None:
     )
     began = time.perf_counter()
     tokens = [
-        list(llm.generate([{"prompt_token_ids": one}], sampling, use_tqdm=False)[0].outputs[0]
-             .token_ids)
+        list(
+            llm.generate([{"prompt_token_ids": one}], sampling, use_tqdm=False)[0]
+            .outputs[0]
+            .token_ids
+        )
         for one in prompts()
     ]
     took = time.perf_counter() - began
@@ -95,9 +98,14 @@ def engine(model: str, answers: str) -> None:
     while not llm.reset_prefix_cache():
         time.sleep(0.01)
     found = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    said = {name: found.get(f"vllm:{name}", 0) for name in (
-        "external_prefix_cache_hits", "pegaflow_saved_blocks", "pegaflow_loaded_blocks",
-    )}
+    said = {
+        name: found.get(f"vllm:{name}", 0)
+        for name in (
+            "external_prefix_cache_hits",
+            "pegaflow_saved_blocks",
+            "pegaflow_loaded_blocks",
+        )
+    }
     Path(answers).write_text(json.dumps({"tokens": tokens, "seconds": took, **said}))
 
 
@@ -109,7 +117,9 @@ def run(folder: Path, name: str, environment: dict[str, str]) -> dict[str, Any]:
         status = subprocess.run(
             [sys.executable, "-m", "examples.demo", str(folder / "model"), str(answers)],
             env={**os.environ, **SETTINGS, **environment},
-            stdout=output, stderr=output, check=False,
+            stdout=output,
+            stderr=output,
+            check=False,
         ).returncode
     if status:
         print(log.read_text()[-8000:])
@@ -130,9 +140,21 @@ def main() -> None:
         plain = run(folder, "without a connector", {"PEGAFLOW_SOCKET": ""})
         socket = folder / "daemon.sock"
         daemon = subprocess.Popen(
-            [binaries / "pegaflowd", "--node", node, "--socket", socket, "--pool-size", "256MiB",
-             "--extent-size", "4MiB", "--http", "off"],
-            stdout=(folder / "daemon.log").open("w"), stderr=subprocess.STDOUT,
+            [
+                binaries / "pegaflowd",
+                "--node",
+                node,
+                "--socket",
+                socket,
+                "--pool-size",
+                "256MiB",
+                "--extent-size",
+                "4MiB",
+                "--http",
+                "off",
+            ],
+            stdout=(folder / "daemon.log").open("w"),
+            stderr=subprocess.STDOUT,
         )
         try:
             there = {

@@ -119,9 +119,7 @@ class Engine:
                 mode,
             )
             self.workers.append(worker)
-        self.scheduler = Scheduler(
-            config, groups, world_size, LOGGER, with_events=with_events
-        )
+        self.scheduler = Scheduler(config, groups, world_size, LOGGER, with_events=with_events)
         self.pool = Pool(blocks)
         self.scheduler.bind(self.pool)
         if config.mode.loads:
@@ -207,9 +205,7 @@ class Engine:
         """A step without work."""
         return self.step(self.scheduler.build(Step([], [], {})))
 
-    def run(
-        self, request: Request, blocks: Sequence[Sequence[int]], computed: int = 0
-    ) -> StepMeta:
+    def run(self, request: Request, blocks: Sequence[Sequence[int]], computed: int = 0) -> StepMeta:
         """Computes the rest of a prompt in one step."""
         request.num_computed_tokens = computed
         rest = request.num_tokens - computed
@@ -237,9 +233,7 @@ class Engine:
 
         eventually(quiet, "all saves end")
 
-    def load(
-        self, request: Request, blocks: Sequence[Sequence[int]], tokens: int
-    ) -> Results:
+    def load(self, request: Request, blocks: Sequence[Sequence[int]], tokens: int) -> Results:
         """Loads what was found, and waits for it."""
         self.scheduler.allocated(request, blocks, tokens)
         total = Results(set(), set(), set())

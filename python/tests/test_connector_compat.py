@@ -55,9 +55,7 @@ def hash_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(*specs: Any) -> Any:
-    return SimpleNamespace(
-        kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs]
-    )
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
 
 
 @pytest.mark.usefixtures("hash_tokens")
@@ -143,9 +141,7 @@ def test_only_mla_under_tensor_parallelism_alone_is_stored_once() -> None:
     assert not compat.is_replicated(parallel(tensor_parallel_size=2), mixed)
     assert not compat.is_replicated(parallel(), mla)
     assert not compat.is_replicated(parallel(tensor_parallel_size=2), FullAttentionSpec(16))
-    assert not compat.is_replicated(
-        parallel(tensor_parallel_size=2, pipeline_parallel_size=2), mla
-    )
+    assert not compat.is_replicated(parallel(tensor_parallel_size=2, pipeline_parallel_size=2), mla)
     assert not compat.is_replicated(
         parallel(tensor_parallel_size=2, decode_context_parallel_size=2), mla
     )

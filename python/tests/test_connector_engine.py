@@ -167,9 +167,7 @@ def test_the_null_block_is_never_saved(make: Make) -> None:
     request = Request(tokens(64))
     engine.scheduler.allocated(request, [[1, 2, 3, 4], [0, 0, 5, 6]], 0)
     meta = engine.scheduler.build(
-        Step(
-            [(request.request_id, [[1, 2, 3, 4], [0, 0, 5, 6]], 0)], [], {request.request_id: 64}
-        )
+        Step([(request.request_id, [[1, 2, 3, 4], [0, 0, 5, 6]], 0)], [], {request.request_id: 64})
     )
     (job,) = meta.saves
     assert [(part.group, part.blocks) for part in job.parts] == [(0, [1, 2, 3, 4]), (1, [5, 6])]
@@ -202,9 +200,7 @@ def test_a_request_that_ends_before_it_is_scheduled_gives_its_lease_back(
     eventually(lambda: (engine.idle(), daemon.leases() == 0)[1], "the lease is given back")
 
 
-def test_a_hit_that_vllm_does_not_take_gives_its_lease_back(
-    daemon: Daemon, make: Make
-) -> None:
+def test_a_hit_that_vllm_does_not_take_gives_its_lease_back(daemon: Daemon, make: Make) -> None:
     engine = make()
     prompt = tokens(100)
     engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
@@ -385,9 +381,7 @@ def test_a_hit_ends_where_every_group_can_serve_it(make: Make) -> None:
     assert engine.find(request) == 64
 
 
-def test_a_question_that_is_not_answered_in_time_is_a_miss(
-    daemon: Daemon, make: Make
-) -> None:
+def test_a_question_that_is_not_answered_in_time_is_a_miss(daemon: Daemon, make: Make) -> None:
     engine = make(config=ConnectorConfig(query_timeout_ms=50))
     prompt = tokens(100)
     engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])

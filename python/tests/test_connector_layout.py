@@ -60,8 +60,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("view", "dim", "segments"), [case[1:] for case in LAYOUTS],
-                         ids=[case[0] for case in LAYOUTS])
+@pytest.mark.parametrize(
+    ("view", "dim", "segments"), [case[1:] for case in LAYOUTS], ids=[case[0] for case in LAYOUTS]
+)
 def test_segments_are_exactly_the_bytes_of_each_block(
     view: Strided, dim: int, segments: int
 ) -> None:
@@ -159,8 +160,6 @@ def test_stages_of_a_pipeline_with_different_numbers_of_layers_describe_themselv
         ([Layer("l", object())], "no tensor"),
     ],
 )
-def test_what_cannot_be_described_is_refused_with_the_reason(
-    layers: list[Layer], why: str
-) -> None:
+def test_what_cannot_be_described_is_refused_with_the_reason(layers: list[Layer], why: str) -> None:
     with pytest.raises(LayoutError, match=why):
         group_layout(layers, BLOCKS)

@@ -50,8 +50,13 @@ class Slow:
 
 def lookup(slow: Slow, config: ConnectorConfig) -> Lookup:
     return Lookup(
-        cast("Client", slow), cast("Registration", slow), [FULL], config, Counters(),
-        logging.getLogger("test"), lambda: slow.now,
+        cast("Client", slow),
+        cast("Registration", slow),
+        [FULL],
+        config,
+        Counters(),
+        logging.getLogger("test"),
+        lambda: slow.now,
     )
 
 

@@ -56,11 +56,7 @@ def test_a_hit_of_groups_with_blocks_of_different_sizes_is_the_longest_that_all_
         lookup = Lookup.__new__(Lookup)
         lookup._groups, lookup.align = [full, window], 2 * TOKENS
         wide = window.window_blocks or 0
-        best = max(
-            at
-            for at in range(prefix + 1)
-            if all(present[max(0, 2 * at - wide) : 2 * at])
-        )
+        best = max(at for at in range(prefix + 1) if all(present[max(0, 2 * at - wide) : 2 * at]))
         held, end = lookup._combined(asked)
         assert end == computed + best * 2 * TOKENS
         assert [one.group for one in held] == ([full, window] if best else [])

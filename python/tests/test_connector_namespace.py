@@ -31,16 +31,23 @@ def vllm(**changes: Any) -> Any:
     """vLLM's configuration with some values changed; a key is `part__name`."""
     parts: dict[str, dict[str, Any]] = {
         "model_config": {
-            "model": "org/model", "revision": None, "dtype": "torch.bfloat16",
-            "quantization": None, "hf_config": HfConfig(),
+            "model": "org/model",
+            "revision": None,
+            "dtype": "torch.bfloat16",
+            "quantization": None,
+            "hf_config": HfConfig(),
         },
         "cache_config": {
-            "cache_dtype": "auto", "calculate_kv_scales": False,
-            "prefix_caching_hash_algo": "sha256", "kv_cache_dtype_skip_layers": [],
+            "cache_dtype": "auto",
+            "calculate_kv_scales": False,
+            "prefix_caching_hash_algo": "sha256",
+            "kv_cache_dtype_skip_layers": [],
         },
         "parallel_config": {
-            "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
-            "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1,
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
         },
         "load_config": {"load_format": "auto"},
         "kv_transfer_config": {"engine_id": "engine-1"},
@@ -68,9 +75,7 @@ def namespace(
     groups: tuple[str, ...] = ("FullAttentionSpec:16",),
     **changes: Any,
 ) -> Namespace:
-    return namespace_of(
-        config or ConnectorConfig(), vllm(**changes), seed, tokens, layout, groups
-    )
+    return namespace_of(config or ConnectorConfig(), vllm(**changes), seed, tokens, layout, groups)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,8 @@ def test_two_checkpoints_of_the_same_shape_and_place_are_told_apart(tmp_path: Pa
 
 def test_no_text_is_longer_than_the_daemon_takes() -> None:
     long = namespace(
-        model_config__model="m" * 3000, layout=",".join(map(str, range(2000))),
+        model_config__model="m" * 3000,
+        layout=",".join(map(str, range(2000))),
         model_config__revision="r" * 2000,
     )
     wire = to_wire(long)

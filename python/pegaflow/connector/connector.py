@@ -55,9 +55,7 @@ class PegaKVConnector(KVConnectorBase_V1, SupportsHMA):
     #: Where vLLM's metrics say that hits came from.
     _cache_hit_source = compat.HIT_SOURCE
 
-    def __init__(
-        self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any
-    ) -> None:
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         config, notes = parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._config: ConnectorConfig = config
@@ -195,9 +193,7 @@ class PegaKVConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[int | None, bool]:
         return self._as_scheduler().matched(request, num_computed_tokens)
 
-    def update_state_after_alloc(
-        self, request: Any, blocks: Any, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         self._as_scheduler().allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> PegaMetadata:

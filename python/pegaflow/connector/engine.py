@@ -105,9 +105,7 @@ class SchedulerEnd:
             return 0, False
         return self._scheduler.matched(request, computed)
 
-    def allocated(
-        self, request: Any, blocks: Sequence[Sequence[int]], external: int
-    ) -> None:
+    def allocated(self, request: Any, blocks: Sequence[Sequence[int]], external: int) -> None:
         """See `Scheduler.allocated`."""
         self._scheduler.allocated(request, blocks, external)
 

@@ -133,9 +133,7 @@ class Lookup:
         """There is no daemon at the moment."""
         return self._client.state != State.CONNECTED
 
-    def find(
-        self, prompt: Prompt, hashes: Sequence[bytes], computed: int, most: int
-    ) -> int | None:
+    def find(self, prompt: Prompt, hashes: Sequence[bytes], computed: int, most: int) -> int | None:
         """How many tokens after `computed` are cached, not reaching beyond `most` tokens. None: not
         known yet, ask again.
 
@@ -208,9 +206,7 @@ class Lookup:
 
     # ------------------------------------------------------------ asking
 
-    def _ask(
-        self, prompt: Prompt, asked: Asked, hashes: Sequence[bytes], now: float
-    ) -> int | None:
+    def _ask(self, prompt: Prompt, asked: Asked, hashes: Sequence[bytes], now: float) -> int | None:
         try:
             for group in self._groups:
                 if group.number not in asked.requests and group.number not in asked.answers:
@@ -322,9 +318,7 @@ class Lookup:
             return self._miss(prompt, asked, now)
         self._counters.add("queries")
         self._counters.add("hit_blocks", sum(one.end - one.begin for one in held))
-        ttl_ms = min(
-            asked.answers[one.group.number].value for one in held
-        )
+        ttl_ms = min(asked.answers[one.group.number].value for one in held)
         prompt.answer = Answer(
             asked.computed, asked.limit, end - asked.computed, held, now + ttl_ms / 2000
         )
@@ -376,7 +370,7 @@ def _bits(group: CacheGroup, asked: Asked) -> int:
 
 
 def ends_of(group: CacheGroup, asked: Asked) -> str:
-    """"1" at `n` if a group can serve a hit that ends `n` of its blocks after those that vLLM has.
+    """ "1" at `n` if a group can serve a hit that ends `n` of its blocks after those that vLLM has.
 
     As long numbers in few operations: a look at each window of a long prompt costs too much.
     """
@@ -431,7 +425,5 @@ def loads_of(answer: Answer, blocks: Sequence[Sequence[int]], tokens: int) -> li
             begin += 1
         if begin < end:
             first = held.first + begin - held.begin
-            loads.append(
-                GroupLoad(held.group.number, held.lease, first, list(own[begin:end]))
-            )
+            loads.append(GroupLoad(held.group.number, held.lease, first, list(own[begin:end])))
     return loads

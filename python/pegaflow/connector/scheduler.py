@@ -179,9 +179,7 @@ class Scheduler:
         try:
             parts = loads_of(answer, blocks, external)
         except ValueError as error:
-            self._logger.error(
-                "request %s is computed, not loaded: %s", request.request_id, error
-            )
+            self._logger.error("request %s is computed, not loaded: %s", request.request_id, error)
             parts = []
             refused = [block for own in blocks for block in own if block != NULL_BLOCK]
         loaded = {part.lease for part in parts}
@@ -326,9 +324,7 @@ class Scheduler:
             self._lookup.forget(tracked.prompt)
         if tracked.blocks and not tracked.loading and self._config.mode.saves:
             # The last token was sampled, not computed.
-            self._complete(
-                tracked, min(request.num_computed_tokens, request.num_tokens - 1)
-            )
+            self._complete(tracked, min(request.num_computed_tokens, request.num_tokens - 1))
 
     def report(self, report: WorkerReport) -> None:
         """What the workers are through with."""

@@ -296,8 +296,10 @@ class Worker:
             self._part_of_save_ended(job)
         else:
             self._save_failed(
-                job, len(part.blocks) - completion.count - completion.skipped,
-                completion.status, completion.text,
+                job,
+                len(part.blocks) - completion.count - completion.skipped,
+                completion.status,
+                completion.text,
             )
 
     def _save_failed(self, job: int, blocks: int, status: Status, text: str) -> None:
