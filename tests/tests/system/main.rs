@@ -25,6 +25,7 @@ mod registration;
 mod restart;
 mod saves;
 mod shutdown;
+mod ssd;
 mod startup;
 mod upgrade;
 mod users;
