@@ -287,6 +287,7 @@ mod tests {
             let page = PageRef {
                 offset: u64::from(block) * 4096,
                 bytes: 4096,
+                checksum: pegaflow_ssd::NO_CHECKSUM,
             };
             tier.write(Instant::now(), u64::from(block), &key, &[page])
                 .expect("taken");

@@ -123,15 +123,20 @@ impl Cache {
         if self.pins_left(domain) == 0 || !self.domains[domain].block(entry).sealed {
             return false;
         }
-        let home = &mut self.domains[domain];
+        let home = &self.domains[domain];
         for shard in 0..home.block(entry).shards {
             if let Shard::In(page) = home.block(entry).shard(shard, &home.runs) {
                 pages.push(PageSpan {
                     offset: page.offset(),
                     bytes: self.pool.page_bytes_of(page).unwrap_or(0),
+                    checksum: match self.checksums {
+                        Some(_) => self.checksum(page),
+                        None => NO_CHECKSUM,
+                    },
                 });
             }
         }
+        let home = &mut self.domains[domain];
         let block = &mut home.blocks[entry.0 as usize];
         home.pinned += u32::from(block.pins == 0);
         home.pins += 1;
@@ -147,7 +152,7 @@ impl Cache {
     }
 
     /// Makes room for a block that comes back, in pages of these sizes, which are appended to
-    /// `pages`. It must be absent, or partial with nothing on its way.
+    /// `pages` with no checksum wanted. It must be absent, or partial with nothing on its way.
     ///
     /// # Errors
     /// There is no room; what was taken is given back.
@@ -194,22 +199,23 @@ impl Cache {
             pages.push(PageSpan {
                 offset: page.offset(),
                 bytes: *bytes,
+                checksum: NO_CHECKSUM,
             });
         }
         self.admission = admission;
         match begun {
             Some(entry) if pages.len() == sizes.len() => Ok(entry),
             Some(entry) => {
-                self.end_fetch(domain, entry, false);
+                self.end_fetch(domain, entry, None);
                 Err(MissReason::NoLease)
             }
             None => Err(MissReason::NoLease),
         }
     }
 
-    /// The tier has filled the pages of [`Self::begin_fetch`], or has let go of them. True when the
-    /// block is a hit now.
-    pub fn end_fetch(&mut self, domain: DomainId, entry: EntryId, filled: bool) -> bool {
+    /// The tier has filled the pages of [`Self::begin_fetch`], whose checksums those are of which
+    /// there is one, or has let go of them. True when the block is a hit now.
+    pub fn end_fetch(&mut self, domain: DomainId, entry: EntryId, filled: Option<&[u64]>) -> bool {
         let Some(key) = self.domains[domain].index.writer.key(entry) else {
             unreachable!("{entry} came back and is not in the index");
         };
@@ -232,8 +238,10 @@ impl Cache {
                 shards,
                 page_bytes: self.pool.page_bytes_of(page).unwrap_or(0),
             };
-            if filled {
-                sealed = self.shard_copied(&scope, entry, NO_CHECKSUM);
+            if let Some(checksums) = filled {
+                let checksum = checksums.get(usize::from(shard));
+                let checksum = checksum.copied().unwrap_or(NO_CHECKSUM);
+                sealed = self.shard_copied(&scope, entry, checksum);
             } else {
                 self.shard_failed(&scope, entry);
             }

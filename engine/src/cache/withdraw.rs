@@ -48,6 +48,11 @@ impl Cache {
     /// it was withdrawn before.
     pub fn withdraw(&mut self, page: PageAddr) -> Option<Withdrawn> {
         let (domain, entry) = self.owner_of(page)?;
+        self.withdraw_block(domain, entry)
+    }
+
+    /// The same with the block itself.
+    pub fn withdraw_block(&mut self, domain: DomainId, entry: EntryId) -> Option<Withdrawn> {
         let home = &mut self.domains[domain];
         if !home.block(entry).sealed {
             return None;

@@ -1,14 +1,13 @@
 //! Checksums of pages in the pool: taken after a save's copy, compared before a load's.
 
 use clap::ValueEnum;
-use twox_hash::XxHash3_64;
+pub use pegaflow_ssd::NO_CHECKSUM;
 
 use super::error::CopyError;
 use super::memory::PoolMemory;
 use super::task::PageCopy;
+use crate::pool::round_page;
 
-/// In [`PageCopy::checksum`]: none is known, none is asked for.
-pub const NO_CHECKSUM: u64 = 0;
 /// In the [`PageCopy::checksum`] of a save: take one.
 pub const TAKE_CHECKSUM: u64 = 1;
 /// Of how many saved pages one gets a checksum under [`ChecksumMode::Sampled`].
@@ -61,24 +60,22 @@ impl Sampler {
     }
 }
 
-/// The checksum of `bytes` bytes at `offset` of the pool: xxh3-64, and 1 where that is 0, which
-/// stands for none.
+/// The checksum of the page at `offset` of the pool that holds `bytes` bytes: of all of it, as the
+/// pool rounds it and as the tier below moves it, so that both mean the same by it.
 ///
 /// # Safety
 ///
-/// The range lies in the pool, and no thread of this process writes to it meanwhile.
+/// The bytes lie in the pool, and no thread of this process writes to the page meanwhile.
 unsafe fn page_checksum(pool: &PoolMemory, offset: u64, bytes: u64) -> u64 {
-    // SAFETY: mapped (caller, and `PoolMemory::new`). Only copy threads of this process write to
-    // the pool, which no other process has open, and none writes here now (caller). Memory that
-    // changes all the same is what the number is there to find: computing it takes no decision and
-    // no address from the bytes.
+    let bytes = round_page(bytes).min(pool.bytes() - offset);
+    // SAFETY: mapped (caller, the line above, and `PoolMemory::new`). Only copy threads of this
+    // process write to the pool, which no other process has open, and none writes here now
+    // (caller). Memory that changes all the same is what the number is there to find: computing it
+    // takes no decision and no address from the bytes.
     let page = unsafe {
         std::slice::from_raw_parts(pool.base().as_ptr().add(offset as usize), bytes as usize)
     };
-    match XxHash3_64::oneshot(page) {
-        NO_CHECKSUM => 1,
-        checksum => checksum,
-    }
+    pegaflow_ssd::page_checksum(page)
 }
 
 /// Takes the checksums that the pages of a save ask for.

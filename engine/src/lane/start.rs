@@ -167,7 +167,13 @@ pub(super) fn build<M: Machine>(
         crowded,
     } = parts;
     let tier_options = options.tier.unwrap_or_default();
-    let tier = store.map(|store| Box::new(LaneTier::new(store, tier_options)));
+    let tier = store.map(|store| {
+        Box::new(LaneTier::new(
+            store,
+            tier_options,
+            Sampler::new(options.checksum),
+        ))
+    });
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     epoll::add(
         &epoll,

@@ -7,6 +7,8 @@
 
 #![forbid(unsafe_code)]
 
+mod down;
+
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -15,15 +17,14 @@ use pegaflow_shm::index::EntryId;
 use pegaflow_shm::node::Counter;
 
 use crate::cache::Cache;
-use crate::cache::block::Block;
 use crate::cache::domain::DomainId;
 use crate::cache::exchange::Presence;
+use crate::control::hex;
+use crate::copy::Sampler;
 use crate::lane::api::SessionId;
 use crate::lane::prefetch::{PieceState, PrefetchId, Prefetches};
 use crate::lane::tally::Tally;
-use crate::tier::{
-    AdmitWhen, BlockStore, PageSpan, Refused, StoreDone, StoreKey, StoreOutcome, TierOptions,
-};
+use crate::tier::{BlockStore, PageSpan, Refused, StoreDone, StoreKey, StoreOutcome, TierOptions};
 
 /// Part of the pool that is kept free or on the tier, so that a burst of saves finds room.
 const AHEAD_SHARE: u64 = 2;
@@ -98,6 +99,8 @@ enum Turn {
 pub(super) struct LaneTier {
     pub store: Box<dyn BlockStore>,
     pub options: TierOptions,
+    /// Says which pages that come up get a checksum.
+    sampler: Sampler,
     pub prefetches: Prefetches,
     /// Requests whose answer has become ready, or whose time has passed.
     pub resume: Vec<(SessionId, u64)>,
@@ -133,10 +136,15 @@ pub(super) struct Moment<'a> {
 }
 
 impl LaneTier {
-    pub(super) fn new(store: Box<dyn BlockStore>, options: TierOptions) -> LaneTier {
+    pub(super) fn new(
+        store: Box<dyn BlockStore>,
+        options: TierOptions,
+        sampler: Sampler,
+    ) -> LaneTier {
         LaneTier {
             store,
             options,
+            sampler,
             prefetches: Prefetches::default(),
             resume: Vec::new(),
             moving: Vec::new(),
@@ -261,6 +269,9 @@ impl LaneTier {
                 bytes,
             }) => {
                 let written = ended.outcome == StoreOutcome::Written;
+                if ended.outcome == StoreOutcome::Bad && !cache.is_withdrawn(domain, entry.0) {
+                    withdraw(cache, moment, domain, entry);
+                }
                 self.writes -= 1;
                 self.write_bytes -= bytes;
                 if written {
@@ -277,7 +288,7 @@ impl LaneTier {
                 };
                 moment.tally.add(what, 1);
             }
-            Some(Moving::Up(fetch)) => self.fetched(cache, moment, fetch, ended.outcome),
+            Some(Moving::Up(fetch)) => self.fetched(cache, moment, fetch, ended),
             None => tracing::error!(
                 ticket = ended.ticket,
                 "the tier ended what nobody asked for"
@@ -290,7 +301,7 @@ impl LaneTier {
         cache: &mut Cache,
         moment: &mut Moment<'_>,
         fetch: Fetch,
-        outcome: StoreOutcome,
+        ended: StoreDone,
     ) {
         let Fetch {
             domain,
@@ -301,8 +312,9 @@ impl LaneTier {
         } = fetch;
         self.by_entry.remove(&(domain, entry.0));
         self.late -= u32::from(late);
-        let sealed = cache.end_fetch(domain, entry, outcome == StoreOutcome::Read);
-        let what = match outcome {
+        let filled = (ended.outcome == StoreOutcome::Read).then_some(&ended.checksums[..]);
+        let sealed = cache.end_fetch(domain, entry, filled);
+        let what = match ended.outcome {
             StoreOutcome::Read => Counter::SsdFetched,
             StoreOutcome::Bad => Counter::SsdFetchBad,
             StoreOutcome::Written | StoreOutcome::Failed => Counter::SsdFetchFailed,
@@ -486,6 +498,9 @@ impl LaneTier {
             Err(_) if self.writes > 0 => return Err(None),
             Err(reason) => return Err(Some(reason)),
         };
+        for page in &mut self.pages {
+            page.checksum = self.sampler.for_next_page();
+        }
         let waiters = vec![(id, at as u32)];
         let domain = scope.domain;
         let moving = self.put(Moving::Up(Fetch {
@@ -506,202 +521,12 @@ impl LaneTier {
             }
             Err(why) => {
                 self.take(moving);
-                cache.end_fetch(domain, entry, false);
+                cache.end_fetch(domain, entry, None);
                 match why {
                     Refused::Busy if !self.by_entry.is_empty() || self.writes > 0 => Err(None),
                     _ => Err(Some(MissReason::Absent)),
                 }
             }
-        }
-    }
-
-    /// A block has all its shards: it is written at once if that is the policy.
-    pub(super) fn note_sealed(&mut self, cache: &Cache, domain: DomainId, entry: EntryId) {
-        if self.options.admit == AdmitWhen::Seal {
-            self.write_soon(cache, domain, entry);
-        }
-    }
-
-    /// Queries have found these blocks: they are written if that was the last use they needed.
-    pub(super) fn note_hits(&mut self, cache: &Cache, domain: DomainId, entries: &[u32]) {
-        let AdmitWhen::Hits(wanted) = self.options.admit else {
-            return;
-        };
-        for entry in entries {
-            let entry = EntryId(*entry);
-            let block = cache.domain_ref(domain).block(entry);
-            if block.hits == wanted && !block.stored {
-                self.write_soon(cache, domain, entry);
-            }
-        }
-    }
-
-    fn write_soon(&mut self, cache: &Cache, domain: DomainId, entry: EntryId) {
-        if self.to_write.len() < MAX_TO_WRITE {
-            let generation = cache.domain_ref(domain).block(entry).generation;
-            self.to_write.push_back(ToWrite {
-                domain,
-                entry,
-                generation,
-            });
-        }
-    }
-
-    fn begin_writes(&mut self, cache: &mut Cache, now: Instant) {
-        if self.put_off.is_some_and(|until| now < until) {
-            return;
-        }
-        self.put_off = None;
-        if self.to_write.is_empty() && self.look_is_due(cache) {
-            self.look_ahead(cache);
-        }
-        while let Some(next) = self.to_write.front() {
-            let (domain, entry) = (next.domain, next.entry);
-            let block = cache.domain_ref(domain).block(entry);
-            let current = block.generation == next.generation && block.sealed && !block.stored;
-            let attempt = match current {
-                true => self.write(cache, now, domain, entry),
-                false => Attempt::Settled,
-            };
-            match attempt {
-                Attempt::Settled => drop(self.to_write.pop_front()),
-                Attempt::Later => {
-                    self.put_off = Some(now + RETRY);
-                    return;
-                }
-                Attempt::Hopeless => {
-                    self.wrote = None;
-                    self.to_write.clear();
-                }
-            }
-        }
-    }
-
-    /// So much of the pool has been used up since the last look that there may be more to write.
-    fn look_is_due(&self, cache: &Cache) -> bool {
-        let Some(looked_at) = self.looked_at else {
-            return true;
-        };
-        let used = cache.taken_bytes() - looked_at;
-        if used == 0 {
-            return false;
-        }
-        let pool = cache.pool();
-        let sealed = cache
-            .domains()
-            .iter()
-            .map(|d| u64::from(d.index.writer.sealed_len()));
-        let taken = pool.pool_bytes() - pool.free_bytes();
-        let block_bytes = taken / sealed.sum::<u64>().max(1);
-        let step = pool.pool_bytes() / AHEAD_SHARE / LOOKS;
-        used >= step.min(LOOK_BLOCKS / LOOKS * block_bytes).max(1)
-    }
-
-    /// Lists the blocks that will be evicted next and are not on the tier yet.
-    fn look_ahead(&mut self, cache: &mut Cache) {
-        self.looked_at = Some(cache.taken_bytes());
-        let wanted = cache.pool().pool_bytes() / AHEAD_SHARE;
-        let mut ready = cache.pool().free_bytes();
-        if ready >= wanted {
-            return;
-        }
-        let mut domains: Vec<DomainId> = (0..cache.domains().len()).collect();
-        domains.sort_by_key(|domain| std::cmp::Reverse(cache.domain_ref(*domain).bytes));
-        let mut passed = 0;
-        let mut gone = Vec::new();
-        let (store, admit, to_write) = (&self.store, self.options.admit, &mut self.to_write);
-        for domain in domains {
-            let seen: &Cache = cache;
-            seen.upcoming(domain, &mut |entry: EntryId, block: &Block| {
-                passed += 1;
-                if block.is_idle() && admit.worth_keeping(block.hits) {
-                    let is_there = || {
-                        let key = seen.store_key(domain, entry);
-                        key.is_some_and(|key| store.holds(&key))
-                    };
-                    if block.stored && !is_there() {
-                        gone.push((domain, entry));
-                    }
-                    if !block.stored || gone.last() == Some(&(domain, entry)) {
-                        to_write.push_back(ToWrite {
-                            domain,
-                            entry,
-                            generation: block.generation,
-                        });
-                    }
-                }
-                ready += seen.block_bytes(domain, entry);
-                ready < wanted && passed < LOOK_BLOCKS
-            });
-        }
-        for (domain, entry) in gone {
-            // It left the tier since.
-            cache.mark_stored(domain, entry, false);
-        }
-    }
-
-    fn write(
-        &mut self,
-        cache: &mut Cache,
-        now: Instant,
-        domain: DomainId,
-        entry: EntryId,
-    ) -> Attempt {
-        let Some(key) = cache.store_key(domain, entry) else {
-            return Attempt::Settled;
-        };
-        if self.store.holds(&key) {
-            cache.mark_stored(domain, entry, true);
-            return Attempt::Settled;
-        }
-        cache.mark_stored(domain, entry, false);
-        let bytes = cache.block_bytes(domain, entry);
-        let most = cache.pool().pool_bytes() / WRITING_SHARE;
-        if self.writes > 0 && self.write_bytes + bytes > most {
-            return Attempt::Later;
-        }
-        self.pages.clear();
-        if !cache.begin_write(domain, entry, &mut self.pages) {
-            return Attempt::Settled;
-        }
-        let moving = self.put(Moving::Down {
-            domain,
-            entry,
-            key,
-            bytes,
-        });
-        match self.store.write(now, moving as u64, &key, &self.pages) {
-            Ok(()) => {
-                self.writes += 1;
-                self.write_bytes += bytes;
-                Attempt::Settled
-            }
-            Err(why) => {
-                self.take(moving);
-                cache.end_write(domain, entry, false);
-                match why {
-                    Refused::Busy | Refused::RateLimited => Attempt::Later,
-                    Refused::Degraded => Attempt::Hopeless,
-                    Refused::Unfit => {
-                        self.tell_unfit();
-                        Attempt::Settled
-                    }
-                    Refused::Known | Refused::Absent => Attempt::Settled,
-                }
-            }
-        }
-    }
-
-    /// Says once that there are blocks that the tier can never hold.
-    fn tell_unfit(&mut self) {
-        if !std::mem::replace(&mut self.told_unfit, true) {
-            let bytes: Vec<u32> = self.pages.iter().map(|page| page.bytes).collect();
-            tracing::warn!(
-                ?bytes,
-                "a block with pages of these sizes does not fit the SSD tier: it and others like \
-                 it are never written (pegaflow_ssd_blocks counts them as evicted_unwritten); make \
-                 the engine's blocks smaller or the shards larger"
-            );
         }
     }
 
@@ -793,5 +618,19 @@ fn pinned(cache: &mut Cache, domain: DomainId, entry: EntryId) -> PieceState {
             fetched: true,
         },
         Err(reason) => PieceState::Missing(reason),
+    }
+}
+
+/// A page was to be written that does not have its checksum any more: its block is served to nobody
+/// again, and is not on the tier.
+fn withdraw(cache: &mut Cache, moment: &mut Moment<'_>, domain: DomainId, entry: EntryId) {
+    moment.tally.add(Counter::ChecksumMismatches, 1);
+    if let Some(block) = cache.withdraw_block(domain, entry) {
+        tracing::warn!(
+            namespace = block.namespace,
+            group = block.group,
+            hash = %hex(&block.hash),
+            "a block is withdrawn: a page of it has changed before it was written to the tier"
+        );
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pegaflow_shm::BlockHash;
-use pegaflow_ssd::ShardStats;
+use pegaflow_ssd::{NO_CHECKSUM, ShardStats, page_checksum};
 
 use crate::copy::PoolMemory;
 use crate::lane::LaneWake;
@@ -34,9 +34,14 @@ pub struct State {
     pub depth: usize,
     /// Names of the blocks read, in the order of the requests.
     pub reads: Vec<StoreKey>,
+    /// Memory of these changes before they are written.
+    pub changes: BTreeSet<BlockHash>,
+    /// Where the blocks read came to lie.
+    pub filled: Vec<(StoreKey, PageSpan)>,
     /// Blocks written.
     pub writes: usize,
     pending: Vec<Request>,
+    pool: Option<PoolMemory>,
     wake: Option<Arc<LaneWake>>,
 }
 
@@ -77,16 +82,34 @@ impl Handle {
         }
     }
 
+    /// One bit of a block that was read changes in the pool.
+    pub fn change(&self, hash: &BlockHash) {
+        let state = self.state();
+        let filled = state.filled.iter().rev();
+        let mut filled = filled.filter(|(key, _)| key.hash == *hash);
+        let (_, span) = filled.next().expect("it was read");
+        flip(state.pool.as_ref().expect("opened"), span);
+    }
+
     /// The lane's end.
     pub fn open(&self, pool: &PoolMemory, wake: Arc<LaneWake>) -> Box<dyn BlockStore> {
         let mut state = self.state();
         state.pending.clear();
         state.wake = Some(wake);
+        state.pool = Some(pool.clone());
         Box::new(MemoryStore {
             state: self.0.clone(),
             pool: pool.clone(),
         })
     }
+}
+
+/// Memory changes by itself.
+fn flip(pool: &PoolMemory, span: &PageSpan) {
+    assert!(span.offset + u64::from(span.bytes) <= pool.bytes());
+    let byte = pool.base().as_ptr().wrapping_add(span.offset as usize + 99);
+    // SAFETY: the span lies in the pool, which `pool` keeps mapped, and no copy of it runs.
+    unsafe { byte.write(byte.read() ^ 1) };
 }
 
 struct MemoryStore {
@@ -121,6 +144,14 @@ impl MemoryStore {
     fn page(&self, span: &PageSpan) -> *mut u8 {
         assert!(span.offset + u64::from(span.bytes) <= self.pool.bytes());
         self.pool.base().as_ptr().wrapping_add(span.offset as usize)
+    }
+
+    fn bytes(&self, span: &PageSpan) -> Vec<u8> {
+        let mut bytes = vec![0; span.bytes as usize];
+        // SAFETY: the span lies in the pool, which stays mapped while `self.pool` lives; the lane
+        // leaves its pages alone until the request has ended.
+        unsafe { std::ptr::copy(self.page(span), bytes.as_mut_ptr(), bytes.len()) };
+        bytes
     }
 }
 
@@ -181,6 +212,15 @@ impl BlockStore for MemoryStore {
                 state.pending.push(request);
                 continue;
             }
+            if request.write && state.changes.contains(&request.key.hash) {
+                flip(&self.pool, &request.pages[0]);
+            }
+            let wrong = request.write
+                && request.pages.iter().any(|span| {
+                    span.checksum != NO_CHECKSUM
+                        && page_checksum(&self.bytes(span)) != span.checksum
+                });
+            let mut checksums = Vec::new();
             let mut outcome = match request.write {
                 true => StoreOutcome::Written,
                 false => StoreOutcome::Read,
@@ -193,23 +233,22 @@ impl BlockStore for MemoryStore {
                     state.blocks.remove(&request.key);
                 }
                 outcome = other;
+            } else if wrong {
+                outcome = StoreOutcome::Bad;
             } else if request.write {
-                let pages = request.pages.iter().map(|span| {
-                    let mut bytes = vec![0; span.bytes as usize];
-                    // SAFETY: the span lies in the pool, which stays mapped while `self.pool`
-                    // lives; the lane leaves its pages alone until the request has ended.
-                    unsafe {
-                        std::ptr::copy(self.page(span), bytes.as_mut_ptr(), bytes.len());
-                    }
-                    bytes
-                });
-                let pages: Vec<Vec<u8>> = pages.collect();
+                let pages = request.pages.iter().map(|span| self.bytes(span)).collect();
                 state.blocks.insert(request.key, pages);
-            } else if let Some(pages) = state.blocks.get(&request.key) {
-                for (span, bytes) in request.pages.iter().zip(pages) {
+            } else if let Some(pages) = state.blocks.get(&request.key).cloned() {
+                let place = (request.key, request.pages[0]);
+                state.filled.push(place);
+                for (span, bytes) in request.pages.iter().zip(&pages) {
                     assert_eq!(span.bytes as usize, bytes.len());
-                    // SAFETY: as above.
+                    // SAFETY: as in `bytes`.
                     unsafe { std::ptr::copy(bytes.as_ptr(), self.page(span), bytes.len()) };
+                    checksums.push(match span.checksum {
+                        NO_CHECKSUM => NO_CHECKSUM,
+                        _ => page_checksum(bytes),
+                    });
                 }
             } else {
                 outcome = StoreOutcome::Failed;
@@ -217,6 +256,7 @@ impl BlockStore for MemoryStore {
             done.push(StoreDone {
                 ticket: request.ticket,
                 outcome,
+                checksums,
             });
         }
     }
@@ -236,6 +276,9 @@ impl BlockStore for MemoryStore {
     }
 
     fn close(self: Box<Self>, _: Duration) -> bool {
-        self.lock().pending.is_empty()
+        let mut state = self.lock();
+        // The pool is its next owner's.
+        state.pool = None;
+        state.pending.is_empty()
     }
 }

@@ -47,6 +47,7 @@ impl SsdStore {
         self.pages.extend(pages.iter().map(|page| ssd::PageRef {
             offset: page.offset,
             bytes: page.bytes,
+            checksum: page.checksum,
         }));
     }
 }
@@ -154,6 +155,7 @@ impl BlockStore for SsdStore {
                 ssd::Outcome::Bad => StoreOutcome::Bad,
                 ssd::Outcome::Failed(_) => StoreOutcome::Failed,
             },
+            checksums: ended.checksums,
         }));
     }
 

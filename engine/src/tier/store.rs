@@ -25,6 +25,9 @@ pub struct PageSpan {
     pub offset: u64,
     /// How many.
     pub bytes: u32,
+    /// To be written: what their checksum must be, or [`NO_CHECKSUM`](crate::copy::NO_CHECKSUM). To
+    /// be filled: whether one is wanted, by any other number.
+    pub checksum: u64,
 }
 
 /// Why the tier does not take a request.
@@ -51,19 +54,22 @@ pub enum StoreOutcome {
     Written,
     /// Every page is in the pool, and its bytes are those that were written.
     Read,
-    /// The bytes are not those that were written: the tier has forgotten the block.
+    /// The bytes are not those that were written: the tier has forgotten the block. Or those to be
+    /// written did not have their checksum: the tier has not taken the block.
     Bad,
     /// The medium failed.
     Failed,
 }
 
 /// The end of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoreDone {
     /// What the lane called it.
     pub ticket: u64,
     /// How it ended.
     pub outcome: StoreOutcome,
+    /// The checksums of pages that were filled, as they were asked for; empty if none was.
+    pub checksums: Vec<u64>,
 }
 
 /// A slower place for blocks. The lane alone calls it.

@@ -2,6 +2,20 @@
 
 #![forbid(unsafe_code)]
 
+use twox_hash::XxHash3_64;
+
+/// In [`PageRef::checksum`]: none is known, none is asked for.
+pub const NO_CHECKSUM: u64 = 0;
+
+/// The checksum that a page has in the pool: xxh3-64 of its bytes, and 1 where that is 0, which
+/// stands for none. (On the drive it has another one, which also says which page it is.)
+pub fn page_checksum(bytes: &[u8]) -> u64 {
+    match XxHash3_64::oneshot(bytes) {
+        NO_CHECKSUM => 1,
+        checksum => checksum,
+    }
+}
+
 /// The identity of a block. Two blocks are the same exactly if all of it is equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockKey {
@@ -20,6 +34,9 @@ pub struct PageRef {
     pub offset: u64,
     /// The page's length in bytes, not zero.
     pub bytes: u32,
+    /// To be written: what [`page_checksum`] must say of it, or [`NO_CHECKSUM`]. To be read:
+    /// whether it is to be taken, by any other number than [`NO_CHECKSUM`].
+    pub checksum: u64,
 }
 
 /// What the tier knows of a block it holds.

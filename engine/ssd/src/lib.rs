@@ -30,7 +30,7 @@ mod reopen;
 #[cfg(test)]
 mod simulated;
 
-pub use block::{BlockInfo, BlockKey, PageRef};
+pub use block::{BlockInfo, BlockKey, NO_CHECKSUM, PageRef, page_checksum};
 pub use error::OpenError;
 pub use inspect::{BadPage, ShardFill, ShardLayout, ShardView, Verified};
 pub use memory::PoolMemory;

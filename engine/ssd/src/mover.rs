@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
+use crate::block::{NO_CHECKSUM, page_checksum};
 use crate::format::Record;
 use crate::io::{Ended, Engine, Kind, Piece};
 use crate::memory::{Area, aligned};
@@ -33,14 +34,22 @@ pub(crate) struct Command {
 /// What is to be moved.
 #[derive(Debug)]
 pub(crate) enum Op {
-    /// A page from the pool, at `page` and of `bytes` bytes. Its checksum is the result.
-    Write { page: u64, bytes: u32, seed: u64 },
-    /// A page to the pool, to be compared with `checksum`.
+    /// A page from the pool, at `page` and of `bytes` bytes, to be compared with `plain` unless
+    /// that is [`NO_CHECKSUM`]. Its checksum is the result.
+    Write {
+        page: u64,
+        bytes: u32,
+        seed: u64,
+        plain: u64,
+    },
+    /// A page to the pool, to be compared with `checksum`. If `plain` is not [`NO_CHECKSUM`], what
+    /// [`page_checksum`] says of it is the result.
     Read {
         page: u64,
         bytes: u32,
         seed: u64,
         checksum: u64,
+        plain: u64,
     },
     /// Bytes of the shard itself, at most [`BOUNCE_BYTES`].
     Table(Box<[u8]>),
@@ -62,9 +71,9 @@ pub(crate) struct Done {
 /// What a command that did not fail found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moved {
-    /// It was done; for a page that was written, with this checksum.
+    /// It was done; for a page, with the checksum that was asked for.
     Fine { checksum: u64 },
-    /// A page that was read has another checksum.
+    /// A page has another checksum.
     Different,
 }
 
@@ -499,22 +508,42 @@ impl<E: Engine> Mover<E> {
                     bytes,
                     seed,
                     checksum,
+                    plain,
                 },
             ) => {
                 // SAFETY: until the command has ended the page is nobody else's.
                 let content = unsafe { self.pool.bytes_at(page, bytes) };
+                // The plain one first: what changes before it is found by the one below, and what
+                // changes after it is found by whoever compares it.
+                let plain = match plain {
+                    NO_CHECKSUM => NO_CHECKSUM,
+                    _ => page_checksum(content),
+                };
                 if Record::checksum_of(seed, content) == checksum {
-                    Ok(Moved::Fine { checksum })
+                    Ok(Moved::Fine { checksum: plain })
                 } else {
                     Ok(Moved::Different)
                 }
             }
-            (None, &Op::Write { page, bytes, seed }) => {
+            (
+                None,
+                &Op::Write {
+                    page,
+                    bytes,
+                    seed,
+                    plain,
+                },
+            ) => {
                 // SAFETY: until the command has ended nobody writes to the page
                 // (`PoolMemory::new`), so these are the bytes that were written.
                 let content = unsafe { self.pool.bytes_at(page, bytes) };
-                let checksum = Record::checksum_of(seed, content);
-                Ok(Moved::Fine { checksum })
+                // In this order: what changes in between is wrong for the drive's checksum.
+                if plain == NO_CHECKSUM || page_checksum(content) == plain {
+                    let checksum = Record::checksum_of(seed, content);
+                    Ok(Moved::Fine { checksum })
+                } else {
+                    Ok(Moved::Different)
+                }
             }
             (None, Op::Table(_) | Op::Sync) => Ok(Moved::Fine { checksum: 0 }),
         };

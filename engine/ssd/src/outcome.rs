@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(doc)]
+use crate::block::NO_CHECKSUM;
 use crate::stats::ShardFault;
 
 /// Why a request was not taken. Nothing was queued and no completion follows.
@@ -41,7 +43,8 @@ pub enum Outcome {
     Written,
     /// The pages are in memory, with the bytes that were written.
     Read,
-    /// A page does not have the bytes that were written. The block is gone; memory is undefined.
+    /// A page that was read does not have the bytes that were written: the block is gone, memory is
+    /// undefined. Or a page to be written did not have its checksum: the block is not there.
     Bad,
     /// The drive failed. A block that was read is gone; memory is undefined.
     Failed(ShardFault),
@@ -56,4 +59,7 @@ pub struct Completion {
     pub shard: u16,
     /// How it ended.
     pub outcome: Outcome,
+    /// Of a block that was read, the checksums that were asked for; [`NO_CHECKSUM`] for its other
+    /// pages. Empty if there are none.
+    pub checksums: Vec<u64>,
 }

@@ -5,7 +5,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Pool, Rig, bytes_for, key, options, page};
-use pegaflow_ssd::{IoChoice, Outcome, PageRef};
+use pegaflow_ssd::{IoChoice, Outcome, PageRef, page_checksum};
 
 const MIB: u64 = 1 << 20;
 /// Lengths that direct I/O takes as they are, lengths that it does not, and one of several pieces.
@@ -154,5 +154,50 @@ fn a_page_damaged_on_the_drive_is_a_miss_that_is_counted_and_gone() {
     pool.fill(at[0], &content);
     assert_eq!(rig.write(3, &key(1), &at), Outcome::Written);
     assert_eq!(rig.read(4, &key(1), &at), Outcome::Read);
+    assert!(rig.tier.close(Duration::from_secs(60)));
+}
+
+#[test]
+fn a_page_that_does_not_have_its_checksum_is_not_taken_and_one_that_is_read_gets_it_back() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pool = Pool::new(1 << 20);
+    let path = folder.path().join("shard");
+    let mut rig = Rig::open(options(IoChoice::Auto, &[(&path, 16 * MIB)]), &pool).expect("opens");
+    // The second one goes through bounce buffers.
+    let mut at: [PageRef; 2] = [page(0, 8192), page(8192 + 64, 5056)];
+    let contents = [bytes_for(1, 0, 0, 8192), bytes_for(1, 0, 1, 5056)];
+    for (at, content) in at.iter_mut().zip(&contents) {
+        pool.fill(*at, content);
+        at.checksum = page_checksum(content);
+    }
+    let checksums = at.map(|page| page.checksum);
+    let mut changed = contents[1].clone();
+    changed[4999] ^= 1;
+    pool.fill(at[1], &changed);
+    assert_eq!(rig.write(1, &key(1), &at), Outcome::Bad);
+    assert!(!rig.tier.knows(&key(1)));
+    pool.fill(at[1], &contents[1]);
+    assert_eq!(rig.write(2, &key(1), &at), Outcome::Written);
+    let stats = rig.tier.stats()[0].clone();
+    assert_eq!(
+        (stats.bad_pages, stats.blocks),
+        (0, 1),
+        "the drive is not to blame"
+    );
+    for asked in [[1, 1], [0, 1], [0, 0]] {
+        at[0].checksum = asked[0];
+        at[1].checksum = asked[1];
+        let read = rig.tier.read(std::time::Instant::now(), 3, &key(1), &at);
+        read.expect("it is taken");
+        let end = rig.completions().remove(0);
+        assert_eq!(end.outcome, Outcome::Read);
+        let wanted = [asked[0] * checksums[0], asked[1] * checksums[1]];
+        let wanted = if asked == [0, 0] {
+            &[][..]
+        } else {
+            &wanted[..]
+        };
+        assert_eq!(end.checksums, wanted);
+    }
     assert!(rig.tier.close(Duration::from_secs(60)));
 }

@@ -13,7 +13,8 @@ use clap::{Args, ValueEnum};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use pegaflow_ssd::{
-    BlockKey, Completion, IoChoice, Options, Outcome, PageRef, PoolMemory, Refused, ShardSpec, Tier,
+    BlockKey, Completion, IoChoice, NO_CHECKSUM, Options, Outcome, PageRef, PoolMemory, Refused,
+    ShardSpec, Tier,
 };
 use rand::RngExt;
 use rand::seq::SliceRandom;
@@ -263,6 +264,7 @@ impl Rig {
         PageRef {
             offset: slot * u64::from(self.page),
             bytes: self.page,
+            checksum: NO_CHECKSUM,
         }
     }
 

@@ -1,5 +1,7 @@
 //! Blocks leave for the tier below the pool and come back: right, in time, or not at all.
 
+mod checksums;
+
 use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;

@@ -100,6 +100,8 @@ struct Request {
     /// Pages that have not ended.
     left: u16,
     ending: Ending,
+    /// Of a block that is read: see [`Completion::checksums`].
+    checksums: Vec<u64>,
 }
 
 /// How a request will end, as far as is known.
@@ -119,6 +121,7 @@ enum Under {
     },
     Read {
         request: u32,
+        page: u16,
         segment: u32,
         bytes: u32,
     },

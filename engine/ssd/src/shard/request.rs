@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::commit::Unsettled;
 use super::{Block, BlockState, Ending, Page, Request, Shard, Under, bytes_of, padded};
-use crate::block::{BlockKey, PageRef};
+use crate::block::{BlockKey, NO_CHECKSUM, PageRef};
 use crate::mover::{Done, Moved, Op};
 use crate::outcome::{Completion, Outcome, Refused};
 use crate::stats::ShardFault;
@@ -87,6 +87,7 @@ impl Shard {
             write_id,
             left: pages.len() as u16,
             ending: Ending::Fine,
+            checksums: Vec::new(),
         });
         for (index, page) in pages.iter().enumerate() {
             let entry = self.blocks.get(block).expect("just made");
@@ -97,6 +98,7 @@ impl Shard {
                 page: page.offset,
                 bytes: page.bytes,
                 seed: record.seed(&self.place(at.segment)),
+                plain: page.checksum,
             };
             let under = Under::Write {
                 request,
@@ -135,12 +137,18 @@ impl Shard {
             return Err(Refused::QueueFull);
         }
         self.health.took_read(now);
+        let asked = pages.iter().any(|page| page.checksum != NO_CHECKSUM);
         let request = self.requests.insert(Request {
             ticket,
             block,
             write_id,
             left: pages.len() as u16,
             ending: Ending::Fine,
+            checksums: if asked {
+                vec![NO_CHECKSUM; pages.len()]
+            } else {
+                Vec::new()
+            },
         });
         for (index, page) in pages.iter().enumerate() {
             let entry = self.blocks.get(block).expect("looked at above");
@@ -151,9 +159,11 @@ impl Shard {
                 bytes: page.bytes,
                 seed: record.seed(&self.place(at.segment)),
                 checksum: at.checksum,
+                plain: page.checksum,
             };
             let under = Under::Read {
                 request,
+                page: index as u16,
                 segment: at.segment,
                 bytes: at.bytes,
             };
@@ -176,11 +186,12 @@ impl Shard {
             Under::Write { request, page } => self.page_written(now, request, page, done),
             Under::Read {
                 request,
+                page,
                 segment,
                 bytes,
             } => {
                 self.segments.reader_left(segment);
-                self.page_read(now, request, bytes, done);
+                self.page_read(now, (request, page), bytes, done);
             }
             Under::Chunk => self.table_ended(now, None, &done),
             Under::Opener { segment } => self.table_ended(now, Some(segment), &done),
@@ -208,7 +219,12 @@ impl Shard {
                 self.stats.device_bytes_written += padded(bytes);
                 self.health.write_fine();
             }
-            Ok(Moved::Different) => unreachable!("only what was read is compared"),
+            // The pool's memory is wrong, not the drive: it is not counted here.
+            Ok(Moved::Different) => {
+                if request.ending == Ending::Fine {
+                    request.ending = Ending::Bad;
+                }
+            }
             Err(fault) => {
                 request.ending = Ending::Failed(fault.clone());
                 self.stats.write_errors += 1;
@@ -228,8 +244,9 @@ impl Shard {
         let wanted = block.state == BlockState::Writing;
         let pages = block.pages.clone();
         let outcome = match request.ending {
+            Ending::Fine => Outcome::Written,
+            Ending::Bad => Outcome::Bad,
             Ending::Failed(fault) => Outcome::Failed(fault),
-            Ending::Fine | Ending::Bad => Outcome::Written,
         };
         if outcome == Outcome::Written && wanted {
             block.state = BlockState::Live;
@@ -258,17 +275,20 @@ impl Shard {
                 self.segments.settle(at.segment);
             }
         }
-        self.complete(request.ticket, outcome);
+        self.complete(request.ticket, outcome, Vec::new());
     }
 
-    fn page_read(&mut self, now: Instant, index: u32, bytes: u32, done: Done) {
+    fn page_read(&mut self, now: Instant, (index, page): (u32, u16), bytes: u32, done: Done) {
         self.pending -= 1;
         let request = self
             .requests
             .get_mut(index)
             .expect("it waits for this page");
         match done.result {
-            Ok(Moved::Fine { .. }) => {
+            Ok(Moved::Fine { checksum }) => {
+                if let Some(place) = request.checksums.get_mut(usize::from(page)) {
+                    *place = checksum;
+                }
                 self.stats.read_latency.record(done.took);
                 self.stats.page_bytes_read += u64::from(bytes);
                 self.health.read_fine();
@@ -303,14 +323,15 @@ impl Shard {
             self.gone.push((key, request.block));
             self.drop_block(request.block);
         }
-        self.complete(request.ticket, outcome);
+        self.complete(request.ticket, outcome, request.checksums);
     }
 
-    fn complete(&mut self, ticket: u64, outcome: Outcome) {
+    fn complete(&mut self, ticket: u64, outcome: Outcome, checksums: Vec<u64>) {
         self.completions.push_back(Completion {
             ticket,
             shard: self.index,
             outcome,
+            checksums,
         });
     }
 }

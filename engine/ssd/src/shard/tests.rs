@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{OWN_COMMANDS, Parts, Shard};
-use crate::block::{BlockKey, PageRef};
+use crate::block::{BlockKey, NO_CHECKSUM, PageRef};
 use crate::format::{CHUNK_BYTES, Chunk, Geometry};
 use crate::mover::{Command, Done, Moved, Op};
 use crate::options::Options;
@@ -100,6 +100,7 @@ fn shard(drive: &Handle, segments: u32, now: Instant) -> (Shard, Geometry) {
 const PAGE: PageRef = PageRef {
     offset: 0,
     bytes: 512,
+    checksum: NO_CHECKSUM,
 };
 
 fn write(shard: &mut Shard, now: Instant, number: u64) {

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::block::{BlockKey, PageRef};
+use crate::block::{BlockKey, NO_CHECKSUM, PageRef};
 use crate::format::Geometry;
 use crate::io::disk::{Dice, Disk, DiskEngine, SharedDisk};
 use crate::memory::{Area, aligned};
@@ -172,6 +172,7 @@ impl Rig {
             PageRef {
                 offset: slot as u64 * SLOT + shift,
                 bytes,
+                checksum: NO_CHECKSUM,
             }
         });
         let pages = pages.collect();

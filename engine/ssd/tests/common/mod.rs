@@ -9,8 +9,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use pegaflow_ssd::{
-    BlockKey, Completion, IoChoice, OpenError, OpenReport, Options, Outcome, PageRef, PoolMemory,
-    Refused, ShardSpec, Tier,
+    BlockKey, Completion, IoChoice, NO_CHECKSUM, OpenError, OpenReport, Options, Outcome, PageRef,
+    PoolMemory, Refused, ShardSpec, Tier,
 };
 
 /// Long enough on any machine; only a test that fails waits for it.
@@ -101,7 +101,11 @@ pub fn key(block: u64) -> BlockKey {
 }
 
 pub fn page(offset: u64, bytes: u32) -> PageRef {
-    PageRef { offset, bytes }
+    PageRef {
+        offset,
+        bytes,
+        checksum: NO_CHECKSUM,
+    }
 }
 
 pub fn options(io: IoChoice, paths: &[(&Path, u64)]) -> Options {
