@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::thread::JoinHandle;
@@ -28,6 +29,12 @@ pub(crate) trait Port: Send {
 
     /// Whether the other side has ended.
     fn has_stopped(&self) -> bool;
+
+    /// Whether the other side has ended without having ended its commands: what is not received
+    /// after this never comes, and no memory of any command is touched any more.
+    fn is_broken(&self) -> bool {
+        false
+    }
 }
 
 /// The longest that a shard's thread waits before it looks around.
@@ -39,6 +46,8 @@ struct Shared {
     /// The thread is about to wait: whoever sends rings.
     waits: AtomicBool,
     stop: AtomicBool,
+    /// The thread has panicked, and its engine is gone.
+    broken: AtomicBool,
 }
 
 /// A port to a thread of its own.
@@ -63,11 +72,21 @@ impl ThreadPort {
             done: ArrayQueue::new(commands),
             waits: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
         });
         let bell = mover.engine().bell();
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(name).spawn(move || {
-            run(&theirs, mover, &*wake);
+            let ran = catch_unwind(AssertUnwindSafe(|| run(&theirs, mover, &*wake)));
+            if ran.is_err() {
+                // The mover went with the panic, its engine first, which is dropped only when no
+                // piece touches memory any more (`Engine`): pages may be used again. If the kernel
+                // keeps one, this is not reached, and they stay the drive's. A panic in the drop
+                // itself aborts.
+                // SYNC: ssd-broken. Behind whatever was handed over.
+                theirs.broken.store(true, Ordering::Release);
+                wake();
+            }
             drop(lock);
         })?;
         Ok(Self {
@@ -80,6 +99,10 @@ impl ThreadPort {
 
 impl Port for ThreadPort {
     fn send(&mut self, command: Command) {
+        if self.is_broken() {
+            // Nobody takes it: whoever asks for its end is told so.
+            return;
+        }
         let sent = self.shared.commands.push(command);
         assert!(sent.is_ok(), "more commands than agreed");
         // SYNC: ssd-wait. Either the thread sees the command before it waits, or we see that it
@@ -103,6 +126,11 @@ impl Port for ThreadPort {
 
     fn has_stopped(&self) -> bool {
         self.thread.is_finished()
+    }
+
+    fn is_broken(&self) -> bool {
+        // SYNC: ssd-broken.
+        self.shared.broken.load(Ordering::Acquire)
     }
 }
 

@@ -47,6 +47,12 @@ impl<T> Slab<T> {
         self.entries.get_mut(index as usize)?.as_mut()
     }
 
+    /// The numbers in use.
+    pub fn numbers(&self) -> Vec<u32> {
+        let used = |&index: &u32| self.entries[index as usize].is_some();
+        (0..self.entries.len() as u32).filter(used).collect()
+    }
+
     /// How many values there are.
     pub fn len(&self) -> usize {
         self.entries.len() - self.free.len()

@@ -16,17 +16,18 @@ mod table;
 mod tests;
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pegaflow_policy::EvictionPolicy;
 
 use crate::block::BlockKey;
 use crate::format::{Geometry, Id, Place, Record, align_up};
+use crate::mover::Done;
 use crate::options::Options;
 use crate::outcome::Completion;
 use crate::port::Port;
 use crate::slab::Slab;
-use crate::stats::ShardStats;
+use crate::stats::{ShardFault, ShardStats};
 
 use commit::Commit;
 use health::Health;
@@ -170,9 +171,19 @@ impl Shard {
 
     /// Takes in what has ended and does what follows from it.
     pub fn poll(&mut self, now: Instant) {
+        // Asked first: what ended before is still received.
+        let broken = self.port.is_broken();
         while let Some(done) = self.port.receive() {
             self.health.ended(now);
             self.end(now, done);
+        }
+        if broken {
+            self.health.stop();
+            for id in self.commands.numbers() {
+                let result = Err(ShardFault::Stopped);
+                let took = Duration::ZERO;
+                self.end(now, Done { id, result, took });
+            }
         }
         self.health.look(now, self.commands.len() > 0);
         self.step(now);

@@ -1,15 +1,19 @@
 //! A shard over a port that ends commands when the test says so.
 
 use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{OWN_COMMANDS, Parts, Shard};
 use crate::block::{BlockKey, NO_CHECKSUM, PageRef};
 use crate::format::{CHUNK_BYTES, Chunk, Geometry};
-use crate::mover::{Command, Done, Moved, Op};
+use crate::io::{Bell, Ended, Engine, Piece};
+use crate::memory::aligned;
+use crate::mover::{Alignment, Command, Done, Moved, Mover, Op, bounce_area};
 use crate::options::Options;
-use crate::port::Port;
+use crate::outcome::{Outcome, Refused};
+use crate::port::{Port, ThreadPort};
 use crate::stats::{ShardFault, ShardStats};
 
 const ID: [u8; 16] = [9; 16];
@@ -81,6 +85,10 @@ fn key(number: u64) -> BlockKey {
 }
 
 fn shard(drive: &Handle, segments: u32, now: Instant) -> (Shard, Geometry) {
+    shard_over(Box::new(drive.clone()), segments, now)
+}
+
+fn shard_over(port: Box<dyn Port>, segments: u32, now: Instant) -> (Shard, Geometry) {
     let geometry = Geometry {
         segments,
         ..Geometry::for_file(0, Geometry::MIN_SEGMENT_BYTES)
@@ -90,7 +98,7 @@ fn shard(drive: &Handle, segments: u32, now: Instant) -> (Shard, Geometry) {
         index: 0,
         id: ID,
         geometry,
-        port: Box::new(drive.clone()),
+        port,
         policy: pegaflow_policy::build(options.policy, segments),
         stats: ShardStats::default(),
     };
@@ -201,4 +209,115 @@ fn a_shard_whose_tables_cannot_be_written_asks_to_be_looked_at_when_it_tries_aga
         shard.poll(now);
     }
     assert_eq!(shard.stats().uncommitted_blocks, 0);
+}
+
+/// Ends pieces well until it is armed, panics over those that it takes then, and tells when nothing
+/// of it is left.
+struct Panicking {
+    ended: Vec<Ended>,
+    has_pieces: bool,
+    armed: Arc<AtomicBool>,
+    gone: Arc<AtomicBool>,
+}
+
+struct NoBell;
+
+impl Bell for NoBell {
+    fn ring(&self) {}
+}
+
+impl Engine for Panicking {
+    fn name(&self) -> &'static str {
+        "panicking"
+    }
+
+    fn depth(&self) -> u32 {
+        8
+    }
+
+    fn submit(&mut self, piece: Piece) -> Result<(), Piece> {
+        self.has_pieces |= self.armed.load(Ordering::SeqCst);
+        self.ended.push(Ended {
+            id: piece.id,
+            result: Ok(piece.bytes),
+        });
+        Ok(())
+    }
+
+    fn wait(&mut self, _: Option<Duration>, out: &mut Vec<Ended>) -> std::io::Result<()> {
+        assert!(!self.has_pieces, "as the test wants it");
+        out.append(&mut self.ended);
+        std::thread::sleep(Duration::from_millis(1));
+        Ok(())
+    }
+
+    fn bell(&self) -> Arc<dyn Bell> {
+        Arc::new(NoBell)
+    }
+}
+
+impl Drop for Panicking {
+    fn drop(&mut self) {
+        // Long enough for whoever does not wait for it.
+        std::thread::sleep(Duration::from_millis(50));
+        self.gone.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_shard_whose_thread_panics_ends_its_requests_once_nothing_touches_their_memory() {
+    let (armed, gone) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicBool::new(false)),
+    );
+    let engine = Panicking {
+        ended: Vec::new(),
+        has_pieces: false,
+        armed: armed.clone(),
+        gone: gone.clone(),
+    };
+    let alignment = Alignment {
+        memory: 512,
+        offset: 512,
+    };
+    let mover = Mover::new(engine, aligned(1 << 16), bounce_area(8), alignment);
+    let (wake, news) = std::sync::mpsc::channel();
+    let wake = Arc::new(move || {
+        // The test may be over.
+        let _ = wake.send(());
+    });
+    let lock = Arc::new(tempfile::tempfile().expect("a file"));
+    let port = ThreadPort::start("ssd-test".into(), mover, lock, 512, wake).expect("a thread");
+    let now = Instant::now();
+    let (mut shard, _) = shard_over(Box::new(port), 8, now);
+    let end = Instant::now() + Duration::from_secs(60);
+    // The first ones are opened before anything is written to them.
+    loop {
+        shard.poll(now);
+        if !shard.is_busy() {
+            break;
+        }
+        assert!(Instant::now() < end, "segments are not opened");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    armed.store(true, Ordering::SeqCst);
+    (0..3).for_each(|number| write(&mut shard, now, number));
+    let mut ends = Vec::new();
+    while ends.len() < 3 {
+        assert!(Instant::now() < end, "its requests do not end");
+        let _ = news.recv_timeout(Duration::from_secs(1));
+        shard.poll(now);
+        while let Some(completion) = shard.completion() {
+            assert!(gone.load(Ordering::SeqCst), "the engine goes first");
+            assert_eq!(completion.outcome, Outcome::Failed(ShardFault::Stopped));
+            ends.push(completion.ticket);
+        }
+    }
+    ends.sort_unstable();
+    assert_eq!(ends, [0, 1, 2]);
+    assert_eq!((shard.in_flight(), shard.stats().pending), (0, 0));
+    assert!(!shard.is_busy());
+    let later = now + Duration::from_secs(3600);
+    let refused = shard.write(later, 9, &key(9), 9, &[PAGE]);
+    assert_eq!(refused, Err(Refused::Degraded(ShardFault::Stopped)));
 }
