@@ -60,6 +60,8 @@ pub struct Block {
     pub withdrawn: bool,
     /// The tier below the pool has been given its bytes, as of the last look.
     pub stored: bool,
+    /// The tier below the pool can never take it.
+    pub unfit: bool,
     /// Queries that found it, counted up to 255.
     pub hits: u8,
     /// Raised at each use of the record, so that a remembered id is not taken for its successor.

@@ -107,6 +107,11 @@ impl Cache {
         self.spares_unwritten = yes;
     }
 
+    /// Notes that the tier can never take the block: nothing is won by keeping it longer.
+    pub fn mark_unfit(&mut self, domain: DomainId, entry: EntryId) {
+        self.domains[domain].block_mut(entry).unfit = true;
+    }
+
     /// Notes whether the tier has the block.
     pub fn mark_stored(&mut self, domain: DomainId, entry: EntryId, stored: bool) {
         self.domains[domain].block_mut(entry).stored = stored;

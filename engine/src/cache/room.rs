@@ -20,7 +20,7 @@ use crate::pool::{Allocation, ExtentId, PageAddr};
 /// Extents of another page size that are tried in vain before a list goes without room.
 const EVACUATION_TRIES: usize = 8;
 
-/// Victims that would be lost for the tier and are passed over for one that it has.
+/// Victims that the tier could still take and are passed over for one that it has, or never takes.
 const MOST_SPARED: u32 = 256;
 
 /// Why there is no page.
@@ -170,7 +170,9 @@ impl Cache {
             if !may_leave(block) {
                 return false;
             }
-            let lost = tier.is_some_and(|admit| !block.stored && admit.worth_keeping(block.hits));
+            let lost = tier.is_some_and(|admit| {
+                !block.stored && !block.unfit && admit.worth_keeping(block.hits)
+            });
             spared += u32::from(lost && spared < MOST_SPARED);
             !lost || spared == MOST_SPARED
         });

@@ -451,3 +451,23 @@ fn what_would_be_lost_is_spared_as_long_as_the_tier_takes_blocks_and_no_longer()
         assert_eq!(cache.take_evictions().unwritten, 1);
     }
 }
+
+#[test]
+fn what_the_tier_can_never_take_is_not_spared_for_it() {
+    const FULL: u8 = 64;
+    for policy in PolicyKind::ALL {
+        let mut fixture = fixture_over(4, 1024, policy, Some(AdmitWhen::Evict));
+        let cache = &mut fixture.cache;
+        let entries: Vec<EntryId> = (0..FULL).map(|number| save_one(cache, number)).collect();
+        cache.mark_stored(0, entries[40], true);
+        cache.mark_unfit(0, entries[20]);
+        cache.spare_unwritten(true);
+        // In the policy's order, past those that the tier may still take.
+        for gone in [20, 40] {
+            save_one(cache, FULL + gone);
+            assert!(!has(cache, gone), "{policy:?} {gone}");
+        }
+        let kept = (0..FULL).filter(|number| has(cache, *number));
+        assert_eq!(kept.count(), usize::from(FULL) - 2);
+    }
+}

@@ -59,7 +59,10 @@ impl LaneTier {
         while let Some(next) = self.to_write.front() {
             let (domain, entry) = (next.domain, next.entry);
             let block = cache.domain_ref(domain).block(entry);
-            let current = block.generation == next.generation && block.sealed && !block.stored;
+            let current = block.generation == next.generation
+                && block.sealed
+                && !block.stored
+                && !block.unfit;
             let attempt = match current {
                 true => self.write(cache, now, domain, entry),
                 false => Attempt::Settled,
@@ -115,7 +118,7 @@ impl LaneTier {
             let seen: &Cache = cache;
             seen.upcoming(domain, &mut |entry: EntryId, block: &Block| {
                 passed += 1;
-                if block.is_idle() && admit.worth_keeping(block.hits) {
+                if block.is_idle() && !block.unfit && admit.worth_keeping(block.hits) {
                     let is_there = || {
                         let key = seen.store_key(domain, entry);
                         key.is_some_and(|key| store.holds(&key))
@@ -184,6 +187,7 @@ impl LaneTier {
                     Refused::Busy | Refused::RateLimited => Attempt::Later,
                     Refused::Degraded => Attempt::Hopeless,
                     Refused::Unfit => {
+                        cache.mark_unfit(domain, entry);
                         self.tell_unfit();
                         Attempt::Settled
                     }
