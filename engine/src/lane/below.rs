@@ -483,9 +483,11 @@ impl<M: Machine> Lane<M> {
             return Ok(false);
         };
         let id = session.id;
-        self.end_prefetches(|prefetch| {
-            let is_its = |waiter: &Waiter| waiter.session == id && waiter.request_id == request_id;
-            prefetch.waiters.iter().any(is_its) && prefetch.waiters.len() == 1
+        self.with_tier(|lane, tier| {
+            if let Some(alone) = tier.forget_waiter(id, request_id) {
+                lane.tally.add(Counter::PrefetchAbandoned, 1);
+                lane.end_prefetch(tier, alone);
+            }
         });
         query.list.fail(Status::Cancelled, 0);
         self.finish_query(session, query)?;

@@ -22,7 +22,7 @@ use crate::cache::exchange::Presence;
 use crate::control::hex;
 use crate::copy::Sampler;
 use crate::lane::api::SessionId;
-use crate::lane::prefetch::{PieceState, PrefetchId, Prefetches};
+use crate::lane::prefetch::{PieceState, PrefetchId, Prefetches, Waiter};
 use crate::lane::tally::Tally;
 use crate::tier::{BlockStore, PageSpan, Refused, StoreDone, StoreKey, StoreOutcome, TierOptions};
 
@@ -198,6 +198,25 @@ impl LaneTier {
             _ => None,
         });
         held.chain(written).collect()
+    }
+
+    /// A request does not wait any more, and its number may be another one's next. Returns the
+    /// prefetch that nobody waits for now.
+    pub(super) fn forget_waiter(
+        &mut self,
+        session: SessionId,
+        request_id: u64,
+    ) -> Option<PrefetchId> {
+        self.resume
+            .retain(|resumed| *resumed != (session, request_id));
+        let is_its = |waiter: &Waiter| (waiter.session, waiter.request_id) == (session, request_id);
+        self.prefetches.ids().into_iter().find(|id| {
+            self.prefetches.get_mut(*id).is_some_and(|prefetch| {
+                let before = prefetch.waiters.len();
+                prefetch.waiters.retain(|waiter| !is_its(waiter));
+                before > 0 && prefetch.waiters.is_empty()
+            })
+        })
     }
 
     /// Everybody who waits goes on with what is there.
@@ -573,9 +592,7 @@ impl LaneTier {
             let Some(prefetch) = self.prefetches.get_mut(id) else {
                 continue;
             };
-            let late = |waiter: &mut crate::lane::prefetch::Waiter| {
-                waiter.until.is_some_and(|until| until <= now)
-            };
+            let late = |waiter: &mut Waiter| waiter.until.is_some_and(|until| until <= now);
             let late = prefetch.waiters.extract_if(.., late);
             self.resume
                 .extend(late.map(|waiter| (waiter.session, waiter.request_id)));

@@ -82,6 +82,16 @@ impl Handle {
         }
     }
 
+    /// Lets requests end but those for these blocks.
+    pub fn hold_only(&self, keys: impl IntoIterator<Item = BlockHash>) {
+        let mut state = self.state();
+        state.held = false;
+        state.held_keys = keys.into_iter().collect();
+        if let Some(wake) = &state.wake {
+            wake.wake();
+        }
+    }
+
     /// One bit of a block that was read changes in the pool.
     pub fn change(&self, hash: &BlockHash) {
         let state = self.state();

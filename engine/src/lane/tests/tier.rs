@@ -1,5 +1,6 @@
 //! Blocks leave for the tier below the pool and come back: right, in time, or not at all.
 
+mod cancel;
 mod checksums;
 
 use std::time::{Duration, Instant};
