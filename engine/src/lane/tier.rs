@@ -32,6 +32,8 @@ const AHEAD_SHARE: u64 = 2;
 const LOOKS: u64 = 16;
 /// Blocks that one look ahead passes, at most: a fraction of a millisecond.
 const LOOK_BLOCKS: u64 = 4096;
+/// Of how many blocks that queries find in the pool one counts as used on the tier.
+const TOUCH_SHARE: usize = 16;
 /// Part of the pool that may be on its way to the tier.
 const WRITING_SHARE: u64 = 4;
 /// Part of the pool that queries may hold with blocks that they had fetched.
@@ -121,6 +123,7 @@ pub(super) struct LaneTier {
     wrote: Option<Instant>,
     looked_at: Option<u64>,
     told_unfit: bool,
+    dice: u32,
     put_off: Option<Instant>,
     /// No fetch can begin before something ends, or before then.
     blocked: Option<Instant>,
@@ -159,6 +162,7 @@ impl LaneTier {
             wrote: None,
             looked_at: None,
             told_unfit: false,
+            dice: 0,
             put_off: None,
             blocked: None,
             done: Vec::new(),

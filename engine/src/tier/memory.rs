@@ -38,11 +38,22 @@ pub struct State {
     pub changes: BTreeSet<BlockHash>,
     /// Where the blocks read came to lie.
     pub filled: Vec<(StoreKey, PageSpan)>,
+    /// Most blocks that it keeps, those used last; 0 for any number.
+    pub most: usize,
+    /// What is stored, in the order of its last use.
+    order: Vec<StoreKey>,
     /// Blocks written.
     pub writes: usize,
     pending: Vec<Request>,
     pool: Option<PoolMemory>,
     wake: Option<Arc<LaneWake>>,
+}
+
+impl State {
+    fn used(&mut self, key: &StoreKey) {
+        self.order.retain(|other| other != key);
+        self.order.push(*key);
+    }
 }
 
 struct Request {
@@ -248,6 +259,11 @@ impl BlockStore for MemoryStore {
             } else if request.write {
                 let pages = request.pages.iter().map(|span| self.bytes(span)).collect();
                 state.blocks.insert(request.key, pages);
+                state.used(&request.key);
+                if state.most > 0 && state.blocks.len() > state.most {
+                    let oldest = state.order.remove(0);
+                    state.blocks.remove(&oldest);
+                }
             } else if let Some(pages) = state.blocks.get(&request.key).cloned() {
                 let place = (request.key, request.pages[0]);
                 state.filled.push(place);
@@ -279,7 +295,9 @@ impl BlockStore for MemoryStore {
         self.lock().blocks.remove(key);
     }
 
-    fn touch(&mut self, _: &StoreKey) {}
+    fn touch(&mut self, key: &StoreKey) {
+        self.lock().used(key);
+    }
 
     fn shards(&self) -> Vec<ShardStats> {
         Vec::new()

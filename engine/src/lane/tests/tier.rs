@@ -2,6 +2,7 @@
 
 mod cancel;
 mod checksums;
+mod hot;
 
 use std::time::{Duration, Instant};
 

@@ -7,8 +7,8 @@ use std::time::Instant;
 use pegaflow_shm::index::EntryId;
 
 use super::{
-    AHEAD_SHARE, Attempt, LOOK_BLOCKS, LOOKS, LaneTier, MAX_TO_WRITE, Moving, RETRY, ToWrite,
-    WRITING_SHARE,
+    AHEAD_SHARE, Attempt, LOOK_BLOCKS, LOOKS, LaneTier, MAX_TO_WRITE, Moving, RETRY, TOUCH_SHARE,
+    ToWrite, WRITING_SHARE,
 };
 use crate::cache::Cache;
 use crate::cache::block::Block;
@@ -23,8 +23,26 @@ impl LaneTier {
         }
     }
 
+    /// Tells the tier of some of the blocks that a query found in the pool: what is hot there would
+    /// age below and be written again. Which ones is left to chance, so that each one's turn comes
+    /// however queries repeat; a tier evicts in segments of many blocks, so that some will do.
+    fn touch_some(&mut self, cache: &Cache, domain: DomainId, entries: &[u32]) {
+        self.dice = self.dice.wrapping_mul(747_796_405);
+        self.dice = self.dice.wrapping_add(2_891_336_453);
+        let first = (self.dice >> 16) as usize % TOUCH_SHARE;
+        for entry in entries.iter().skip(first).step_by(TOUCH_SHARE) {
+            let entry = EntryId(*entry);
+            if cache.domain_ref(domain).block(entry).stored
+                && let Some(key) = cache.store_key(domain, entry)
+            {
+                self.store.touch(&key);
+            }
+        }
+    }
+
     /// Queries have found these blocks: they are written if that was the last use they needed.
     pub(in crate::lane) fn note_hits(&mut self, cache: &Cache, domain: DomainId, entries: &[u32]) {
+        self.touch_some(cache, domain, entries);
         let AdmitWhen::Hits(wanted) = self.options.admit else {
             return;
         };
