@@ -57,7 +57,7 @@ statuses! {
     Timeout = 19, "timeout", "The bound given for waiting ran out; the request goes on.";
     Again = 20, "again", "The ring or arena has no room now: poll completions, then submit again.";
     VersionMismatch = 21, "version_mismatch", "Client and daemon share no protocol version: upgrade one of them.";
-    PermissionDenied = 22, "permission_denied", "The daemon does not serve this user, or not with this model: see --allow-uid and [[domain]] of pegaflowd.";
+    PermissionDenied = 22, "permission_denied", "The daemon does not serve this user, or not with this model: see --allow-uid and the domain tables of pegaflowd.";
     BadLayout = 23, "bad_layout", "The KV layout is impossible: see the error text.";
     AlreadyRegistered = 24, "already_registered", "A live session already holds this rank of the instance.";
     NamespaceMismatch = 25, "namespace_mismatch", "Ranks of one instance must register one namespace, world size and mode.";

@@ -105,7 +105,7 @@ options! {
         "Permission bits of the socket";
     allow_uid: Vec<u32>, Uids, List, Vec::new(), "the daemon's own user and root",
         "allow-uid", "PEGAFLOW_ALLOW_UID", "UID",
-        "User that may connect besides the daemon's own and root, by number or name; repeat it for several. Users see each other's blocks only where a [[domain]] of the file says so";
+        "User that may connect besides the daemon's own and root, by number or name; repeat it for several. Users see each other's blocks only where a domain table of the file says so";
     allow_gid: Vec<u32>, Gids, List, Vec::new(), "none",
         "allow-gid", "PEGAFLOW_ALLOW_GID", "GID",
         "Group whose members may connect, by number or name, primary or supplementary; repeat it for several";
