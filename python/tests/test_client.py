@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import select
+import signal
 import subprocess
 import sys
-import signal
 import threading
 import time
 import weakref
