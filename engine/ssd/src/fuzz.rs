@@ -51,6 +51,10 @@ impl Port for NoPort {
         None
     }
 
+    fn oldest(&self) -> Option<std::time::Instant> {
+        None
+    }
+
     fn stop(&mut self) {}
 
     fn has_stopped(&self) -> bool {

@@ -15,6 +15,7 @@ mod io;
 mod limiter;
 mod memory;
 mod mover;
+mod oldest;
 mod open;
 mod options;
 mod outcome;

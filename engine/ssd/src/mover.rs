@@ -5,12 +5,14 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::block::{NO_CHECKSUM, page_checksum};
 use crate::format::Record;
 use crate::io::{Ended, Engine, Kind, Piece};
 use crate::memory::{Area, aligned};
+use crate::oldest::Oldest;
 use crate::stats::ShardFault;
 
 /// The largest piece. Larger pages are moved in several at a time.
@@ -106,6 +108,8 @@ struct Part {
     /// How much of `padded` has been moved.
     moved: u32,
     bounce: Option<u32>,
+    /// When the engine was given it, or the rest of it.
+    given: Option<Instant>,
 }
 
 /// Moves pages and tables.
@@ -130,6 +134,9 @@ pub(crate) struct Mover<E> {
     running: u32,
     running_writes: u32,
     ended: Vec<Ended>,
+    /// Parts in the order in which the engine was given them, ended ones among them.
+    order: VecDeque<(u32, Instant)>,
+    oldest: Arc<Oldest>,
 }
 
 /// Bounce buffers for an engine of that depth, one per piece.
@@ -159,12 +166,19 @@ impl<E: Engine> Mover<E> {
             running: 0,
             running_writes: 0,
             ended: Vec::new(),
+            order: VecDeque::new(),
+            oldest: Arc::new(Oldest::new()),
         }
     }
 
     /// The engine.
     pub fn engine(&self) -> &E {
         &self.engine
+    }
+
+    /// Where it notes since when the engine has had what it has had longest.
+    pub fn oldest(&self) -> Arc<Oldest> {
+        Arc::clone(&self.oldest)
     }
 
     #[cfg(test)]
@@ -220,13 +234,26 @@ impl<E: Engine> Mover<E> {
 
     /// Lets the engine work, and takes in what has ended.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.note_oldest();
         let mut ended = std::mem::take(&mut self.ended);
         let waited = self.engine.wait(timeout, &mut ended);
         for end in ended.drain(..) {
             self.end(end);
         }
         self.ended = ended;
+        self.note_oldest();
         waited
+    }
+
+    fn note_oldest(&mut self) {
+        while let Some(&(slot, at)) = self.order.front() {
+            let part = self.parts[slot as usize].as_ref();
+            if part.is_some_and(|part| part.given == Some(at)) {
+                break;
+            }
+            self.order.pop_front();
+        }
+        self.oldest.note(self.order.front().map(|&(_, at)| at));
     }
 
     /// Ends everything that is left, for an engine that is gone.
@@ -330,6 +357,7 @@ impl<E: Engine> Mover<E> {
             padded: bytes.next_multiple_of(alignment.offset),
             moved: 0,
             bounce,
+            given: None,
         };
         if let Some(bounce) = bounce {
             self.fill(index, &part, bounce);
@@ -372,7 +400,12 @@ impl<E: Engine> Mover<E> {
 
     /// Gives a part, or the rest of one, to the engine.
     fn give(&mut self, slot: u32) {
-        let part = self.parts[slot as usize].expect("it is open");
+        let now = Instant::now();
+        let open = self.parts[slot as usize].as_mut();
+        let part = open.expect("it is open");
+        part.given = Some(now);
+        let part = *part;
+        self.order.push_back((slot, now));
         let task = self.tasks[part.task as usize]
             .as_ref()
             .expect("it has an open part");
@@ -439,6 +472,7 @@ impl<E: Engine> Mover<E> {
                     task.fault = Some(ShardFault::Io(libc::EIO));
                 } else {
                     part.moved += even;
+                    part.given = None;
                     self.parts[slot as usize] = Some(part);
                     self.again.push(slot);
                     return;

@@ -8,12 +8,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_queue::ArrayQueue;
 
 use crate::io::{Bell, Engine};
 use crate::mover::{Command, Done, Mover};
+use crate::oldest::Oldest;
 use crate::stats::ShardFault;
 
 /// Takes commands to a mover.
@@ -23,6 +24,10 @@ pub(crate) trait Port: Send {
 
     /// What has ended next.
     fn receive(&mut self) -> Option<Done>;
+
+    /// Since when the drive has had what it has had longest; none if it has nothing. What waits for
+    /// its turn does not count.
+    fn oldest(&self) -> Option<Instant>;
 
     /// Lets the other side end once nothing is under way.
     fn stop(&mut self);
@@ -54,6 +59,7 @@ struct Shared {
 pub(crate) struct ThreadPort {
     shared: Arc<Shared>,
     bell: Arc<dyn Bell>,
+    oldest: Arc<Oldest>,
     thread: JoinHandle<()>,
 }
 
@@ -75,6 +81,7 @@ impl ThreadPort {
             broken: AtomicBool::new(false),
         });
         let bell = mover.engine().bell();
+        let oldest = mover.oldest();
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             let ran = catch_unwind(AssertUnwindSafe(|| run(&theirs, mover, &*wake)));
@@ -92,6 +99,7 @@ impl ThreadPort {
         Ok(Self {
             shared,
             bell,
+            oldest,
             thread,
         })
     }
@@ -116,6 +124,10 @@ impl Port for ThreadPort {
 
     fn receive(&mut self) -> Option<Done> {
         self.shared.done.pop()
+    }
+
+    fn oldest(&self) -> Option<Instant> {
+        self.oldest.get()
     }
 
     fn stop(&mut self) {

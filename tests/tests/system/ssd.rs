@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use pegaflow::{BlockHash, Completion, Fetch, State, Status};
@@ -10,7 +11,7 @@ use pegaflow_shm::node::{Counter, Gauge, SsdRow, field_text};
 use pegaflow_tests::content::hashes;
 use pegaflow_tests::daemon::{Config, Daemon};
 use pegaflow_tests::worker::{Worker, WorkerSpec};
-use pegaflow_tests::{eventually, skip, trials};
+use pegaflow_tests::{binaries, eventually, skip, trials};
 
 /// Blocks that the pool of these daemons holds.
 const POOL_BLOCKS: usize = 256;
@@ -220,6 +221,54 @@ fn crashes_at_any_moment_lose_no_synced_block_and_bring_no_wrong_byte() {
     assert!(daemon.gauge_becomes(Gauge::BlocksPinned, 0));
 }
 
+/// A replay against a running daemon whose blocks go by `salt`.
+fn replay(daemon: &Daemon, salt: &str) -> serde_json::Value {
+    let output = Command::new(binaries::pegactl())
+        .args(["--node", daemon.node(), "--socket"])
+        .arg(daemon.socket())
+        .args(["--json", "replay", "--requests", "120", "--salt", salt])
+        .output()
+        .expect("pegactl runs");
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{told}");
+    serde_json::from_slice(&output.stdout).expect("a report")
+}
+
+#[test]
+fn a_replay_after_kill_9_goes_on_with_the_hits_of_both_tiers() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let shards = [shard_in(folder.path(), "a"), shard_in(folder.path(), "b")];
+    let arguments = ["--ssd-admit", "seal", "--pool", "adopt"];
+    let mut daemon = Daemon::start_with(config(&shards, &arguments));
+    let number = |report: &serde_json::Value, name: &str| {
+        let number = report[name].as_u64();
+        number.unwrap_or_else(|| panic!("{name} of {report}"))
+    };
+    let first = replay(&daemon, "one");
+    let all = number(&first, "blocks");
+    assert!(number(&first, "miss_blocks") >= number(&first, "different_blocks"));
+    let written = daemon.counter(Counter::SsdWritten);
+    assert!(eventually(|| daemon.gauge_becomes(Gauge::SsdWriting, 0)));
+    wait_durable(&daemon, written);
+    daemon.kill();
+    daemon.launch();
+    assert!(daemon.counter(Counter::AdoptedBlocks) > 0);
+    let again = replay(&daemon, "one");
+    let (ram, ssd) = (
+        number(&again, "ram_hit_blocks"),
+        number(&again, "ssd_hit_blocks"),
+    );
+    assert!(ram > 0 && ssd > 0, "{again}");
+    assert_eq!(ram + ssd + number(&again, "miss_blocks"), all);
+    assert_eq!(ram + ssd, number(&again, "hit_blocks"));
+    // What the first replay had to compute the second one finds.
+    let lost = number(&again, "ssd_unwritten_blocks") + number(&first, "ssd_unwritten_blocks");
+    assert!(number(&again, "miss_blocks") <= lost + all / 50, "{again}");
+    // Another name is another namespace.
+    let other = replay(&daemon, "two");
+    assert!(number(&other, "miss_blocks") >= number(&other, "different_blocks"));
+}
+
 /// A file system of its own, as small as wanted; unmounted at the end.
 struct SmallDisk(tempfile::TempDir);
 
@@ -227,7 +276,7 @@ impl SmallDisk {
     fn mount(bytes: &str) -> Option<SmallDisk> {
         let folder = tempfile::tempdir().expect("a folder");
         let options = format!("size={bytes}");
-        let mounted = std::process::Command::new("mount")
+        let mounted = Command::new("mount")
             .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
             .arg(folder.path())
             .status();
@@ -240,10 +289,7 @@ impl SmallDisk {
 impl Drop for SmallDisk {
     fn drop(&mut self) {
         let path = self.0.path();
-        let done = std::process::Command::new("umount")
-            .arg("-l")
-            .arg(path)
-            .status();
+        let done = Command::new("umount").arg("-l").arg(path).status();
         assert!(
             done.is_ok_and(|status| status.success()),
             "{}",

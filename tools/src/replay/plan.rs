@@ -108,6 +108,11 @@ pub struct ReplayArgs {
     /// Replay this many requests at most [default: the whole trace; 2000 without one]
     #[arg(long, value_name = "COUNT")]
     pub requests: Option<NonZero<usize>>,
+    /// Name under which the blocks are kept: a later replay of the same sizes with the same name
+    /// finds those of this one, for as long as the daemon of --socket or its SSD tier has them
+    /// [default: a name that no other run has]
+    #[arg(long, value_name = "TEXT")]
+    pub salt: Option<String>,
     /// Decides the generated workload and which KV blocks are used
     #[arg(long, value_name = "SEED", default_value_t = 1)]
     pub seed: u64,
@@ -219,7 +224,10 @@ impl Plan {
             let further = ["--ssd-admit".to_owned(), when.clone()];
             daemon.further.extend(further);
         }
-        let time = crate::output::unix_now_ms();
+        let fresh = || {
+            let time = crate::output::unix_now_ms();
+            format!("replay {}-{time}", std::process::id())
+        };
         Ok(Plan {
             // A running daemon has the room that it was started with.
             capacity_blocks: daemon.max_blocks.filter(|_| !uses_running),
@@ -229,7 +237,7 @@ impl Plan {
             kv,
             policy: flag_value(args.policy),
             ssd: args.ssd.clone(),
-            salt: format!("replay {}-{time}", std::process::id()),
+            salt: args.salt.clone().unwrap_or_else(fresh),
         })
     }
 

@@ -54,8 +54,27 @@ pub struct Report {
     pool_bytes: u64,
     /// Hits that had to come up from the SSD tier, and blocks that it was not given in time, as the
     /// daemon counts them.
-    ssd_hits: u64,
-    ssd_unwritten: u64,
+    ssd: SsdCounts,
+    /// The same before the first request.
+    ssd_before: SsdCounts,
+}
+
+#[derive(Clone, Copy, Default)]
+struct SsdCounts {
+    hits: u64,
+    unwritten: u64,
+}
+
+impl SsdCounts {
+    fn of(daemon: &DaemonInUse) -> SsdCounts {
+        daemon.view().map_or_else(
+            |_| SsdCounts::default(),
+            |view| SsdCounts {
+                hits: view.reader.counter(Counter::QueryHitSsd),
+                unwritten: view.reader.counter(Counter::SsdUnwritten),
+            },
+        )
+    }
 }
 
 /// Bytes per nanosecond are gigabytes per second.
@@ -101,8 +120,8 @@ impl Report {
             plan: plan.clone(),
             policy: header.map_or_else(|| plan.policy.clone(), |header| field_text(&header.policy)),
             pool_bytes: header.map_or(plan.daemon.pool_bytes, |header| header.pool_bytes),
-            ssd_hits: 0,
-            ssd_unwritten: 0,
+            ssd: SsdCounts::default(),
+            ssd_before: SsdCounts::of(daemon),
         }
     }
 
@@ -153,12 +172,18 @@ impl Report {
     /// Notes what is known only at the end.
     pub fn finish(&mut self, elapsed: Duration, cpu_before: Option<f64>, daemon: &DaemonInUse) {
         self.seconds = elapsed.as_secs_f64();
-        if let Ok(view) = daemon.view() {
-            self.ssd_hits = view.reader.counter(Counter::QueryHitSsd);
-            self.ssd_unwritten = view.reader.counter(Counter::SsdUnwritten);
-        }
+        let (after, before) = (SsdCounts::of(daemon), self.ssd_before);
+        self.ssd = SsdCounts {
+            hits: after.hits.saturating_sub(before.hits),
+            unwritten: after.unwritten.saturating_sub(before.unwritten),
+        };
         self.daemon_cpu_seconds =
             cpu_before.and_then(|before| Some(daemon.cpu_seconds()? - before));
+    }
+
+    /// Hits that were in the pool.
+    fn ram_hits(&self) -> u64 {
+        self.hit_blocks.saturating_sub(self.ssd.hits)
     }
 
     /// Beside the progress bar.
@@ -220,9 +245,13 @@ impl Report {
             "policy": self.policy,
             "capacity_blocks": self.plan.capacity_blocks,
             "ssd": self.plan.ssd,
-            "ssd_hit_blocks": self.ssd_hits,
-            "ssd_hit_ratio": ratio(self.ssd_hits, self.blocks),
-            "ssd_unwritten_blocks": self.ssd_unwritten,
+            "ram_hit_blocks": self.ram_hits(),
+            "ram_hit_ratio": ratio(self.ram_hits(), self.blocks),
+            "ssd_hit_blocks": self.ssd.hits,
+            "ssd_hit_ratio": ratio(self.ssd.hits, self.blocks),
+            "miss_blocks": self.blocks - self.hit_blocks,
+            "miss_ratio": ratio(self.blocks - self.hit_blocks, self.blocks),
+            "ssd_unwritten_blocks": self.ssd.unwritten,
             "pool_bytes": self.pool_bytes,
             "seconds": self.seconds,
             "requests_per_second": self.requests as f64 / self.seconds,
@@ -252,8 +281,16 @@ impl Report {
             || "unknown".to_owned(),
             |seconds| format!("{seconds:.2} s of CPU"),
         );
+        let of_all = |blocks| format!("{} blocks, {}", count(blocks), percent(blocks, self.blocks));
         let per_request = |bytes, nanos| format!("{:.2} GB/s per rank", gbps(bytes, nanos));
-        facts([
+        let unwritten = (self.ssd.unwritten > 0).then(|| {
+            let blocks = count(self.ssd.unwritten);
+            (
+                "not on SSD",
+                format!("{blocks} blocks, evicted before they were written"),
+            )
+        });
+        let rows = [
             (
                 "engines",
                 format!(
@@ -285,12 +322,14 @@ impl Report {
             (
                 "hits",
                 format!(
-                    "{} blocks, {} of them from SSD",
+                    "{} blocks, {}",
                     count(self.hit_blocks),
-                    count(self.ssd_hits)
+                    percent(self.hit_blocks, self.blocks)
                 ),
             ),
-            ("hit ratio", percent(self.hit_blocks, self.blocks)),
+            ("from RAM", of_all(self.ram_hits())),
+            ("from SSD", of_all(self.ssd.hits)),
+            ("missed", of_all(self.blocks - self.hit_blocks)),
             (
                 "saved",
                 format!(
@@ -326,6 +365,7 @@ impl Report {
             ("daemon", cpu),
             ("failed requests", count(self.errors)),
             ("mismatches", count(self.mismatches)),
-        ])
+        ];
+        facts(rows.into_iter().chain(unwritten))
     }
 }

@@ -21,6 +21,8 @@ pub(crate) struct Health {
     stopped: bool,
     /// When this was last looked at.
     looked: Instant,
+    /// Since when the drive has had what it has had longest, as of then.
+    oldest: Option<Instant>,
     /// When something last ended, or was asked for while nothing was under way.
     progress: Instant,
     stall_limit: Duration,
@@ -45,6 +47,7 @@ impl Health {
             stalled: false,
             stopped: false,
             looked: now,
+            oldest: None,
             progress: now,
             stall_limit,
             retry_after,
@@ -62,13 +65,15 @@ impl Health {
     /// Something ended.
     pub fn ended(&mut self, now: Instant) {
         self.progress = now;
-        self.stalled = false;
     }
 
-    /// Looks whether what is under way makes progress.
-    pub fn look(&mut self, now: Instant, busy: bool) {
+    /// Looks whether what is under way makes progress: the drive answers, and not only some
+    /// requests. It has had one since `oldest`.
+    pub fn look(&mut self, now: Instant, busy: bool, oldest: Option<Instant>) {
         self.looked = now;
-        let stalled = busy && now.saturating_duration_since(self.progress) >= self.stall_limit;
+        self.oldest = oldest;
+        let late = |since: Instant| now.saturating_duration_since(since) >= self.stall_limit;
+        let stalled = busy && (late(self.progress) || oldest.is_some_and(late));
         if stalled && !self.stalled {
             self.degradations += 1;
         }
@@ -215,7 +220,8 @@ impl Health {
             .into_iter()
             .flatten()
             .map(|trouble| trouble.retry_at);
-        let stall = (busy && !self.stalled).then(|| self.progress + self.stall_limit);
+        let oldest = self.oldest.unwrap_or(self.progress).min(self.progress);
+        let stall = (busy && !self.stalled).then(|| oldest + self.stall_limit);
         retries.chain(stall).filter(|&at| at > self.looked).min()
     }
 }

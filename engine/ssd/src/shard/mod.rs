@@ -185,8 +185,13 @@ impl Shard {
                 self.end(now, Done { id, result, took });
             }
         }
-        self.health.look(now, self.commands.len() > 0);
+        self.look(now);
         self.step(now);
+    }
+
+    fn look(&mut self, now: Instant) {
+        let oldest = self.port.oldest();
+        self.health.look(now, self.is_busy(), oldest);
     }
 
     /// Whether commands are under way.

@@ -24,7 +24,7 @@ impl Shard {
         write_id: u64,
         pages: &[PageRef],
     ) -> Result<u32, Refused> {
-        self.health.look(now, self.is_busy());
+        self.look(now);
         if let Some(fault) = self.health.refuses_writes(now) {
             self.stats.refused_degraded += 1;
             return Err(Refused::Degraded(fault));
@@ -128,7 +128,7 @@ impl Shard {
         if entry.pages.len() != pages.len() || !pages.iter().zip(&entry.pages).all(same) {
             return Err(Refused::OtherPages);
         }
-        self.health.look(now, self.is_busy());
+        self.look(now);
         if let Some(fault) = self.health.refuses_reads(now) {
             self.stats.refused_degraded += 1;
             return Err(Refused::Degraded(fault));

@@ -14,7 +14,7 @@ use crate::mover::{Alignment, Command, Done, Moved, Mover, Op, bounce_area};
 use crate::options::Options;
 use crate::outcome::{Outcome, Refused};
 use crate::port::{Port, ThreadPort};
-use crate::stats::{ShardFault, ShardStats};
+use crate::stats::{ShardFault, ShardHealth, ShardStats};
 
 const ID: [u8; 16] = [9; 16];
 
@@ -23,6 +23,8 @@ struct Drive {
     under_way: VecDeque<Command>,
     /// The most commands under way at any time.
     most: usize,
+    /// Since when one request is held up.
+    oldest: Option<Instant>,
     /// Syncs do not end.
     holds_syncs: bool,
     /// Syncs fail.
@@ -65,6 +67,10 @@ impl Port for Handle {
             result,
             took: Duration::ZERO,
         })
+    }
+
+    fn oldest(&self) -> Option<Instant> {
+        self.drive().oldest
     }
 
     fn stop(&mut self) {}
@@ -209,6 +215,41 @@ fn a_shard_whose_tables_cannot_be_written_asks_to_be_looked_at_when_it_tries_aga
         shard.poll(now);
     }
     assert_eq!(shard.stats().uncommitted_blocks, 0);
+}
+
+#[test]
+fn one_request_that_is_held_up_marks_the_shard_though_others_end() {
+    let (drive, start) = (Handle::default(), Instant::now());
+    let (mut shard, _) = shard(&drive, 8, start);
+    let limit = Options::new("test", Vec::new()).stall_limit;
+    drive.drive().holds_syncs = true;
+    drive.drive().oldest = Some(start);
+    write(&mut shard, start, 0);
+    shard.flush(start);
+    shard.poll(start);
+    shard.flush(start);
+    let mut now = start;
+    // Writes end all the time, the sync does not.
+    for number in 1.. {
+        now += limit / 5;
+        assert!(shard.deadline().is_some_and(|at| at <= start + limit));
+        if now >= start + limit {
+            break;
+        }
+        write(&mut shard, now, number);
+        shard.poll(now);
+        assert_eq!(shard.stats().health, ShardHealth::Healthy, "{number}");
+    }
+    shard.poll(now);
+    let stalled = ShardHealth::Degraded(ShardFault::Stalled);
+    assert_eq!(shard.stats().health, stalled);
+    assert_eq!(shard.stats().degradations, 1);
+    let refused = shard.write(now, 99, &key(99), 100, &[PAGE]);
+    assert_eq!(refused, Err(Refused::Degraded(ShardFault::Stalled)));
+    drive.drive().holds_syncs = false;
+    drive.drive().oldest = None;
+    shard.poll(now);
+    assert_eq!(shard.stats().health, ShardHealth::Healthy);
 }
 
 /// Ends pieces well until it is armed, panics over those that it takes then, and tells when nothing

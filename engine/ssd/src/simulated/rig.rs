@@ -51,6 +51,11 @@ impl Port for InlinePort {
         self.done.pop_front()
     }
 
+    fn oldest(&self) -> Option<Instant> {
+        // The drives' time is not the clock's.
+        None
+    }
+
     fn stop(&mut self) {}
 
     fn has_stopped(&self) -> bool {
