@@ -203,6 +203,9 @@ class PegaKVConnector(KVConnectorBase_V1, SupportsHMA):
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, PegaWorkerMetadata):
             self._as_scheduler().report(meta.report)
+        if loaded := self._as_scheduler().loaded():
+            told = connector_output.finished_recving or set()
+            connector_output.finished_recving = told | loaded
 
     def request_finished(
         self, request: Any, block_ids: list[int]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pegaflow.client import Client, Group, Mode, Order, StatusError
-from pegaflow.connector import compat
+from pegaflow.connector import compat, handover
 from pegaflow.connector.blocks import PoolHolder
 from pegaflow.connector.config import ConnectorConfig, ConnectorMode
 from pegaflow.connector.describe import namespace_of
@@ -48,6 +48,7 @@ class SchedulerEnd:
             self._logger,
             with_events=bool(getattr(events, "enable_kv_cache_events", False)),
         )
+        self._handover: handover.HandOver | None = None
         self._client: Client | None = None
         self._watch: Watch | None = None
         seed = compat.hash_seed(str(vllm_config.cache_config.prefix_caching_hash_algo))
@@ -96,8 +97,9 @@ class SchedulerEnd:
         )
 
     def bind(self, pool: Any) -> None:
-        """vLLM's block pool."""
+        """vLLM's block pool. By now the workers have registered."""
         self._scheduler.bind(PoolHolder(pool))
+        self._handover = handover.accept(self._instance)
 
     def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """See `Scheduler.matched`."""
@@ -123,6 +125,10 @@ class SchedulerEnd:
                 # The engine is at work by now, and can do without.
                 self._logger.error("nothing is looked up until the next start: %s", error)
         self._scheduler.report(report)
+
+    def loaded(self) -> set[str]:
+        """Requests whose blocks are there, of which vLLM has not been told."""
+        return set() if self._handover is None else self._handover.take()
 
     def finished(self, request: Any) -> None:
         """See `Scheduler.finished`."""
@@ -185,6 +191,8 @@ class WorkerEnd:
         self._worker: Worker | None = None
         self._device = "cpu"
         self._failed_blocks: set[int] = set()
+        self._idle = False
+        self._handover: handover.HandOver | None = None
 
     def register(self, kv_caches: Mapping[str, Any]) -> None:
         """Registers the tensors of the layers."""
@@ -241,6 +249,8 @@ class WorkerEnd:
             raise
         self._device = str(sample.device.type)
         self._worker = worker
+        if int(self._vllm_config.parallel_config.world_size) == 1:
+            self._handover = handover.offer(_instance(self._config, self._vllm_config))
         self._logger.info(
             "%d blocks of %s bytes in %s segments registered as rank %d, mode %s",
             blocks,
@@ -269,6 +279,7 @@ class WorkerEnd:
 
     def start_loads(self, step: StepMeta) -> None:
         """Begins the step's loads."""
+        self._idle = step.idle
         if step.loads:
             self._ready().start_loads(step.loads, self._after())
 
@@ -280,12 +291,25 @@ class WorkerEnd:
 
     def results(self) -> Results:
         """What ended since the last call: nothing, while vLLM has registered no KV cache. Which
-        blocks failed can be asked for once more, by `failed_blocks`, which vLLM calls next."""
+        blocks failed can be asked for once more, by `failed_blocks`, which vLLM calls next.
+
+        What a scheduler in this process takes itself is not in it."""
         if self._worker is None:
             return Results(set(), set(), set())
+        if self._idle:
+            self._worker.linger()
         results = self._worker.results()
         self._failed_blocks |= results.failed_blocks
+        if self._hands_over is not None:
+            # vLLM wants to hear of a failed load together with its blocks.
+            self._hands_over.put(results.loaded - results.failed)
+            results.loaded &= results.failed
         return results
+
+    @property
+    def _hands_over(self) -> handover.HandOver | None:
+        found = self._handover
+        return found if found is not None and found.accepted else None
 
     def failed_blocks(self) -> set[int]:
         """Blocks that failed loads left without bytes; none where `results` names the requests."""
@@ -294,7 +318,14 @@ class WorkerEnd:
 
     def report(self) -> WorkerReport | None:
         """What the scheduler has to know."""
-        return None if self._worker is None else self._worker.report()
+        if self._worker is None:
+            return None
+        report = self._worker.report()
+        over = self._hands_over
+        if report is None and over is not None and (over.pending or self._worker.loading):
+            # vLLM shows the scheduler only steps that have brought something.
+            return WorkerReport()
+        return report
 
     def counted(self) -> dict[str, int]:
         """What was counted since the last call."""

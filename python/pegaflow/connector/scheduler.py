@@ -205,7 +205,9 @@ class Scheduler:
             if tracked is not None and tracked.blocks:
                 for own, new in zip(tracked.blocks, more, strict=True):
                     own.extend(new)
-        return StepMeta(loads, self._saves(step.scheduled))
+        # Of a request that runs, a step before this one may not have ended.
+        idle = not step.scheduled and not any(one.blocks for one in self._requests.values())
+        return StepMeta(loads, self._saves(step.scheduled), idle)
 
     def _begin(self, tracked: Tracked, blocks: Sequence[Sequence[int]], computed: int) -> None:
         """The request runs with these blocks; all before `computed` tokens is there."""

@@ -4,6 +4,7 @@ on a GPU both come after the work that the stream has, without the model's threa
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from pegaflow.client import (
     Registration,
     Status,
     StatusError,
+    TimeoutError,
 )
 from pegaflow.connector.meta import GroupLoad, GroupSave, LoadJob, SaveJob, WorkerReport
 from pegaflow.connector.namespace import to_wire
@@ -31,6 +33,10 @@ from pegaflow.connector.stats import Counters
 SETTLE_S = 5.0
 
 _ASLEEP = "the KV cache's memory is gone while the engine sleeps"
+
+#: How long a worker with nothing to compute waits for a load that is about to end. Between such
+#: steps vLLM sleeps for a millisecond, and what comes in meanwhile waits for both.
+LINGER_MS = 3
 
 #: Reasons that the client says itself: the daemon is away, or about to be.
 _AWAY = (Status.DISCONNECTED, Status.NOT_READY, Status.DRAINING)
@@ -153,6 +159,19 @@ class Worker:
         self._ended_loads, self._failed_loads, self._failed_blocks = set(), set(), set()
         return results
 
+    def linger(self) -> None:
+        """Waits a little for the load that is under way longest, if there is one."""
+        for request, (_, what) in self._parts.items():
+            if isinstance(what, GroupLoad):
+                with contextlib.suppress(TimeoutError):
+                    self._ended(self._client.wait(request, LINGER_MS))
+                return
+
+    @property
+    def loading(self) -> bool:
+        """Loads are under way or wait to be."""
+        return bool(self._loads)
+
     def report(self) -> WorkerReport | None:
         """What the scheduler has to know, or None if that is nothing."""
         incomplete = self._incomplete & self._ended_saves.keys()
@@ -232,16 +251,7 @@ class Worker:
         if not self._parts and not self._waiting:
             return
         for completion in self._client.poll():
-            part = self._parts.pop(completion.request, None)
-            if part is None:
-                continue
-            owner, what = part
-            if isinstance(what, GroupLoad):
-                assert isinstance(owner, str)
-                self._loaded(owner, what, completion)
-            else:
-                assert isinstance(owner, int)
-                self._saved(owner, what, completion)
+            self._ended(completion)
         waiting, self._waiting = self._waiting, deque()
         for owner, what, after in waiting:
             if isinstance(what, GroupLoad):
@@ -250,6 +260,18 @@ class Worker:
             else:
                 assert isinstance(owner, int)
                 self._submit_save(owner, what, after)
+
+    def _ended(self, completion: Completion) -> None:
+        part = self._parts.pop(completion.request, None)
+        if part is None:
+            return
+        owner, what = part
+        if isinstance(what, GroupLoad):
+            assert isinstance(owner, str)
+            self._loaded(owner, what, completion)
+        else:
+            assert isinstance(owner, int)
+            self._saved(owner, what, completion)
 
     def _loaded(self, request_id: str, part: GroupLoad, completion: Completion) -> None:
         self.counters.add("loads")
