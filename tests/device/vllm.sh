@@ -37,6 +37,9 @@ with tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz") as archive:
     archive.extractall(sys.argv[1], filter="data")
 ' "$store/pack"
     python3 -m zipfile -e "$store/pegaflow.whl" "$store/pack/ours"
+    # Once, before all engines do it for themselves at the same time.
+    python3 -m compileall -q -j 0 "$store/pack/site" "$store/pack/ours" ||
+        echo "vllm.sh: not all modules were compiled ahead" >&2
     chmod 755 "$store"/pack/ours/pegaflow/_native/pega{flowd,ctl}
 }
 
@@ -52,10 +55,10 @@ run)
     rm -rf "$logs"
     mkdir -p "$logs"
     status=0
-    PYTHONPATH=python PYTHONUNBUFFERED=1 python3 -m tests.vllm.gpu.measure \
-        --pack "$store/pack" --folder "$logs" "$@" 2>&1 | tee "$logs/results" || status=$?
+    # What is measured is there even if the time for all of it runs out.
+    PYTHONPATH=python PYTHONUNBUFFERED=1 python3 -m tests.vllm.gpu.measure --pack "$store/pack" \
+        --folder "$logs" "$@" 2>&1 | tee "${OUT:-$logs}/vllm-results.txt" || status=$?
     if [[ ${OUT:-} ]]; then
-        cp "$logs/results" "$OUT/vllm-results.txt"
         tar -C "$logs" -czf "$OUT/vllm-logs.tar.gz" --exclude=model --exclude='*.sock*' .
     fi
     exit "$status"

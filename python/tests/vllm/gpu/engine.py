@@ -7,6 +7,7 @@
 | `batch` | milliseconds until all of some prompts have their first, and their last token |
 | `decode` | decodes some prompts while others come in; time from token to token |
 | `settle` | returns when vLLM's own cache could be emptied: no block is in use any more |
+| `pause` | the same small requests, and vLLM's own cache stays |
 | `link` | GB/s of one large copy from pinned memory to the GPU |
 """
 
@@ -102,13 +103,21 @@ class Meter(Server):
         some."""
         deadline = time.monotonic() + patience
         for number in range(10**6):
-            time.sleep(0.05)
-            self.first([number % 1000 + 5] * 5)
+            self.small(number)
             if number >= 2 and self.llm.reset_prefix_cache():
                 return {"settled": True}
             if time.monotonic() > deadline:
                 break
         return {"settled": False}
+
+    def pause(self) -> dict[str, Any]:
+        for number in range(3):
+            self.small(number)
+        return {}
+
+    def small(self, number: int) -> None:
+        time.sleep(0.02)
+        self.first([number % 1000 + 5] * 5)
 
     def link(self, size: int = 1 << 30) -> dict[str, Any]:
         import torch

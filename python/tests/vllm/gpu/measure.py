@@ -1,7 +1,9 @@
-"""Takes the figures: one setup after the other beside an engine without a connector.
+"""Takes the figures: vLLM without a connector, with this project's, and with its peers', in turn.
 
-Both engines live at once and are measured in turn, so that what the machine does to one it does to
-the other. Each result is printed as one line of JSON when it is there; the table comes last.
+All engines live at once, and all but the one whose turn it is stand still (SIGSTOP), so that each
+has the machine to itself and what the machine does to one it does to the others a few seconds
+later. Every part goes round several times, and the order of the turns is reversed each time. Each
+result is printed as one line of JSON when it is there; the table comes last.
 
     python -m tests.vllm.gpu.measure --pack FOLDER [--setups pegaflow offloading] [--seconds 480]
 """
@@ -9,22 +11,27 @@ the other. Each result is printed as one line of JSON when it is there; the tabl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tests.vllm.gpu.report import Results
 from tests.vllm.gpu.setups import Engine, Settings, Setup, setups
-from tests.vllm.process import Vllm
+from tests.vllm.process import EngineError
 
 VOCABULARY = 150_000
+NONE = "none"
+OURS = "pegaflow"
+#: Measured at the end, in the place of the peers: ours in other shapes.
+LATE = ("pegaflow-layers", "pegaflow-served")
 
 
 class OutOfTimeError(Exception):
@@ -34,12 +41,14 @@ class OutOfTimeError(Exception):
 class Bench:
     """One sitting."""
 
-    def __init__(self, settings: Settings, results: Results, seconds: float, quick: bool) -> None:
+    def __init__(self, settings: Settings, results: Results, seconds: float) -> None:
         self.settings = settings
         self.results = results
         self.deadline = time.monotonic() + seconds
-        self.quick = quick
         self.generator = random.Random(11)
+        self.engines: dict[str, Engine] = {}
+
+    # ------------------------------------------------------------ prompts
 
     def prompt(self, tokens: int) -> list[int]:
         """Tokens that no prompt before had."""
@@ -51,13 +60,37 @@ class Bench:
         block = self.settings.block
         return (self.settings.scaled(tokens) - 1) // block * block
 
+    def moved(self, tokens: int) -> int:
+        """Bytes that a connector loads for such a prompt."""
+        return self.whole(tokens) * self.settings.bytes_per_token
+
+    # ------------------------------------------------------------ turns
+
     def check_time(self, needed: float) -> None:
         if time.monotonic() + needed > self.deadline:
             raise OutOfTimeError(f"{needed:.0f} s are not left")
 
-    # ------------------------------------------------------------ one measurement each
+    @contextlib.contextmanager
+    def turn(self, name: str) -> Iterator[Engine]:
+        """Everything else stands still. What slept is warmed up first."""
+        engine = self.engines[name]
+        engine.wake()
+        try:
+            engine.call("batch", prompts=[self.prompt(3_000)] * 2, max_tokens=4)
+            engine.call("settle")
+            yield engine
+            engine.call("settle")
+        finally:
+            engine.sleep()
 
-    def identity(self, none: Vllm, engine: Vllm, name: str) -> None:
+    def turns(self, part: int, names: Sequence[str]) -> list[str]:
+        """Those of the names that are alive, in this round's order."""
+        alive = [name for name in names if name in self.engines]
+        return alive if part % 2 == 0 else alive[::-1]
+
+    # ------------------------------------------------------------ one round each
+
+    def identity(self, names: Sequence[str]) -> None:
         """Greedy tokens: cold against cold, and loaded against a hit in vLLM's own cache.
 
         In bfloat16 a prompt's last tokens, computed alone, round otherwise than in one go with
@@ -65,183 +98,193 @@ class Bench:
         cached answers. So each answer is compared with the one that was computed in the same
         shapes, where every bit must agree.
         """
-        prompts = [self.prompt(1003 + 611 * number) for number in range(4 if self.quick else 8)]
+        prompts = [self.prompt(1003 + 611 * number) for number in range(8)]
 
-        def answers(from_engine: Vllm) -> list[list[int]]:
-            return [from_engine.run([prompt], max_tokens=24).tokens[0] for prompt in prompts]
-
-        cold_none, own_none = answers(none), answers(none)
-        cold = answers(engine)
-        settled = engine.call("settle")["settled"]
-        warm = answers(engine)
-        engine.call("settle")
-        none.call("settle")
+        def answers(engine: Engine) -> list[list[int]]:
+            return [engine.run([prompt], max_tokens=16).tokens[0] for prompt in prompts]
 
         def unequal(left: list[list[int]], right: list[list[int]]) -> int:
             return sum(one != other for one, other in zip(left, right, strict=True))
 
-        self.results.add(
-            name,
-            "identity",
-            prompts=len(prompts),
-            settled=settled,
-            cold_differs=unequal(cold, cold_none),
-            warm_differs=unequal(warm, own_none),
-            vllm_cold_against_cached=unequal(cold_none, own_none),
-            distinct_answers=len({tuple(answer) for answer in cold_none}),
-        )
+        with self.turn(NONE) as none:
+            cold_none, own_none = answers(none), answers(none)
+        for name in self.turns(0, names):
+            with self.turn(name) as engine:
+                cold = answers(engine)
+                settled = engine.call("settle")["settled"]
+                warm = answers(engine)
+            self.results.add(
+                name,
+                "identity",
+                prompts=len(prompts),
+                settled=settled,
+                cold_differs=unequal(cold, cold_none),
+                warm_differs=unequal(warm, own_none),
+                vllm_cold_against_cached=unequal(cold_none, own_none),
+                distinct_answers=len({tuple(answer) for answer in cold_none}),
+            )
 
-    def ttft(self, none: Vllm, engine: Vllm, name: str, tokens: int, times: int) -> None:
-        """First token of one prompt: cold, from vLLM's own cache, from the connector."""
-        for _ in range(times):
-            prompt = self.prompt(tokens)
-            figures: dict[str, Any] = {"tokens": tokens}
-            figures["none_cold"] = none.call("first", prompt=prompt)["ms"]
-            none_own = none.call("first", prompt=prompt)
-            figures["none_own"] = none_own["ms"]
-            figures["cold"] = engine.call("first", prompt=prompt)["ms"]
-            figures["own"] = engine.call("first", prompt=prompt)["ms"]
-            engine.call("settle")
-            warm = engine.call("first", prompt=prompt)
-            figures["warm"] = warm["ms"]
-            # A connector that could not give all blocks is not measured as if it had.
-            figures["hit"] = min(warm["cached"], none_own["cached"]) >= self.whole(tokens)
-            figures["moved"] = self.whole(tokens) * self.settings.bytes_per_token
-            self.results.add(name, "ttft", **figures)
+    def first_tokens(self, part: int, names: Sequence[str]) -> None:
+        """First token of one prompt: cold, from the connector, from vLLM's own cache."""
+        prompts = [
+            (tokens, self.prompt(tokens)) for tokens in (10_000, 1_000, 16_000, 10_000, 1_000)
+        ]
+        for name in self.turns(part, names):
+            with self.turn(name) as engine:
+                for tokens, prompt in prompts:
+                    figures: dict[str, Any] = {"tokens": tokens, "moved": self.moved(tokens)}
+                    figures["cold"] = engine.call("first", prompt=prompt)["ms"]
+                    if name == NONE:
+                        engine.call("pause")
+                    else:
+                        engine.call("settle")
+                        loaded = engine.call("first", prompt=prompt)
+                        figures["warm"] = loaded["ms"]
+                        # What could not give all blocks is not measured as if it had.
+                        figures["hit"] = loaded["cached"] >= self.whole(tokens)
+                    figures["own"] = engine.call("first", prompt=prompt)["ms"]
+                    self.results.add(name, "ttft", part=part, **figures)
 
-    def at_once(self, none: Vllm, engine: Vllm, name: str, count: int, tokens: int) -> None:
-        """Many prompts at once, all loaded: until the last of them has its first token."""
+    def at_once(self, part: int, names: Sequence[str]) -> None:
+        """32 prompts at once, which all fit: until the last of them has its first token."""
+        count, tokens = 32, 2_500
         prompts = [self.prompt(tokens) for _ in range(count)]
-        none.call("batch", prompts=prompts)
-        none_own = none.call("batch", prompts=prompts)
-        cold = engine.call("batch", prompts=prompts)
-        settled = engine.call("settle")["settled"]
-        warm = engine.call("batch", prompts=prompts)
-        engine.call("settle")
-        none.call("settle")
-        self.results.add(
-            name,
-            "at once",
-            count=count,
-            tokens=tokens,
-            cold=cold["ms"],
-            warm=warm["ms"],
-            warm_mean=sum(warm["firsts_ms"]) / count,
-            none_own=none_own["ms"],
-            settled=settled,
-            hit=warm["cached"] >= count * self.whole(tokens),
-            moved=count * self.whole(tokens) * self.settings.bytes_per_token,
-        )
+        for name in self.turns(part, names):
+            figures: dict[str, Any] = {"count": count, "tokens": tokens}
+            figures["moved"] = count * self.moved(tokens)
+            with self.turn(name) as engine:
+                figures["cold"] = engine.call("batch", prompts=prompts)["ms"]
+                if name == NONE:
+                    figures["own"] = engine.call("batch", prompts=prompts)["ms"]
+                else:
+                    engine.call("settle")
+                    warm = engine.call("batch", prompts=prompts)
+                    figures["warm"] = warm["ms"]
+                    figures["warm_mean"] = sum(warm["firsts_ms"]) / count
+                    figures["hit"] = warm["cached"] >= count * self.whole(tokens)
+            self.results.add(name, "at once", part=part, **figures)
 
-    def no_reuse(self, none: Vllm, engine: Vllm, name: str, pairs: int) -> None:
-        """24 prompts that nobody has seen: what saving them costs. Which goes first alternates."""
-        for pair in range(pairs):
-            self.check_time(25)
-            prompts = [self.prompt(10_000) for _ in range(24)]
-            took: dict[str, float] = {}
-            order: list[tuple[str, Vllm]] = [("without", none), ("with", engine)]
-            for label, one in order if pair % 2 == 0 else reversed(order):
-                took[label] = one.call("batch", prompts=prompts, max_tokens=64)["ms"]
-                one.call("settle")
-            self.results.add(name, "no reuse", pair=pair, **took)
+    def no_reuse(self, part: int, names: Sequence[str]) -> None:
+        """24 prompts that nobody has seen: what saving them costs."""
+        prompts = [self.prompt(10_000) for _ in range(24)]
+        for name in self.turns(part, names):
+            with self.turn(name) as engine:
+                took = engine.call("batch", prompts=prompts, max_tokens=64)["ms"]
+            self.results.add(name, "no reuse", part=part, ms=took)
 
-    def decode(self, none: Vllm, engine: Vllm, name: str, times: int) -> None:
-        """Time per token of 16 decodes while prompts of 10,000 tokens are loaded, or saved."""
-        for _ in range(times):
-            self.check_time(25)
-            decoding = [self.prompt(500) for _ in range(16)]
-            visitors = [self.prompt(10_000) for _ in range(6)]
-            both = (none, engine)
-            # Saving: both compute the visitors, one saves them too.
-            saving = [
-                one.call("decode", prompts=decoding, max_tokens=160, visitors=visitors, every=20)
-                for one in both
-            ]
-            # Loading: one finds the visitors in its own cache, the other loads them.
-            engine.call("settle")
-            others = [self.prompt(500) for _ in range(16)]
-            loading = [
-                one.call("decode", prompts=others, max_tokens=160, visitors=visitors, every=20)
-                for one in both
-            ]
-            engine.call("settle")
-            none.call("settle")
-            for what, (without, with_it) in (("saving", saving), ("loading", loading)):
-                self.results.add(
-                    name,
-                    f"decode while {what}",
-                    without=without["tpot_ms"],
-                    with_=with_it["tpot_ms"],
-                    without_p99=without["gap_p99_ms"],
-                    with_p99=with_it["gap_p99_ms"],
-                    cached=with_it["cached"],
-                    left=with_it["left"] + without["left"],
-                )
+    def decode(self, part: int, names: Sequence[str]) -> None:
+        """Time per token of 16 decodes while prompts of 10,000 tokens are saved, then loaded.
 
-    # ------------------------------------------------------------ a setup
+        Without a connector the same prompts are computed, then found in vLLM's own cache.
+        """
+        decoding, others = ([self.prompt(500) for _ in range(16)] for _ in range(2))
+        visitors = [self.prompt(10_000) for _ in range(4)]
+        arguments = {"max_tokens": 120, "visitors": visitors, "every": 20}
+        for name in self.turns(part, names):
+            with self.turn(name) as engine:
+                saving = engine.call("decode", prompts=decoding, **arguments)
+                if name != NONE:
+                    engine.call("settle")
+                loading = engine.call("decode", prompts=others, **arguments)
+            for what, figures in (("saving", saving), ("loading", loading)):
+                del figures["event"]
+                self.results.add(name, f"decode while {what}", part=part, **figures)
 
-    def measure(self, none: Vllm, setup: Setup) -> None:
-        """Everything about one setup; what fails is said and does not stop the rest."""
-        ours = setup.name == "pegaflow"
-        name = setup.name
-        times = 3 if self.quick else 6
-        with setup.serving():
-            begin = time.monotonic()
-            engine = setup.start()
-            self.results.add(name, "init", seconds=time.monotonic() - begin)
-            with engine:
-                # Kernels are compiled and memory is mapped before anything counts.
-                for one in (none, engine):
-                    one.call("first", prompt=self.prompt(10_000))
-                    one.call("batch", prompts=[self.prompt(2_000)] * 4, max_tokens=8)
-                    one.call("settle")
-                parts: list[Callable[[], None]] = [
-                    lambda: self.identity(none, engine, name),
-                    lambda: self.ttft(none, engine, name, 10_000, times),
-                    lambda: self.ttft(none, engine, name, 1_000, times),
-                    lambda: self.ttft(none, engine, name, 16_000, times if ours else 3),
-                    lambda: self.at_once(none, engine, name, 32, 4_000),
-                    lambda: self.no_reuse(none, engine, name, (6 if ours else 2)),
-                    lambda: self.decode(none, engine, name, 3 if ours else 1),
-                ]
-                for part in parts:
-                    self.guarded(name, part)
+    # ------------------------------------------------------------ all of it
 
-    def guarded(self, name: str, part: Callable[[], None]) -> None:
+    def rounds(
+        self,
+        count: int,
+        needed: float,
+        measure: Callable[[int, Sequence[str]], None],
+        every: Sequence[str],
+        second: Sequence[str] = (),
+    ) -> None:
+        """Some rounds, of which every third one is also for some more setups."""
+        for part in range(count):
+            names = [*every, *second] if part % 3 == 0 else list(every)
+            if not self.guarded(measure.__name__, needed * len(names), measure, part, names):
+                return
+
+    def guarded(
+        self, what: str, needed: float, measure: Callable[..., None], *arguments: Any
+    ) -> bool:
+        """What fails is said, and does not stop the rest."""
         try:
-            self.check_time(15)
-            part()
+            self.check_time(needed)
+            measure(*arguments)
         except OutOfTimeError as late:
-            self.results.add(name, "left out", why=str(late))
-        except Exception as error:
+            self.results.add("machine", "left out", part=what, why=str(late))
+            return False
+        except EngineError as error:
             traceback.print_exc()
-            self.results.add(name, "failed", error=str(error)[:2000])
+            self.results.add("machine", "failed", part=what, error=str(error)[:2000])
+            return False
+        return True
 
-    def sitting(self, all_setups: dict[str, Setup], wanted: list[str]) -> None:
-        none = all_setups["none"]
-        with Engine(none, "link", multiprocess=True) as copier:
+    def start(self, wanted: Sequence[Setup], servers: contextlib.ExitStack) -> None:
+        """Starts engines side by side, each of which then stands still."""
+        long, short = self.prompt(16_000), self.prompt(1_000)
+
+        def begin(setup: Setup) -> None:
+            began = time.monotonic()
+            try:
+                servers.enter_context(setup.serving())
+                engine = setup.start()
+                # Kernels are compiled and memory is mapped before anything counts.
+                for prompt in (long, short):
+                    engine.call("batch", prompts=[prompt] * 2, max_tokens=8)
+                engine.call("settle")
+                engine.sleep()
+            except (EngineError, RuntimeError) as error:
+                what = f"{setup.name} init"
+                self.results.add("machine", "failed", part=what, error=str(error)[:2000])
+            else:
+                self.engines[setup.name] = engine
+                self.results.add(setup.name, "init", seconds=time.monotonic() - began)
+
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            for one in [pool.submit(begin, setup) for setup in wanted]:
+                one.result()
+
+    def stop(self, names: Sequence[str]) -> None:
+        """Ends engines, which gives their memory back."""
+        for name in names:
+            engine = self.engines.pop(name, None)
+            if engine is not None:
+                engine.kill()
+
+    def sitting(self, all_setups: dict[str, Setup], wanted: Sequence[str]) -> None:
+        peers = [name for name in wanted if name != OURS and name not in LATE]
+        late = [name for name in wanted if name in LATE]
+        pair = [name for name in (NONE, OURS) if name == NONE or name in wanted]
+        with Engine(all_setups[NONE], "link", multiprocess=False) as copier:
             self.results.add("machine", "link", gbps=copier.call("link")["gbps"])
-        begin = time.monotonic()
-        with none.start() as without:
-            self.results.add("none", "init", seconds=time.monotonic() - begin)
-            for name in wanted:
-                self.guarded(name, partial(self.measure, without, all_setups[name]))
+        with contextlib.ExitStack() as servers:
+            try:
+                self.start([all_setups[name] for name in (*pair, *peers)], servers)
+                if any(name not in self.engines for name in pair):
+                    return
+                self.guarded("identity", 20, self.identity, pair[1:])
+                self.rounds(5, 4, self.first_tokens, [*pair, *peers])
+                self.rounds(6, 11, self.no_reuse, pair, peers)
+                self.rounds(5, 9, self.decode, pair, peers)
+                self.rounds(2, 5, self.at_once, [*pair, *peers])
+                if late and self.guarded("late", 70, self.stop, peers):
+                    self.start([all_setups[name] for name in late], servers)
+                    self.rounds(4, 4, self.first_tokens, [*pair, *late])
+            finally:
+                self.stop(list(self.engines))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="measure vLLM with and without connectors")
     parser.add_argument("--pack", type=Path, required=True, help="folder of the unpacked pack")
     parser.add_argument("--folder", type=Path, help="for logs [a temporary one]")
-    parser.add_argument(
-        "--setups", nargs="+", default=["pegaflow", "offloading", "public pegaflow"]
-    )
-    parser.add_argument("--seconds", type=float, default=480.0, help="stop taking new figures then")
-    parser.add_argument("--kv-gib", type=int, default=38, help="KV cache of each engine")
-    parser.add_argument("--pool-gib", type=int, default=32, help="pool of each connector")
-    parser.add_argument(
-        "--runner", type=int, choices=(1, 2), help="vLLM's model runner [vLLM's choice]"
-    )
-    parser.add_argument("--quick", action="store_true", help="half the repetitions")
+    parser.add_argument("--setups", nargs="+", default=[OURS, "offloading", "public", *LATE])
+    parser.add_argument("--seconds", type=float, default=480.0, help="start no new round then")
+    parser.add_argument("--kv-gib", type=int, default=12, help="KV cache of each engine")
+    parser.add_argument("--pool-gib", type=int, default=20, help="pool of each connector")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="pegaflow-vllm-"))
@@ -253,10 +296,14 @@ def main() -> int:
         kv_bytes=options.kv_gib << 30,
         pool_bytes=options.pool_gib << 30,
         rehearsal=options.rehearse,
-        runner=options.runner,
     )
-    results = Results(lambda line: print(json.dumps(line), flush=True))
-    bench = Bench(settings, results, options.seconds, options.quick)
+    began = time.monotonic()
+    results = Results(
+        lambda line: print(
+            json.dumps({"at": round(time.monotonic() - began, 1)} | line), flush=True
+        )
+    )
+    bench = Bench(settings, results, options.seconds)
     try:
         bench.sitting(setups(settings), options.setups)
     finally:

@@ -1,15 +1,23 @@
-"""Results as they come, and the table at the end: each figure beside the limit of its own run."""
+"""Results as they come, and the table at the end: each figure beside the limit of its own round."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
-#: What must hold, as ratios (see the table's last column).
+NONE = "none"
+#: What must hold, as ratios.
 WARM_LIMIT = 1.08
 NO_REUSE_LIMIT = 1.01
 DECODE_LIMIT = 1.03
+
+
+def spread(values: Iterable[float], form: str) -> str:
+    """The middle, the smallest and the largest."""
+    ordered = sorted(values)
+    low, middle, high = (format(one, form) for one in (ordered[0], median(ordered), ordered[-1]))
+    return f"{middle} ({low} to {high})"
 
 
 class Results:
@@ -36,18 +44,32 @@ class Results:
         return [
             line
             for line in self.lines
-            if setup in (None, line["setup"])
-            and line["what"] == what
+            if line["what"] == what
+            and setup in (None, line["setup"])
             and all(line[key] == value for key, value in like.items())
         ]
 
+    def middle(self, setup: str, what: str, key: str, **like: Any) -> float | None:
+        """The median of what was measured of a setup."""
+        values = [line[key] for line in self.of(setup, what, **like) if key in line]
+        return median(values) if values else None
+
+    def pairs(self, setup: str, what: str, key: str, **like: Any) -> list[float]:
+        """A setup's figure over that without a connector, of each round that has both."""
+        ratios = []
+        for part in dict.fromkeys(line["part"] for line in self.of(setup, what, **like)):
+            own, without = (self.middle(one, what, key, part=part, **like) for one in (setup, NONE))
+            if own is not None and without is not None:
+                ratios.append(own / without)
+        return ratios
+
+    # ------------------------------------------------------------ the table
+
     def table(self) -> str:
-        """What there is, for reading."""
-        links = self.of(None, "link")
-        gbps = links[0]["gbps"] if links else None
-        rows = [f"\nlink {gbps:.1f} GB/s to the GPU" if gbps else "\nlink not measured"]
-        names = list(dict.fromkeys(line["setup"] for line in self.lines))
-        for name in names:
+        """All there is, for people to read."""
+        gbps = next((line["gbps"] for line in self.of("machine", "link")), None)
+        rows = ["", f"link {gbps:.1f} GB/s to the GPU" if gbps else "link not measured"]
+        for name in dict.fromkeys(line["setup"] for line in self.lines):
             rows += [
                 f"{name:16} identity        {line['prompts']} prompts: cold differs"
                 f" {line['cold_differs']}, loaded differs {line['warm_differs']} (vLLM's own"
@@ -55,73 +77,81 @@ class Results:
                 f" {line['distinct_answers']} distinct answers)"
                 for line in self.of(name, "identity")
             ]
-            if gbps:
-                rows += self.first_token(name, gbps)
-                rows += self.many(name, gbps)
-            rows += self.pairs(name)
-            for line in self.of(name, "left out") + self.of(name, "failed"):
-                text = str(line.get("why") or line.get("error")).splitlines()[0]
-                rows.append(f"{name:16} {line['what']:15} {text}")
+            rows += self.first_token(name, gbps)
+            rows += self.many(name, gbps)
+            rows += self.compared(name)
+        for line in self.of(None, "left out") + self.of(None, "failed"):
+            text = str(line.get("why") or line.get("error")).splitlines()[0]
+            rows.append(f"{line['what']:16} {line['part']}: {text}")
         return "\n".join(rows)
 
-    def first_token(self, name: str, gbps: float) -> list[str]:
-        """TTFT rows of one setup."""
+    def first_token(self, name: str, gbps: float | None) -> list[str]:
+        """First token of a prompt. The limit is vLLM's own cache and the bytes over the link."""
         rows = []
-        for tokens in dict.fromkeys(line["tokens"] for line in self.of(name, "ttft")):
+        for tokens in sorted({line["tokens"] for line in self.of(name, "ttft")}):
             lines = self.of(name, "ttft", tokens=tokens)
-            hits = [line for line in lines if line["hit"]]
-            middle = {
-                key: median(line[key] for line in lines)
-                for key in ("none_cold", "none_own", "cold", "own")
-            }
-            limit = middle["none_own"] + lines[0]["moved"] / gbps / 1e6
-            row = (
-                f"{name:16} ttft {tokens:6}     cold {middle['cold']:7.1f} ms (none"
-                f" {middle['none_cold']:.1f}), own cache {middle['own']:6.1f}"
-                f" (none {middle['none_own']:.1f}), "
+            cold, own_cache = (
+                spread((line[key] for line in lines), ".1f") for key in ("cold", "own")
             )
-            if hits:
-                warm = median(line["warm"] for line in hits)
-                row += f"warm {warm:7.1f}, limit {limit:6.1f}: x{warm / limit:.3f}"
+            row = f"{name:16} ttft {tokens:6}     cold {cold} ms, own cache {own_cache}"
+            hits = [line for line in lines if line.get("hit")]
+            if hits and gbps:
+                ratios = []
+                for part in dict.fromkeys(line["part"] for line in hits):
+                    own = self.middle(NONE, "ttft", "own", tokens=tokens, part=part)
+                    warm = median(line["warm"] for line in hits if line["part"] == part)
+                    if own is not None:
+                        ratios.append(warm / (own + hits[0]["moved"] / gbps / 1e6))
+                own = self.middle(NONE, "ttft", "own", tokens=tokens)
+                row += f", loaded {spread((x['warm'] for x in hits), '.1f')}"
+                if own is not None and ratios:
+                    limit = own + hits[0]["moved"] / gbps / 1e6
+                    warm = median(line["warm"] for line in hits)
+                    row += (
+                        f", limit {limit:.1f}: x{warm / limit:.3f}, rounds {spread(ratios, '.3f')}"
+                    )
                 row += f" (most x{WARM_LIMIT})" if tokens == 10_000 else ""
                 row += f" [{len(hits)} of {len(lines)} hit]"
-            else:
-                row += "NO HIT"
+            elif name != NONE:
+                row += ", NO HIT"
             rows.append(row)
         return rows
 
-    def many(self, name: str, gbps: float) -> list[str]:
-        """Rows of many requests at once."""
-        rows = []
-        for line in self.of(name, "at once"):
-            limit = line["none_own"] + line["moved"] / gbps / 1e6
-            rows.append(
-                f"{name:16} {line['count']} x {line['tokens']}       cold {line['cold']:7.1f} ms,"
-                f" warm {line['warm']:7.1f} (mean {line['warm_mean']:.1f}), limit {limit:.1f}:"
-                f" x{line['warm'] / limit:.3f}" + ("" if line["hit"] else " NOT ALL HIT")
-            )
-        return rows
+    def many(self, name: str, gbps: float | None) -> list[str]:
+        """Many requests at once."""
+        lines = self.of(name, "at once")
+        if not lines:
+            return []
+        row = f"{name:16} {lines[0]['count']} x {lines[0]['tokens']}       cold"
+        row += f" {spread((line['cold'] for line in lines), '.0f')} ms"
+        own = self.middle(NONE, "at once", "own")
+        if name == NONE:
+            return [row + f", own cache {spread((line['own'] for line in lines), '.0f')}"]
+        row += f", loaded {spread((line['warm'] for line in lines), '.0f')}"
+        row += f" (mean {median(line['warm_mean'] for line in lines):.0f})"
+        if own is not None and gbps:
+            limit = own + lines[0]["moved"] / gbps / 1e6
+            row += f", limit {limit:.0f}: x{median(line['warm'] for line in lines) / limit:.3f}"
+        return [row + ("" if all(line["hit"] for line in lines) else " NOT ALL HIT")]
 
-    def pairs(self, name: str) -> list[str]:
-        """Rows of ratios taken in pairs."""
+    def compared(self, name: str) -> list[str]:
+        """What is compared with no connector, round by round."""
         rows = []
-        lines = self.of(name, "no reuse")
-        if lines:
-            ratios = sorted(line["with"] / line["without"] for line in lines)
-            rows.append(
-                f"{name:16} no reuse        x{median(ratios):.4f} of {len(ratios)} pairs,"
-                f" {ratios[0]:.4f} to {ratios[-1]:.4f}; without"
-                f" {median(line['without'] for line in lines) / 1e3:.2f} s (most x{NO_REUSE_LIMIT})"
-            )
-        for what in ("saving", "loading"):
-            lines = self.of(name, f"decode while {what}")
-            if lines:
-                ratios = sorted(line["with_"] / line["without"] for line in lines)
-                p99 = median(line["with_p99"] / line["without_p99"] for line in lines)
-                rows.append(
-                    f"{name:16} decode, {what:7} x{median(ratios):.3f} of {len(ratios)},"
-                    f" {ratios[0]:.3f} to {ratios[-1]:.3f}; p99 x{p99:.2f}; without"
-                    f" {median(line['without'] for line in lines):.2f} ms"
-                    f" (most x{DECODE_LIMIT})"
-                )
+        kinds = (
+            ("no reuse", "ms", "ms", 1e-3, f" (most x{NO_REUSE_LIMIT})"),
+            ("decode while saving", "tpot_ms", "gap_p99_ms", 1.0, f" (most x{DECODE_LIMIT})"),
+            ("decode while loading", "tpot_ms", "gap_p99_ms", 1.0, f" (most x{DECODE_LIMIT})"),
+        )
+        for what, key, tail, scale, most in kinds:
+            lines = self.of(name, what)
+            if not lines:
+                continue
+            row = f"{name:16} {what:20}  {spread((x[key] * scale for x in lines), '.2f')}"
+            ratios = self.pairs(name, what, key)
+            if name != NONE and ratios:
+                row += f", x{spread(ratios, '.4f')} of {len(ratios)}"
+                if tail != key:
+                    row += f"; p99 x{spread(self.pairs(name, what, tail), '.2f')}"
+                row += most
+            rows.append(row)
         return rows

@@ -63,9 +63,6 @@ class Settings:
     kv_bytes: int
     pool_bytes: int
     rehearsal: bool = False
-    #: vLLM's model runner: 1 can lay all layers of a block side by side, 2 (what vLLM takes for
-    #: dense models) has one tensor for each layer. None leaves the choice to vLLM.
-    runner: int | None = None
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -90,11 +87,20 @@ class Settings:
 
 
 class Engine(Vllm):
-    """An engine process with a clock."""
+    """An engine process with a clock, which can be stood still: several are alive on one machine,
+    and only one of them is to take its cores and its GPU."""
 
     MODULE = "tests.vllm.gpu.engine"
-    LIMIT_SECONDS = 150.0
-    STOP_SECONDS = 20.0
+    LIMIT_SECONDS = 240.0
+    STOP_SECONDS = 10.0
+
+    def sleep(self) -> None:
+        """Stops the process and all below it."""
+        os.killpg(self.pid, signal.SIGSTOP)
+
+    def wake(self) -> None:
+        """Lets them go on."""
+        os.killpg(self.pid, signal.SIGCONT)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,12 @@ class Setup:
     transfer: dict[str, Any] | None
     #: Before vLLM's own folder on the path; the peer's package has the same name as ours.
     package: Path
+    #: vLLM's engine has a process of its own, as under `vllm serve`. Otherwise it runs in the one
+    #: that measures, and only the engine is measured.
+    multiprocess: bool = False
+    #: vLLM's model runner: 1 can lay all layers of a block side by side, 2 (what vLLM takes for
+    #: dense models) has one tensor for each layer. None leaves the choice to vLLM.
+    runner: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -123,16 +135,19 @@ class Setup:
             "skip_tokenizer_init": True,
             "dtype": "bfloat16",
             "max_model_len": 20_000,
+            # As `vllm serve` has it: four engines have to fit.
+            "max_num_batched_tokens": 8192,
             "block_size": self.settings.block,
             "enforce_eager": True,
             "enable_prefix_caching": True,
-            "gpu_memory_utilization": 0.42,
+            # The KV cache is of a given size; no more than this has to be free at the start.
+            "gpu_memory_utilization": 0.1,
             "kv_cache_memory_bytes": self.settings.kv_bytes,
             "disable_log_stats": False,
             "seed": 0,
         }
         if self.settings.rehearsal:
-            arguments["max_model_len"] = 1024
+            arguments["max_model_len"] = arguments["max_num_batched_tokens"] = 1024
             for only_gpu in ("gpu_memory_utilization", "kv_cache_memory_bytes"):
                 del arguments[only_gpu]
         if self.transfer is not None:
@@ -141,7 +156,7 @@ class Setup:
 
     def environment(self, *, multiprocess: bool) -> dict[str, str]:
         site = self.settings.pack / "site"
-        runner = self.settings.runner
+        runner = self.runner
         chosen = {} if runner is None else {"VLLM_USE_V2_MODEL_RUNNER": str(runner - 1)}
         return (
             dict(os.environ)
@@ -161,21 +176,17 @@ class Setup:
             }
         )
 
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Whatever must run beside vLLM."""
+    def serving(self) -> contextlib.AbstractContextManager[None]:
+        """Whatever must run beside vLLM; the late ones of ours find it running."""
         if self.name == "pegaflow":
-            with daemon(self.settings):
-                yield
-        elif self.name == "public pegaflow":
-            with peer_server(self.settings):
-                yield
-        else:
-            yield
+            return daemon(self.settings)
+        if self.name == "public":
+            return peer_server(self.settings)
+        return contextlib.nullcontext()
 
     def start(self) -> Engine:
         """The engine, with its model, ready to be measured."""
-        engine = Engine(self, self.name.replace(" ", "-"), multiprocess=True)
+        engine = Engine(self, self.name, multiprocess=self.multiprocess)
         try:
             engine.call("open", arguments=self.engine)
             engine.call("randomise")
@@ -199,7 +210,10 @@ def setups(settings: Settings) -> dict[str, Setup]:
         Setup("none", settings, None, ours),
         Setup("pegaflow", settings, connector(), ours),
         Setup("offloading", settings, offloading, ours),
-        Setup("public pegaflow", settings, public, peer),
+        Setup("public", settings, public, peer),
+        # The same again, with all layers of a block side by side, and with vLLM's own processes.
+        Setup("pegaflow-layers", settings, connector(), ours, runner=1),
+        Setup("pegaflow-served", settings, connector(), ours, multiprocess=True),
     ]
     folder = settings.folder / "model"
     folder.mkdir(parents=True, exist_ok=True)
