@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from pegaflow.client import Client
 
+from .engine_support import Engine, Make
 from .support import Daemon, binaries
 
 # Before anything loads the library: what is tested is what was built here.
@@ -27,3 +29,17 @@ def client(daemon: Daemon) -> Iterator[Client]:
     """A client of the running daemon."""
     with daemon.client() as connected:
         yield connected
+
+
+@pytest.fixture
+def make(daemon: Daemon) -> Iterator[Make]:
+    """Makes engines of the running daemon."""
+    made: list[Engine] = []
+
+    def one(**arguments: Any) -> Engine:
+        made.append(Engine(daemon, **arguments))
+        return made[-1]
+
+    yield one
+    for engine in made:
+        engine.close()

@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from pegaflow.client import Group, Mode, Namespace, State
 from pegaflow.connector.config import ConnectorConfig
@@ -60,6 +61,8 @@ class Pool:
     def __init__(self, total: int) -> None:
         self.total = total
         self.users: Counter[int] = Counter()
+        #: Blocks that vLLM finds by name, in group 1.
+        self.named: dict[bytes, int] = {}
 
     def hold(self, blocks: Sequence[int]) -> None:
         self.users.update(blocks)
@@ -68,6 +71,10 @@ class Pool:
         for block in blocks:
             assert self.users[block] > 0, f"block {block} is dropped more often than it was held"
             self.users[block] -= 1
+
+    def cached(self, name: bytes, group: int) -> int | None:
+        assert group == 1
+        return self.named.get(name)
 
     @property
     def held(self) -> set[int]:
@@ -249,6 +256,21 @@ class Engine:
         if not add(self.step(self.scheduler.build(Step([], [], {})))):
             eventually(lambda: add(self.idle()), "the load ends")
         return total
+
+
+class Make(Protocol):
+    """Makes engines, with the arguments of `Engine`."""
+
+    def __call__(
+        self,
+        *,
+        config: ConnectorConfig | None = None,
+        groups: Sequence[CacheGroup] = (FULL,),
+        blocks: int = 64,
+        world_size: int = 1,
+        model: str = "engine-test",
+        with_events: bool = False,
+    ) -> Engine: ...
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

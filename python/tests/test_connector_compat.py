@@ -27,8 +27,18 @@ class MLAAttentionSpec(FullAttentionSpec): ...
 class SlidingWindowSpec(AttentionSpec): ...
 
 
-class MambaSpec:
-    block_size = 16
+class ChunkedLocalAttentionSpec(AttentionSpec): ...
+
+
+class CrossAttentionSpec(AttentionSpec): ...
+
+
+class MambaSpec(AttentionSpec): ...
+
+
+class Tensor:
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
 
 
 class RSWASpec(FullAttentionSpec): ...
@@ -90,7 +100,10 @@ def test_a_window_reaches_as_far_back_as_a_draft_model_may() -> None:
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
-        (MambaSpec(), "MambaSpec"),
+        (MambaSpec(16), "keeps no state but a request's last one"),
+        (MambaSpec(16, mamba_cache_mode="none"), "mamba_cache_mode is none"),
+        (CrossAttentionSpec(16), "the encoder's input"),
+        (AttentionSpec(16), "only full attention"),
         (RSWASpec(16), "RSWASpec"),
         (FullAttentionSpec(24), "no whole number of hashes"),
         (UniformTypeKVCacheSpecs(a=FullAttentionSpec(16), b=RSWASpec(16)), "RSWASpec"),
@@ -106,7 +119,7 @@ def test_what_is_not_supported_is_refused_at_start(spec: Any, why: str) -> None:
 
 
 @pytest.mark.usefixtures("hash_tokens")
-def test_groups_that_vllm_does_not_transfer_and_context_parallel_prefill_are_refused() -> None:
+def test_groups_that_vllm_does_not_transfer_are_refused() -> None:
     host = SimpleNamespace(
         kv_cache_groups=[
             SimpleNamespace(kv_cache_spec=FullAttentionSpec(16), enable_kv_transfer=False)
@@ -114,10 +127,70 @@ def test_groups_that_vllm_does_not_transfer_and_context_parallel_prefill_are_ref
     )
     with pytest.raises(LayoutError, match="not to be transferred"):
         compat.cache_groups(parallel(), host)
-    with pytest.raises(LayoutError, match="prefill context"):
-        compat.cache_groups(
-            parallel(prefill_context_parallel_size=2), config(FullAttentionSpec(16))
-        )
+
+
+@pytest.mark.usefixtures("hash_tokens")
+@pytest.mark.parametrize("mode", ["align", "all"])
+def test_state_is_never_the_group_that_is_asked_for_a_prefix(mode: str) -> None:
+    state = MambaSpec(16, mamba_cache_mode=mode, dcp_sharded=False)
+    groups = compat.cache_groups(parallel(), config(state, FullAttentionSpec(16)))
+    assert [(group.number, group.recurrent) for group in groups] == [(1, True), (0, False)]
+    assert [group.window_blocks for group in groups] == [1, None]
+    (alone,) = compat.cache_groups(parallel(), config(state))
+    assert (alone.number, alone.recurrent, alone.window_blocks) == (1, True, 1)
+
+
+@pytest.mark.usefixtures("hash_tokens")
+def test_beside_state_other_kinds_of_attention_are_not_taken_to_be_where_the_first_is() -> None:
+    state = MambaSpec(16, mamba_cache_mode="align")
+    full = FullAttentionSpec(16)
+    specs = (full, state, SlidingWindowSpec(16, sliding_window=64), full, FullAttentionSpec(32))
+    groups = compat.cache_groups(parallel(), config(*specs))
+    assert [group.apart for group in groups] == [False, False, True, False, True]
+    groups = compat.cache_groups(parallel(), config(full, SlidingWindowSpec(16, sliding_window=64)))
+    assert [group.apart for group in groups] == [False, False]
+
+
+@pytest.mark.usefixtures("hash_tokens")
+def test_chunks_are_known_by_their_tokens() -> None:
+    chunked = ChunkedLocalAttentionSpec(16, attention_chunk_size=64)
+    groups = compat.cache_groups(parallel(), config(chunked, FullAttentionSpec(16)))
+    assert [(group.number, group.chunk_tokens) for group in groups] == [(1, 64), (0, None)]
+    assert [groups[0].needed_from(end) for end in (0, 3, 4, 5, 8)] == [0, 0, 4, 4, 8]
+    (alone,) = compat.cache_groups(parallel(), config(chunked))
+    assert (alone.number, alone.chunk_tokens) == (0, None)
+
+
+def test_what_a_state_consists_of_is_told_apart() -> None:
+    def spec(**more: Any) -> MambaSpec:
+        said = {"shapes": ((3, 8), (2, 4)), "dtypes": ("half", "float"), "mamba_type": "mamba2"}
+        return MambaSpec(16, **said | more)
+
+    texts = {
+        compat.described(spec()),
+        compat.described(spec(dtypes=("half", "half"))),
+        compat.described(spec(dtypes=("bfloat16", "float"))),
+        compat.described(spec(shapes=((8, 3), (2, 4)))),
+        compat.described(spec(mamba_type="gdn")),
+        compat.described(FullAttentionSpec(16)),
+    }
+    assert len(texts) == 6
+
+
+def test_the_tensors_of_a_state_are_layers_of_their_own() -> None:
+    kinds = [Tensor((8, 3, 4)), Tensor((8, 2))]
+    layers = compat.layers_of({"a": kinds, "b": Tensor((8, 16))}, ["a", "b"], 8)
+    assert [(layer.name, layer.block_dim) for layer in layers] == [("a", 0), ("a", 0), ("b", 0)]
+    with pytest.raises(LayoutError, match="a state of shape"):
+        compat.layers_of({"a": [Tensor((16, 3))]}, ["a"], 8)
+
+
+@pytest.mark.usefixtures("hash_tokens")
+def test_parallel_prefill_adds_no_tokens_to_a_block() -> None:
+    (group,) = compat.cache_groups(
+        parallel(prefill_context_parallel_size=2), config(FullAttentionSpec(16))
+    )
+    assert group.block_tokens == 16
 
 
 @pytest.mark.usefixtures("hash_tokens")

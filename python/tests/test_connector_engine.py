@@ -6,51 +6,20 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
 
 import pytest
 
 from pegaflow.client import Completion
 from pegaflow.connector import names
 from pegaflow.connector.config import ConnectorConfig, ConnectorMode
-from pegaflow.connector.groups import CacheGroup, window_blocks
 from pegaflow.connector.lookup import STEP_WAIT_MS
 from pegaflow.connector.scheduler import Step
 
-from .engine_support import BLOCK_TOKENS, FULL, Engine, Request, tokens
+from .engine_support import BLOCK_TOKENS, Engine, Make, Request, tokens
 from .support import Daemon, eventually
-
-
-class Make(Protocol):
-    """Makes engines, with the arguments of `Engine`."""
-
-    def __call__(
-        self,
-        *,
-        config: ConnectorConfig | None = None,
-        groups: Sequence[CacheGroup] = (FULL,),
-        blocks: int = 64,
-        world_size: int = 1,
-        model: str = "engine-test",
-        with_events: bool = False,
-    ) -> Engine: ...
-
-
-@pytest.fixture
-def make(daemon: Daemon) -> Iterator[Make]:
-    """Makes engines of the running daemon."""
-    made: list[Engine] = []
-
-    def one(**arguments: Any) -> Engine:
-        made.append(Engine(daemon, **arguments))
-        return made[-1]
-
-    yield one
-    for engine in made:
-        engine.close()
 
 
 def test_what_one_engine_saved_another_loads_with_the_same_bytes(make: Make) -> None:
@@ -159,19 +128,6 @@ def test_a_block_that_the_last_step_filled_is_saved_when_the_request_ends(make: 
     engine.scheduler.finished(request)
     meta = engine.scheduler.build(Step([], [], {}))
     assert [part.blocks for job in meta.saves for part in job.parts] == [[2]]
-
-
-def test_the_null_block_is_never_saved(make: Make) -> None:
-    window = CacheGroup(1, 1, BLOCK_TOKENS, 1, window_blocks(32, BLOCK_TOKENS))
-    engine = make(groups=[FULL, window])
-    request = Request(tokens(64))
-    engine.scheduler.allocated(request, [[1, 2, 3, 4], [0, 0, 5, 6]], 0)
-    meta = engine.scheduler.build(
-        Step([(request.request_id, [[1, 2, 3, 4], [0, 0, 5, 6]], 0)], [], {request.request_id: 64})
-    )
-    (job,) = meta.saves
-    assert [(part.group, part.blocks) for part in job.parts] == [(0, [1, 2, 3, 4]), (1, [5, 6])]
-    assert 0 not in engine.pool.held
 
 
 def test_rejected_draft_tokens_are_not_part_of_a_saved_block(make: Make) -> None:
@@ -344,41 +300,6 @@ def test_an_adapter_of_the_same_name_and_path_with_other_weights_shares_nothing(
     assert successor.find(Request(prompt)) == 0
     (tmp_path / "adapter_model.safetensors").write_bytes(b"two")
     assert other.find(Request(prompt, lora_request=lora)) == 0
-
-
-def test_a_window_group_needs_and_loads_its_last_blocks_only(make: Make) -> None:
-    window = CacheGroup(1, 1, BLOCK_TOKENS, 1, window_blocks(32, BLOCK_TOKENS))
-    engine = make(groups=[FULL, window])
-    prompt = tokens(96)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16]])
-    request = Request([*prompt, 1])
-    assert engine.find(request) == 96
-    results = engine.load(request, [[21, 22, 23, 24, 25, 26], [0, 0, 0, 0, 35, 36]], 96)
-    assert not results.failed
-    engine.verify(request, [[21, 22, 23, 24, 25, 26], [0, 0, 0, 0, 35, 36]], 96)
-
-
-def test_blocks_that_vllm_wants_and_nobody_loads_are_computed(make: Make) -> None:
-    window = CacheGroup(1, 1, BLOCK_TOKENS, 1, window_blocks(32, BLOCK_TOKENS))
-    engine = make(groups=[FULL, window])
-    prompt = tokens(96)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16]])
-    request = Request([*prompt, 1])
-    assert engine.find(request) == 96
-    # Block 3 of the window group is not null: vLLM would keep it as computed.
-    results = engine.load(request, [[21, 22, 23, 24, 25, 26], [0, 0, 0, 34, 35, 36]], 96)
-    assert results.failed == {request.request_id}
-    assert engine.find(request) == 0
-
-
-def test_a_hit_ends_where_every_group_can_serve_it(make: Make) -> None:
-    window = CacheGroup(1, 1, BLOCK_TOKENS, 1, window_blocks(32, BLOCK_TOKENS))
-    engine = make(groups=[FULL, window])
-    prompt = tokens(96)
-    # The window group's blocks 4 and 5 were null when the prompt was saved.
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 0, 0]])
-    request = Request([*prompt, 1])
-    assert engine.find(request) == 64
 
 
 def test_a_question_that_is_not_answered_in_time_is_a_miss(daemon: Daemon, make: Make) -> None:

@@ -36,6 +36,40 @@ def test_a_group_serves_a_hit_that_ends_where_all_it_needs_is_there(window: int 
             assert (ends[end] == "1") == all(present[begin:end]), (present, end, ends)
 
 
+@pytest.mark.parametrize("chunk", [16, 32, 40, 48, 8, 1000])
+def test_a_group_of_chunks_serves_a_hit_if_the_beginning_of_its_last_chunk_is_there(
+    chunk: int,
+) -> None:
+    generator = random.Random(chunk)
+    group = CacheGroup(1, 1, TOKENS, 1, chunk_tokens=chunk, sliding=True)
+    for _ in range(200):
+        chance = generator.choice([0.0, 0.5, 0.9, 1.0])
+        present = [generator.random() < chance for _ in range(generator.randrange(1, 30))]
+        base = generator.randrange(4)
+        ends = ends_of(group, answered(present, base * TOKENS))
+        assert len(ends) == len(present) + 1
+        for end in range(1, len(present) + 1):
+            # The first block with a token that the next one sees.
+            begin = (base + end) * TOKENS // chunk * chunk // TOKENS
+            assert (ends[end] == "1") == all(present[max(0, begin - base) : end])
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        CacheGroup(1, 1, TOKENS, 1, 3, sliding=True, apart=True),
+        CacheGroup(1, 1, TOKENS, 1, chunk_tokens=3 * TOKENS, sliding=True, apart=True),
+        CacheGroup(1, 1, TOKENS, 1, apart=True),
+    ],
+    ids=["window", "chunks", "whole"],
+)
+def test_what_vllm_may_not_have_of_a_group_does_not_count(group: CacheGroup) -> None:
+    for base in range(6):
+        ends = ends_of(group, answered([True] * 8, base * TOKENS))
+        for end in range(1, 9):
+            assert (ends[end] == "1") == (group.needed_from(base + end) >= base), (base, end)
+
+
 def test_an_answer_without_a_bitmap_serves_nothing_new() -> None:
     asked = answered([True] * 4, 0)
     asked.answers[1] = SimpleNamespace(bitmap=None, lease=0)  # type: ignore[assignment]

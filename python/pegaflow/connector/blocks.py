@@ -22,6 +22,10 @@ class Holder(Protocol):
         """Counts one user less."""
         ...
 
+    def cached(self, name: bytes, group: int) -> int | None:
+        """The block of a group of vLLM that vLLM finds under this hash."""
+        ...
+
 
 class PoolHolder:
     """By the reference counts of vLLM's block pool: what is preempted, aborted, finished, or slides
@@ -42,3 +46,7 @@ class PoolHolder:
         all_blocks = self._pool.blocks
         # The last one first: a prefix is worth more than its end.
         self._pool.free_blocks([all_blocks[block] for block in blocks][::-1])
+
+    def cached(self, name: bytes, group: int) -> int | None:
+        found = self._pool.get_cached_block(name, [group])
+        return None if found is None else int(found[0].block_id)

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pegaflow.connector.events import MEDIUM, Stored
@@ -24,9 +25,17 @@ from pegaflow.connector.scheduler import Step
 #: Kinds of cache that hold a prefix: by the names of vLLM's classes, their bases included.
 _PREFIX_KINDS = ("FullAttentionSpec",)
 _WINDOW_KINDS = ("SlidingWindowSpec",)
+_CHUNK_KINDS = ("ChunkedLocalAttentionSpec",)
+_STATE_KINDS = ("MambaSpec",)
 _MLA_KINDS = ("MLAAttentionSpec", "SlidingWindowMLASpec")
-#: Kinds whose bases look like one of the above, but which do not keep a block per run of tokens.
-_OTHER_KINDS = ("RSWASpec", "HiddenStateCacheSpec", "SinkFullAttentionSpec", "CircularBufferSpec")
+#: Kinds that cannot be cached, or whose bases look like one of the above.
+_REFUSED_KINDS = {
+    "CrossAttentionSpec": "its blocks follow from the encoder's input, which no block hash names",
+    "RSWASpec": "it does not keep a block for each run of tokens",
+    "HiddenStateCacheSpec": "it keeps no KV",
+    "SinkFullAttentionSpec": "its sinks are in no block hash",
+    "CircularBufferSpec": "its blocks are written over in a ring",
+}
 
 _FIX = "set PYTHONHASHSEED=0 for every vLLM process"
 
@@ -107,10 +116,11 @@ def kinds_of(spec: Any) -> list[str]:
 def cache_groups(vllm_config: Any, kv_cache_config: Any) -> list[CacheGroup]:
     """The model's cache groups in vLLM's order. Raises LayoutError for one that is not supported.
 
-    The first group of full attention is the daemon's group 0.
+    The first group of full attention is the daemon's group 0, which is asked for a prefix; without
+    full attention, the first one that keeps all blocks of a prefix for a while.
     """
     tokens = hash_tokens(vllm_config, kv_cache_config)
-    found: list[tuple[int, int, int | None]] = []
+    found: list[CacheGroup] = []
     for index, group in enumerate(kv_cache_config.kv_cache_groups):
         spec = group.kv_cache_spec
         if not getattr(group, "enable_kv_transfer", True):
@@ -121,59 +131,95 @@ def cache_groups(vllm_config: Any, kv_cache_config: Any) -> list[CacheGroup]:
                 f"cache group {index}: a block of {block} tokens is no whole number of hashes of"
                 f" {tokens} tokens"
             )
-        found.append((index, block, _window(index, spec, block)))
+        plain = CacheGroup(index, 0, block, block // tokens)
+        found.append(replace(plain, **_needs(index, spec, block)))
     if not found:
         raise LayoutError("the model has no KV cache")
-    prefix = next((index for index, _, window in found if window is None), found[0][0])
+    attention = [group for group in found if not group.recurrent]
+    whole = next((group for group in attention if group.whole), None)
+    prefix = whole or next(iter(attention), None)
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     groups, number = [], 1
-    for index, block, window in found:
-        own = 0
-        if index != prefix:
-            own, number = number, number + 1
-        # Group 0 is asked for a prefix: it cannot do with its last blocks alone.
-        groups.append(
-            CacheGroup(
-                index, own, block, block // tokens, None if own == 0 else window, window is not None
-            )
-        )
+    for group in found:
+        if group is prefix:
+            # It is asked for a prefix: it cannot do with its last blocks alone.
+            groups.append(replace(group, number=0, window_blocks=None, chunk_tokens=None))
+            continue
+        # Beside recurrent state, vLLM reports what the group of full attention has, which those of
+        # other kinds need not have.
+        apart = len(attention) < len(found) and whole is not None and not group.recurrent
+        apart = apart and whole is not None and specs[group.index] != specs[whole.index]
+        groups.append(replace(group, number=number, apart=apart))
+        number += 1
     return groups
 
 
 def _block_tokens(vllm_config: Any, spec: Any) -> int:
     parallel = vllm_config.parallel_config
+    # Ranks of parallel prefill add nothing: each has its part of a block, or all of it.
     shards = int(getattr(parallel, "decode_context_parallel_size", 1) or 1)
-    if int(getattr(parallel, "prefill_context_parallel_size", 1) or 1) > 1:
-        raise LayoutError("prefill context parallelism is not supported")
     # Before 0.30 or so all groups of attention are spread over the shards.
     return int(spec.block_size) * (shards if getattr(spec, "dcp_sharded", True) else 1)
 
 
-def _window(index: int, spec: Any, block: int) -> int | None:
-    """Blocks that a group needs before a boundary; None: all."""
+def _needs(index: int, spec: Any, block: int) -> dict[str, Any]:
+    """What a token needs of a group's blocks, as fields of `CacheGroup`."""
     kinds = kinds_of(spec)
-    other = [kind for one in specs_of(spec) for kind in kinds_of(one) if kind in _OTHER_KINDS]
-    if other:
-        raise LayoutError(f"cache group {index} ({other[0]}) is not supported")
+    all_kinds = [kind for one in specs_of(spec) for kind in kinds_of(one)]
+    for kind, why in _REFUSED_KINDS.items():
+        if kind in all_kinds:
+            raise LayoutError(f"cache group {index} ({kind}) is not supported: {why}")
     if not getattr(spec, "prefix_cacheable", True):
         # Such as windows that vLLM fills anew after a hit, with less context than they had.
         raise LayoutError(f"cache group {index} ({kinds[0]}) is none whose blocks vLLM uses again")
+    if any(kind in kinds for kind in _STATE_KINDS):
+        modes = {getattr(one, "mamba_cache_mode", "none") for one in specs_of(spec)}
+        if "none" in modes:
+            raise LayoutError(
+                f"cache group {index} ({kinds[0]}) keeps no state but a request's last one:"
+                " enable_prefix_caching is off, or mamba_cache_mode is none"
+            )
+        return {"window_blocks": 1, "recurrent": True, "sliding": True}
     if any(kind in kinds for kind in _WINDOW_KINDS):
         # Some draft models need more than the window.
         more = int(getattr(spec, "extra_retained_tokens", 0))
-        return window_blocks(int(spec.sliding_window) + more, block)
+        wide = window_blocks(int(spec.sliding_window) + more, block)
+        return {"window_blocks": wide, "sliding": True}
+    if any(kind in kinds for kind in _CHUNK_KINDS):
+        return {"chunk_tokens": int(spec.attention_chunk_size), "sliding": True}
     if any(kind in kinds for kind in _PREFIX_KINDS):
-        return None
+        return {}
     raise LayoutError(
-        f"cache group {index} ({kinds[0]}) is not supported: only full attention, MLA and sliding"
-        " windows are"
+        f"cache group {index} ({kinds[0]}) is not supported: only full attention, MLA, windows,"
+        " chunks and recurrent state are"
     )
+
+
+def described(spec: Any) -> str:
+    """What a group's blocks mean beyond their sizes, for the namespace."""
+    one = specs_of(spec)[0]
+    text = f"{kinds_of(spec)[0]}:{spec.block_size}"
+    if not any(kind in kinds_of(spec) for kind in _STATE_KINDS):
+        return text
+    kind = getattr(one, "mamba_type", None)
+    said = [
+        getattr(kind, "name", kind),
+        *(f"{dtype}{list(shape)}" for dtype, shape in zip(one.dtypes, one.shapes, strict=True)),
+        # Two orders of the same sizes, chosen by the environment.
+        os.environ.get("VLLM_SSM_CONV_STATE_LAYOUT"),
+    ]
+    return ":".join([text, *(str(part) for part in said if part is not None)])
 
 
 def is_replicated(vllm_config: Any, spec: Any) -> bool:
     """All ranks hold the same bytes of this group: MLA in all its layers, those of a draft model
     included."""
     parallel = vllm_config.parallel_config
-    alone = ("pipeline_parallel_size", "decode_context_parallel_size")
+    alone = (
+        "pipeline_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    )
     return (
         all(any(kind in _MLA_KINDS for kind in kinds_of(one)) for one in specs_of(spec))
         and int(parallel.tensor_parallel_size) > 1
@@ -189,7 +235,14 @@ def layers_of(kv_caches: Mapping[str, Any], names: list[str], num_blocks: int) -
         if tensor is None:
             raise LayoutError(f"vLLM registered no cache for layer {name}")
         if isinstance(tensor, (list, tuple)):
-            raise LayoutError(f"{name}: a cache of several tensors (recurrent state)")
+            # Recurrent state: one tensor for each of its kinds, all of them by block.
+            for part in tensor:
+                if not part.shape or part.shape[0] != num_blocks:
+                    raise LayoutError(
+                        f"{name}: a state of shape {list(part.shape)} for {num_blocks} blocks"
+                    )
+                layers.append(Layer(name, part, 0))
+            continue
         layers.append(Layer(name, tensor, block_dim(tuple(tensor.shape), num_blocks, name)))
     return layers
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pegaflow.client import Client, Group, Mode, Order, StatusError
+from pegaflow.client import Client, Group, Memory, Mode, Order, StatusError
 from pegaflow.connector import compat, handover
 from pegaflow.connector.blocks import PoolHolder
 from pegaflow.connector.config import ConnectorConfig, ConnectorMode
@@ -201,16 +201,16 @@ class WorkerEnd:
         for group, own in zip(self._groups, self._kv_cache_config.kv_cache_groups, strict=True):
             layers = compat.layers_of(kv_caches, list(own.layer_names), blocks)
             described.append((group.number, own.kv_cache_spec, group_layout(layers, blocks)))
-        self._connect(described, next(iter(kv_caches.values())))
+        self._connect(described)
 
     def register_cross_layers(self, tensor: Any, backend: Any) -> None:
         """Registers one tensor that has all layers of a block side by side."""
         blocks = int(self._kv_cache_config.num_blocks)
         (own,) = self._kv_cache_config.kv_cache_groups
         layer = Layer("all layers", tensor, compat.cross_layer_dim(backend))
-        self._connect([(0, own.kv_cache_spec, group_layout([layer], blocks))], tensor)
+        self._connect([(0, own.kv_cache_spec, group_layout([layer], blocks))])
 
-    def _connect(self, described: list[tuple[int, Any, GroupLayout]], sample: Any) -> None:
+    def _connect(self, described: list[tuple[int, Any, GroupLayout]]) -> None:
         blocks = int(self._kv_cache_config.num_blocks)
         rank = compat.rank_of(self._vllm_config)
         groups: list[Group] = []
@@ -218,7 +218,7 @@ class WorkerEnd:
         for number, spec, layout in sorted(described, key=lambda one: one[0]):
             replicated = compat.is_replicated(self._vllm_config, spec)
             groups.append(to_group(layout, number, blocks, replicated=replicated))
-            texts.append(f"{compat.kinds_of(spec)[0]}:{spec.block_size}")
+            texts.append(compat.described(spec))
         # All ranks have one namespace; what each has of the layers, the daemon sees by their sizes.
         staged = int(self._vllm_config.parallel_config.pipeline_parallel_size) > 1
         layout_text = "|".join(
@@ -247,7 +247,8 @@ class WorkerEnd:
         except StatusError:
             client.close()
             raise
-        self._device = str(sample.device.type)
+        on_gpu = any(one.memory is Memory.CUDA for group in groups for one in group.segments)
+        self._device = "cuda" if on_gpu else "cpu"
         self._worker = worker
         if int(self._vllm_config.parallel_config.world_size) == 1:
             self._handover = handover.offer(_instance(self._config, self._vllm_config))

@@ -22,6 +22,26 @@ class CacheGroup:
     window_blocks: int | None = None
     #: vLLM leaves out blocks before a window, also where `window_blocks` is None.
     sliding: bool = False
+    #: A token needs no block before its own chunk of so many tokens.
+    chunk_tokens: int | None = None
+    #: A block holds the state after its last token: it alone stands for all before it. vLLM keeps
+    #: some of a request's states, and tells by their names where.
+    recurrent: bool = False
+    #: vLLM may have less of this group than it says that it has computed: such a hit counts only
+    #: what is loaded.
+    apart: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """A hit needs all of a prefix: then it can be cut short."""
+        return self.window_blocks is None and self.chunk_tokens is None
+
+    def needed_from(self, end: int) -> int:
+        """The first block that a hit needs which ends before block `end`."""
+        if self.chunk_tokens is not None:
+            tokens = end * self.block_tokens
+            return tokens // self.chunk_tokens * self.chunk_tokens // self.block_tokens
+        return 0 if self.window_blocks is None else max(0, end - self.window_blocks)
 
     def names(self, hashes: Sequence[bytes], first: int, last: int) -> Sequence[bytes]:
         """The names of blocks `first` to `last - 1`. A hash of vLLM contains its predecessors, so

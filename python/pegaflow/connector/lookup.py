@@ -59,6 +59,8 @@ class Answer:
     held: list[Held]
     #: Until then it holds without asking again.
     until: float
+    #: Less of it is no answer: a group has only what a hit of this length needs.
+    exact: bool = False
 
 
 @dataclass
@@ -319,31 +321,34 @@ class Lookup:
         self._counters.add("queries")
         self._counters.add("hit_blocks", sum(one.end - one.begin for one in held))
         ttl_ms = min(asked.answers[one.group.number].value for one in held)
-        prompt.answer = Answer(
-            asked.computed, asked.limit, end - asked.computed, held, now + ttl_ms / 2000
-        )
-        return end - asked.computed
+        exact = not all(group.whole for group in self._groups)
+        until = now + ttl_ms / 2000
+        tokens = end - asked.computed
+        prompt.answer = Answer(asked.computed, asked.limit, tokens, held, until, exact)
+        return tokens
 
     def _combined(self, asked: Asked) -> tuple[list[Held], int]:
         """The longest hit that every group can serve, and what each has to load for it."""
-        prefix = self._groups[0]
-        first = asked.computed // prefix.block_tokens
-        end = (first + asked.answers[0].count) * prefix.block_tokens // self.align * self.align
-        others = self._groups[1:]
+        end = asked.limit
+        # Only group 0 is answered by a count; a model without any group of a prefix has none.
+        prefix = self._groups[0] if self._groups[0].number == 0 else None
+        if prefix is not None:
+            first = asked.computed // prefix.block_tokens
+            end = (first + asked.answers[0].count) * prefix.block_tokens // self.align * self.align
         # Bit n is set if a hit may end n times `align` after what vLLM has.
         possible = (2 << (end - asked.computed) // self.align) - 1
+        others = [group for group in self._groups if group is not prefix]
         for group in others:
             ends = ends_of(group, asked)[:: self.align // group.block_tokens]
             possible &= int(ends[::-1], 2)
         end = asked.computed + (possible.bit_length() - 1) * self.align
-        if end > asked.computed:
-            parts = [_tail(group, asked, end) for group in others]
-            held = [
-                Held(prefix, asked.answers[0].lease, 0, first, end // prefix.block_tokens),
-                *(part for part in parts if part.end > part.begin),
-            ]
-            return held, end
-        return [], asked.computed
+        if end <= asked.computed:
+            return [], asked.computed
+        held = [part for group in others if (part := _tail(group, asked, end)).end > part.begin]
+        if prefix is not None:
+            lease = asked.answers[0].lease
+            held.insert(0, Held(prefix, lease, 0, first, end // prefix.block_tokens))
+        return held, end
 
     def _miss(self, prompt: Prompt, asked: Asked, now: float) -> int:
         self._counters.add("queries")
@@ -375,25 +380,54 @@ def ends_of(group: CacheGroup, asked: Asked) -> str:
     As long numbers in few operations: a look at each window of a long prompt costs too much.
     """
     bits = _bits(group, asked)
+    base = asked.computed // group.block_tokens
     count = (asked.limit - asked.computed) // group.block_tokens
+    if group.chunk_tokens is not None:
+        return _ends_of_chunks(group, bits, base, count)
     if group.window_blocks is None:
         # The ones before the first zero.
-        return "1" * ((~bits & (bits + 1)).bit_length()) + "0" * count
+        return "1" * (1 if group.apart and base else _ones(bits) + 1) + "0" * count
     # What vLLM has lies below, and counts as there.
     wide, done = group.window_blocks, 1
-    runs = bits << wide | (1 << wide) - 1
+    runs = bits << wide | (0 if group.apart and base else (1 << wide) - 1)
     while done < wide:
         step = min(done, wide - done)
         runs &= runs >> step
         done += step
-    return f"{runs:0{count + 1}b}"[::-1]
+    # Nothing more than vLLM has is always possible.
+    return f"{runs | 1:0{count + 1}b}"[::-1]
+
+
+def _ends_of_chunks(group: CacheGroup, bits: int, base: int, count: int) -> str:
+    """`ends_of` where a token needs what is before it in its own chunk: one look at each chunk."""
+    ends, at = "1", 1
+    while at <= count:
+        begin = group.needed_from(base + at)
+        assert group.chunk_tokens is not None
+        chunk = (base + at) * group.block_tokens // group.chunk_tokens
+        # Ends up to this one lie in the same chunk.
+        last = min(count, ((chunk + 1) * group.chunk_tokens - 1) // group.block_tokens - base)
+        if begin < base and group.apart:
+            served = 0
+        else:
+            own = max(begin - base, 0)
+            there = _ones(bits >> own & (1 << last - own) - 1)
+            served = min(max(own + there - at + 1, 0), last - at + 1)
+        ends += "1" * served + "0" * (last - at + 1 - served)
+        at = last + 1
+    return ends
+
+
+def _ones(bits: int) -> int:
+    """How many bits from the first on are set."""
+    return (~bits & (bits + 1)).bit_length() - 1
 
 
 def _tail(group: CacheGroup, asked: Asked, end: int) -> Held:
     """What a group has to load for a hit that ends at token `end`, which it can serve."""
     base = asked.computed // group.block_tokens
     last = end // group.block_tokens
-    begin = base if group.window_blocks is None else max(base, last - group.window_blocks)
+    begin = max(base, group.needed_from(last))
     below = _bits(group, asked) & ((1 << (begin - base)) - 1)
     return Held(group, asked.answers[group.number].lease, below.bit_count(), begin, last)
 
@@ -406,10 +440,10 @@ def loads_of(answer: Answer, blocks: Sequence[Sequence[int]], tokens: int) -> li
     offered of a window, whose blocks before the new end nobody has asked for: what vLLM takes for
     computed and nobody loads would be wrong bytes.
     """
+    if answer.exact and tokens != answer.tokens:
+        raise ValueError(f"{tokens} of {answer.tokens} tokens leave a window incomplete")
     loads = []
     for held in answer.held:
-        if tokens != answer.tokens and held.group.window_blocks is not None:
-            raise ValueError(f"{tokens} of {answer.tokens} tokens leave a window incomplete")
         end = min(held.end, (answer.computed + tokens) // held.group.block_tokens)
         own = blocks[held.group.index]
         if len(own) < end:
@@ -418,7 +452,7 @@ def loads_of(answer: Answer, blocks: Sequence[Sequence[int]], tokens: int) -> li
         if any(own[base : held.begin]):
             raise ValueError(
                 f"group {held.group.index}: vLLM wants blocks {base} to {held.begin - 1}, which"
-                f" are before a window of {held.group.window_blocks} blocks"
+                " no token of this group needs"
             )
         begin = held.begin
         while begin < end and own[begin] == 0:

@@ -113,6 +113,10 @@ class Scheduler:
         self._late: list[tuple[CacheGroup, bytes, list[int]]] = []
         #: What those blocks, once saved, are told as.
         self._late_events: list[Stored] = []
+        #: The same of recurrent state, which may still be moved after the step that computes it
+        #: (once vLLM knows which drafts it takes): for the step after.
+        self._states: list[tuple[CacheGroup, bytes, list[int]]] = []
+        self._states_events: list[Stored] = []
         self._events: list[Stored] = []
         self._saving: dict[int, Saving] = {}
         self._saving_blocks = 0
@@ -229,7 +233,7 @@ class Scheduler:
         hashes = tracked.request.block_hashes
         for group, own in zip(self._groups, tracked.blocks, strict=True):
             last = local // group.block_tokens
-            first = 0 if group.window_blocks is None else max(0, last - group.window_blocks)
+            first = group.needed_from(last)
             names = group.names(hashes, first, last)
             cached = lookup.registration_of().probe_membership(
                 packed(names, tracked.prompt.mask), group=group.number
@@ -238,12 +242,11 @@ class Scheduler:
             if missing:
                 # As a text: to shift so long a number for each of its bits takes ten times as long.
                 chosen = [at for at, bit in enumerate(f"{missing:b}"[::-1]) if bit == "1"]
-                self._offer(
-                    tracked,
-                    group,
-                    [names[at] for at in chosen],
-                    [own[first + at] for at in chosen],
-                )
+                lacking = [names[at] for at in chosen]
+                if group.recurrent:
+                    self._offer(tracked, group, *self._states_of(group, lacking))
+                else:
+                    self._offer(tracked, group, lacking, [own[first + at] for at in chosen])
 
     def _saves(self, scheduled: Mapping[str, int]) -> list[SaveJob]:
         if self._config.mode.saves:
@@ -254,7 +257,12 @@ class Scheduler:
                 computed = tracked.request.num_computed_tokens + tokens
                 if computed >= tracked.next_at:
                     self._complete(tracked, min(computed, tracked.request.num_tokens))
-        late, self._late = self._late, []
+        late, self._late, self._states = self._late, self._states, []
+        events, self._late_events, self._states_events = (
+            self._late_events,
+            self._states_events,
+            [],
+        )
         if not late:
             return []
         job = self._next_job
@@ -268,7 +276,6 @@ class Scheduler:
         if not self._saving:
             self._progress = self._clock()
         held = [block for _, _, own in late for block in own]
-        events, self._late_events = self._late_events, []
         self._saving[job] = Saving(held, self._world_size, events)
         return [SaveJob(job, parts)]
 
@@ -281,7 +288,9 @@ class Scheduler:
             first = tracked.saved[at]
             hashed = len(request.block_hashes) // group.hashes_per_block
             last = min(known // group.block_tokens, hashed)
-            if last > first:
+            if last > first and group.recurrent:
+                tracked.saved[at] = self._complete_states(tracked, group, first, last)
+            elif last > first:
                 whole = self._offer(
                     tracked,
                     group,
@@ -293,10 +302,38 @@ class Scheduler:
                     self._late_events.append(stored(request, group, first, last))
             tracked.next_at = min(tracked.next_at, (max(first, last) + 1) * group.block_tokens)
 
+    def _complete_states(self, tracked: Tracked, group: CacheGroup, first: int, last: int) -> int:
+        """Offers the states that vLLM keeps of blocks `first` to `last - 1`. A request's table does
+        not tell which they are: vLLM moves them, and writes the next state where the last one was.
+        Returns the first block to look at the next time."""
+        hashes = tracked.request.block_hashes
+        names = group.names(hashes, first, last)
+        kept, blocks = self._states_of(group, names)
+        whole = self._offer(tracked, group, kept, blocks)
+        if whole and self._with_events:
+            self._states_events += [
+                stored(tracked.request, group, at, at + 1)
+                for at, name in enumerate(names, first)
+                if name in kept
+            ]
+        # vLLM may name the last one a step later than it is complete.
+        return last if kept and kept[-1] == names[-1] else last - 1
+
+    def _states_of(
+        self, group: CacheGroup, names: Sequence[bytes]
+    ) -> tuple[list[bytes], list[int]]:
+        """Those of the names that vLLM has a state of, and its blocks."""
+        if self._holder is None:
+            return [], []
+        found = [(name, self._holder.cached(name, group.index)) for name in names]
+        kept = [(name, block) for name, block in found if block is not None]
+        return [name for name, _ in kept], [block for _, block in kept]
+
     def _offer(
         self, tracked: Tracked, group: CacheGroup, names: Sequence[bytes], blocks: list[int]
     ) -> bool:
-        """Holds blocks for a save in this step or the next one. Tells whether it takes them all."""
+        """Holds blocks for a save in this step or the next one (state: the next one or the one
+        after). Tells whether it takes them all."""
         holder = self._holder
         if holder is None:
             return False
@@ -311,7 +348,8 @@ class Scheduler:
         if blocks:
             holder.hold(blocks)
             self._saving_blocks += len(blocks)
-            self._late.append((group, packed(names, tracked.prompt.mask), blocks))
+            offered = self._states if group.recurrent else self._late
+            offered.append((group, packed(names, tracked.prompt.mask), blocks))
         return len(blocks) == wanted
 
     # ------------------------------------------------------------ ends
@@ -358,7 +396,7 @@ class Scheduler:
     @property
     def saves_pending(self) -> bool:
         """Saves are under way or wait for a step, and there is hope that they end soon."""
-        if self._late:
+        if self._late or self._states:
             return True
         return bool(self._saving) and self._clock() - self._progress < STUCK_S
 
@@ -379,8 +417,9 @@ class Scheduler:
             tracked.prompt.mask = combined(self._mask, self._adapters.mask(tracked.request))
             if self._lookup is not None:
                 self._lookup.forget(tracked.prompt)
-        late, self._late = self._late, []
-        self._late_events = []
+        late = self._late + self._states
+        self._late, self._states = [], []
+        self._late_events, self._states_events = [], []
         for _, _, blocks in late:
             self._saving_blocks -= len(blocks)
             assert self._holder is not None

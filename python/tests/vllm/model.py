@@ -15,6 +15,8 @@ import random
 import struct
 import sys
 from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 VOCABULARY = 2048
@@ -28,8 +30,9 @@ HEAD_DIM = 64
 
 #: Standard deviations of matrices: 0.08 but for these.
 SPREADS = {"embed_tokens": 0.1, "o_proj": 0.5, "down_proj": 0.05}
-#: Values of vectors: 1 but for these, which make attention prefer some tokens to others.
-SCALES = {"q_norm": 1.5, "k_norm": 1.5}
+#: Values of vectors: 1 but for these, which make attention prefer some tokens to others, and let
+#: recurrent state remember its first tokens.
+SCALES = {"q_norm": 1.5, "k_norm": 1.5, "A_log": -4.0, "dt_bias": -1.0}
 
 CONFIG: dict[str, object] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -78,67 +81,30 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-#: Layers of `WINDOWED`, and the tokens that those with a window see.
-WINDOWED_LAYERS = ("sliding_attention", "full_attention") * 2
-WINDOW = 80
+@dataclass(frozen=True)
+class Architecture:
+    """What a checkpoint says of itself, and its tensors by name."""
 
-#: A hybrid model: vLLM has one group of caches for its windows and one for full attention.
-WINDOWED: dict[str, object] = {
-    "architectures": ["Gemma3ForCausalLM"],
-    "model_type": "gemma3_text",
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": len(WINDOWED_LAYERS),
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "head_dim": HEAD_DIM,
-    "query_pre_attn_scalar": HEAD_DIM,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": MAX_TOKENS,
-    "layer_types": list(WINDOWED_LAYERS),
-    "sliding_window": WINDOW,
-    "rope_theta": 1e6,
-    "rope_local_base_freq": 1e4,
-    "rms_norm_eps": 1e-6,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "attention_bias": False,
-    "torch_dtype": "float32",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    config: Mapping[str, object]
+    shapes: Mapping[str, tuple[int, ...]]
+    #: What the model adds to the scales of its norms.
+    norm_offset: float = 0.0
 
 
-def windowed_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of `WINDOWED`."""
-    tensors = {name: shape for name, shape in shapes().items() if "layers" not in name}
-    # Its output is that of its embedding.
-    del tensors["lm_head.weight"]
-    for layer in range(len(WINDOWED_LAYERS)):
-        own = {
-            name.replace("layers.0", f"layers.{layer}"): shape
-            for name, shape in shapes().items()
-            if "layers.0" in name
-        }
-        at = f"model.layers.{layer}"
-        tensors |= own | {
-            f"{at}.{norm}.weight": (HIDDEN,)
-            for norm in ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-        }
-    return tensors
+#: The usual one: full attention in all layers.
+DENSE = Architecture(CONFIG, shapes())
 
 
-def write(folder: Path, seed: int = 0, *, windowed: bool = False) -> None:
+def write(folder: Path, seed: int = 0, architecture: Architecture = DENSE) -> None:
     """Writes configuration and weights (in the safetensors format) into `folder`."""
     generator = random.Random(seed)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     data = array("f")
-    tensors = windowed_shapes() if windowed else shapes()
-    for name, shape in tensors.items():
-        part = name.split(".")[-2]
+    for name, shape in architecture.shapes.items():
+        part = name.removesuffix(".weight").split(".")[-1]
         begin = len(data) * data.itemsize
         if len(shape) == 1:
-            # Gemma adds 1 to the scales of its norms.
-            data.extend([SCALES.get(part, 1.0) - windowed] * shape[0])
+            data.extend([SCALES.get(part, 1.0) - architecture.norm_offset] * shape[0])
         else:
             spread = SPREADS.get(part, 0.08)
             data.extend(generator.gauss(0.0, spread) for _ in range(math.prod(shape)))
@@ -149,7 +115,7 @@ def write(folder: Path, seed: int = 0, *, windowed: bool = False) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     folder.mkdir(parents=True, exist_ok=True)
-    said = json.dumps(WINDOWED if windowed else CONFIG, indent=1)
+    said = json.dumps(architecture.config, indent=1)
     (folder / "config.json").write_text(said + "\n", encoding="utf-8")
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
