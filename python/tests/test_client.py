@@ -26,6 +26,7 @@ from pegaflow.client import (
     Client,
     ClosedError,
     Completion,
+    DeviceUnavailableError,
     DisconnectedError,
     Group,
     InvalidArgumentError,
@@ -371,6 +372,29 @@ def test_an_order_over_memory_that_is_no_gpus_is_refused(client: Client) -> None
         registration.save(hashes(1), [0], after=Order.stream(1))
     none = Order(OrderKind.NONE, 0)
     client.wait(registration.save(hashes(1), [0], after=none), SOON_MS).check()
+
+
+def test_a_load_in_steps_is_for_gpu_memory_and_no_other_load_can_be_waited_for_on_a_stream(
+    client: Client,
+) -> None:
+    registration, _ = worker(client)
+    client.wait(registration.save(hashes(2), [0, 1]), SOON_MS).check()
+    found = client.wait(registration.query(1, hashes(2)), SOON_MS).check()
+    with pytest.raises(InvalidArgumentError, match="steps"):
+        registration.load(found.lease, [2, 3], steps=1)
+    with pytest.raises(InvalidArgumentError, match="steps"):
+        registration.load(found.lease, [2, 3], steps=0)
+    with pytest.raises(ValueError, match="steps"):
+        registration.load(found.lease, [2, 3], steps=-1)
+    # The refused ones took nothing: the lease is still good for its one load.
+    request = registration.load(found.lease, [2, 3])
+    with pytest.raises(DeviceUnavailableError):
+        client.stream_wait(request, 1, 0)
+    client.wait(request, SOON_MS).check()
+    with pytest.raises(UnknownRequestError):
+        client.stream_wait(request, 1, 0)
+    with pytest.raises(ValueError, match="steps"):
+        client.stream_wait(request, -1, 0)
 
 
 # ---------------------------------------------------------------- the daemon is away

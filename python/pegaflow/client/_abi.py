@@ -294,8 +294,6 @@ LEFT_OUT: dict[str, str] = {
     "pega_options_init": "Options has the defaults; the library takes 0 for each of them",
     "pega_load": "pega_load_after without an order is the same",
     "pega_save": "pega_save_after without an order is the same",
-    "pega_load_in_steps": "for engines that launch layer by layer; here loads come whole",
-    "pega_stream_wait": "goes with pega_load_in_steps",
     "pega_status_label": "Status has the names",
     "pega_reason_label": "Reason has the names",
     "pega_op_label": "Op has the names",

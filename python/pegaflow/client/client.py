@@ -16,13 +16,13 @@ from typing import Any
 from pegaflow.client import _abi
 from pegaflow.client._gate import Gate
 from pegaflow.client._library import library, text
-from pegaflow.client._lists import U64, Bitmap, fits
+from pegaflow.client._lists import U32, U64, Bitmap, fits
 from pegaflow.client.completion import Completion, Limits, Stats, completion_of
 from pegaflow.client.constants import SCHEDULER, LogLevel, Mode, Op, State, Status
 from pegaflow.client.errors import ClosedError
 from pegaflow.client.memory import Group, HostMemory
 from pegaflow.client.registration import Registration
-from pegaflow.client.spec import Log, Namespace, Options, registration_to_c
+from pegaflow.client.spec import Log, Namespace, Options, Order, registration_to_c
 
 _logger = logging.getLogger("pegaflow.client")
 
@@ -227,6 +227,27 @@ class Client:
         with self._gate as handle:
             self._library.check(self._library.pega_nop(handle, ctypes.byref(request)))
         return request.value
+
+    def stream_wait(self, request: int, steps: int, stream: Any) -> None:
+        """What a stream (a `torch.cuda.Stream`, or the handle of one; 0: the default stream) gets
+        from now on comes after the first `steps` steps of a load with `steps`. No thread waits.
+
+        The stream goes on, too, when the load fails or its daemon is gone: only the completion says
+        that the bytes are there. Look at it before the results of the work behind this are used.
+
+        Raises UnknownRequestError if the load was consumed, what its status stands for if it has
+        failed, DeviceUnavailableError where streams cannot be told of it (then `wait` for it), and
+        InvalidArgumentError for more steps than the load has or a stream that is being captured.
+        """
+        fits("request", request, U64)
+        fits("steps", steps, U32)
+        order = Order.stream(stream)
+        with self._gate as handle:
+            self._library.check(
+                self._library.pega_stream_wait(
+                    handle, request, steps, fits("stream", order.handle, U64) or None
+                )
+            )
 
     # ------------------------------------------------------------ completions
 

@@ -209,29 +209,39 @@ class Registration:
         first: int = 0,
         group: int = 0,
         after: Order | None = None,
+        steps: int | None = None,
     ) -> int:
         """Copies pages of a lease into the engine's blocks: the lease's position `first + i` goes
         to `blocks[i]`. A lease lists hits only.
 
         Each worker rank loads from a lease once. The blocks must not be touched until the
         completion; after another status than OK their content is undefined.
+
+        With `steps` (GPU memory only; 1 up to the number of the group's segments, 256 at most) the
+        segments come in so many steps, those of the first layers first, and `Client.stream_wait`
+        lets the engine's work on them begin while the others are on their way. Step n, counted from
+        1, has segments `(n - 1) * segments // steps` up to `n * segments // steps` of all blocks.
         """
         words = block_list(blocks)
         request = ctypes.c_uint64()
         with self._client._gate as handle:
-            self._library.check(
-                self._library.pega_load_after(
-                    handle,
-                    self.id,
-                    _small(group),
-                    fits("lease", lease, U64),
-                    fits("first", first, U32),
-                    words.address,
-                    words.count,
-                    _after(after),
-                    ctypes.byref(request),
-                )
+            arguments = (
+                handle,
+                self.id,
+                _small(group),
+                fits("lease", lease, U64),
+                fits("first", first, U32),
+                words.address,
+                words.count,
+                _after(after),
             )
+            own = ctypes.byref(request)
+            if steps is None:
+                status = self._library.pega_load_after(*arguments, own)
+            else:
+                number = fits("steps", steps, U32)
+                status = self._library.pega_load_in_steps(*arguments, number, own)
+            self._library.check(status)
         return request.value
 
     def save(
