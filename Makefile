@@ -19,6 +19,8 @@ SOAK_TRIALS ?= 10000
 CYCLES ?= 1000
 FUZZ_SECONDS ?= 1800
 FUZZ_TARGET ?=
+# Processes that share the CPU time of a target.
+FUZZ_JOBS ?= 1
 ASAN_PACKAGES ?= -p pegaflow-client
 ASAN_TESTS ?=
 TSAN_TESTS ?=
@@ -34,7 +36,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  Variables: CARGO_TARGET_DIR (build output), PREFIX and DESTDIR (install),'
-	@echo '  SOAK_TRIALS and CYCLES (soak), FUZZ_SECONDS and FUZZ_TARGET (fuzz),'
+	@echo '  SOAK_TRIALS and CYCLES (soak), FUZZ_SECONDS, FUZZ_JOBS and FUZZ_TARGET (fuzz),'
 	@echo '  SIM_SEEDS and SIM_SEED (sim), ARGS (bench-*, chaos, mutants).'
 
 .PHONY: build
@@ -221,7 +223,7 @@ mutants: ## remove each invariant's guard in a copy of the tree; its test must f
 
 .PHONY: fuzz
 fuzz: ## libFuzzer on each target for FUZZ_SECONDS of CPU time, or on FUZZ_TARGET alone
-	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_TARGET='$(FUZZ_TARGET)' fuzz/run.sh
+	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_JOBS=$(FUZZ_JOBS) FUZZ_TARGET='$(FUZZ_TARGET)' fuzz/run.sh
 
 .PHONY: fuzz-seeds
 fuzz-seeds: ## write the seed corpus of the fuzz targets anew, as this version speaks
