@@ -55,7 +55,8 @@ for target in "${targets[@]}"; do
     for job in "${!pids[@]}"; do
         status=0
         # The time limit ends it with SIGXCPU: status 152 is a run without a finding.
-        wait "${pids[job]}" || status=$?
+        # The shell's own word about it is left out.
+        { wait "${pids[job]}"; } 2>/dev/null || status=$?
         grep -E '^#[0-9]+' "$built/$target.$job.log" | tail -n 1 || true
         if ((status != 152 && status != 0)); then
             echo "$target: status $status; its last lines:"
