@@ -139,6 +139,18 @@ def test_a_multiconnector_finds_the_connector_by_its_name(adapter: Any) -> None:
     assert Factory.known == {"PegaKVConnector": ("pegaflow.connector", "PegaKVConnector")}
 
 
+def test_what_another_connector_of_a_multiconnector_shakes_hands_with_is_left_alone(
+    adapter: Any,
+) -> None:
+    connector = adapter.PegaKVConnector.__new__(adapter.PegaKVConnector)
+    heard: list[list[object]] = []
+    connector._scheduler = SimpleNamespace(handshake=heard.append)
+    connector.set_xfer_handshake_metadata({0: object()})
+    connector.set_xfer_handshake_metadata_pp_aware({(0, 0): object()})
+    connector.set_xfer_handshake_metadata_pp_aware({(0, 0): adapter.PegaHandshake({"model": "m"})})
+    assert heard == [[], [], [{"model": "m"}]]
+
+
 @pytest.mark.parametrize(
     ("groups", "by_request"),
     [

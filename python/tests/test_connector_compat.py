@@ -141,17 +141,6 @@ def test_state_is_never_the_group_that_is_asked_for_a_prefix(mode: str) -> None:
 
 
 @pytest.mark.usefixtures("hash_tokens")
-def test_beside_state_other_kinds_of_attention_are_not_taken_to_be_where_the_first_is() -> None:
-    state = MambaSpec(16, mamba_cache_mode="align")
-    full = FullAttentionSpec(16)
-    specs = (full, state, SlidingWindowSpec(16, sliding_window=64), full, FullAttentionSpec(32))
-    groups = compat.cache_groups(parallel(), config(*specs))
-    assert [group.apart for group in groups] == [False, False, True, False, True]
-    groups = compat.cache_groups(parallel(), config(full, SlidingWindowSpec(16, sliding_window=64)))
-    assert [group.apart for group in groups] == [False, False]
-
-
-@pytest.mark.usefixtures("hash_tokens")
 def test_chunks_are_known_by_their_tokens() -> None:
     chunked = ChunkedLocalAttentionSpec(16, attention_chunk_size=64)
     groups = compat.cache_groups(parallel(), config(chunked, FullAttentionSpec(16)))
@@ -203,6 +192,19 @@ def test_a_block_counts_the_tokens_of_all_shards_of_decode_context_parallelism()
         parallel(decode_context_parallel_size=2), config(FullAttentionSpec(16, dcp_sharded=False))
     )
     assert whole.block_tokens == 16
+
+
+def test_the_last_block_is_dropped_where_vllm_drops_it() -> None:
+    def config(**said: bool) -> Any:
+        methods = {name: lambda value=value: value for name, value in said.items()}
+        return SimpleNamespace(speculative_config=SimpleNamespace(**methods))
+
+    assert not compat.drops_last_block(SimpleNamespace(speculative_config=None))
+    assert compat.drops_last_block(config(use_eagle=True, use_eagle_block_drop=True))
+    assert not compat.drops_last_block(config(use_eagle=True, use_eagle_block_drop=False))
+    # Before 0.30 or so there is no choice.
+    assert compat.drops_last_block(config(use_eagle=True))
+    assert not compat.drops_last_block(config(use_eagle=False))
 
 
 def test_only_mla_under_tensor_parallelism_alone_is_stored_once() -> None:

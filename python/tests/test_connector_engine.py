@@ -302,6 +302,27 @@ def test_an_adapter_of_the_same_name_and_path_with_other_weights_shares_nothing(
     assert other.find(Request(prompt, lora_request=lora)) == 0
 
 
+def test_an_adapter_that_was_written_anew_under_its_number_is_not_cached_any_more(
+    make: Make, tmp_path: Path
+) -> None:
+    engine, other = make(), make()
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    lora = SimpleNamespace(lora_int_id=1, lora_name="adapter", lora_path=str(tmp_path))
+    prompt = tokens(100)
+    engine.save(Request(prompt, lora_request=lora), [[1, 2, 3, 4, 5, 6, 7]])
+    # Removed and added again, or not: vLLM may compute with either.
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"two")
+    assert engine.find(Request(prompt, lora_request=lora)) == 0
+    engine.save(Request(prompt, lora_request=lora), [[11, 12, 13, 14, 15, 16, 17]])
+    for one in (engine, other):
+        assert one.find(Request(prompt, lora_request=lora)) == 0
+    # A number of its own is certain, and so is a load in place.
+    for more in ({"lora_int_id": 2}, {"lora_int_id": 1, "load_inplace": True}):
+        fresh = SimpleNamespace(**vars(lora) | more)
+        engine.save(Request(prompt, lora_request=fresh), [[11, 12, 13, 14, 15, 16, 17]])
+        assert engine.find(Request(prompt, lora_request=fresh)) == 96
+
+
 def test_a_question_that_is_not_answered_in_time_is_a_miss(daemon: Daemon, make: Make) -> None:
     engine = make(config=ConnectorConfig(query_timeout_ms=50))
     prompt = tokens(100)

@@ -54,22 +54,6 @@ def test_a_group_of_chunks_serves_a_hit_if_the_beginning_of_its_last_chunk_is_th
             assert (ends[end] == "1") == all(present[max(0, begin - base) : end])
 
 
-@pytest.mark.parametrize(
-    "group",
-    [
-        CacheGroup(1, 1, TOKENS, 1, 3, sliding=True, apart=True),
-        CacheGroup(1, 1, TOKENS, 1, chunk_tokens=3 * TOKENS, sliding=True, apart=True),
-        CacheGroup(1, 1, TOKENS, 1, apart=True),
-    ],
-    ids=["window", "chunks", "whole"],
-)
-def test_what_vllm_may_not_have_of_a_group_does_not_count(group: CacheGroup) -> None:
-    for base in range(6):
-        ends = ends_of(group, answered([True] * 8, base * TOKENS))
-        for end in range(1, 9):
-            assert (ends[end] == "1") == (group.needed_from(base + end) >= base), (base, end)
-
-
 def test_an_answer_without_a_bitmap_serves_nothing_new() -> None:
     asked = answered([True] * 4, 0)
     asked.answers[1] = SimpleNamespace(bitmap=None, lease=0)  # type: ignore[assignment]
@@ -77,7 +61,10 @@ def test_an_answer_without_a_bitmap_serves_nothing_new() -> None:
         assert ends_of(CacheGroup(1, 1, TOKENS, 1, window), asked)[:5] == "10000"
 
 
-def test_a_hit_of_groups_with_blocks_of_different_sizes_is_the_longest_that_all_can_serve() -> None:
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_hit_of_groups_with_blocks_of_different_sizes_is_the_longest_that_all_can_serve(
+    drops: bool,
+) -> None:
     generator = random.Random(7)
     full = CacheGroup(0, 0, 2 * TOKENS, 2)
     for _ in range(300):
@@ -89,8 +76,10 @@ def test_a_hit_of_groups_with_blocks_of_different_sizes_is_the_longest_that_all_
         asked.answers[0] = SimpleNamespace(count=prefix, lease=2)  # type: ignore[assignment]
         lookup = Lookup.__new__(Lookup)
         lookup._groups, lookup.align = [full, window], 2 * TOKENS
+        lookup._drops_last_block = drops
         wide = window.window_blocks or 0
-        best = max(at for at in range(prefix + 1) if all(present[max(0, 2 * at - wide) : 2 * at]))
+        most = max(prefix - drops, 0)
+        best = max(at for at in range(most + 1) if all(present[max(0, 2 * at - wide) : 2 * at]))
         held, end = lookup._combined(asked)
         assert end == computed + best * 2 * TOKENS
         assert [one.group for one in held] == ([full, window] if best else [])

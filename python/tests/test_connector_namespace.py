@@ -73,9 +73,12 @@ def namespace(
     tokens: int = 16,
     layout: str = "1*2x0:16/1",
     groups: tuple[str, ...] = ("FullAttentionSpec:16",),
+    release: str | None = "0.32.0",
     **changes: Any,
 ) -> Namespace:
-    return namespace_of(config or ConnectorConfig(), vllm(**changes), seed, tokens, layout, groups)
+    return namespace_of(
+        config or ConnectorConfig(), vllm(**changes), seed, tokens, layout, groups, release
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,8 @@ def namespace(
         {"tokens": 32},
         {"layout": "1*2x1:16/1"},
         {"groups": ("SlidingWindowSpec:16",)},
+        {"release": "0.33.0"},
+        {"parallel_config__prefill_context_parallel_size": 2},
     ],
     ids=str,
 )

@@ -104,7 +104,11 @@ class Client:
         if gate is not None and gate.open:
             if self._pid == os.getpid():
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            if getattr(_logging, "now", False):
+                # The library's thread, which closing waits for.
+                threading.Thread(target=self.close, name="pegaflow-close").start()
+            else:
+                self.close()
 
     def __repr__(self) -> str:
         return f"Client({'closed' if self.closed else self.state.name.lower()})"
@@ -352,13 +356,20 @@ def _log_to_logger(level: LogLevel, line: str) -> None:
     _logger.log(logging.WARNING if level == LogLevel.WARN else logging.INFO, "%s", line)
 
 
+#: `now` is true while the thread is the library's, in a callback.
+_logging = threading.local()
+
+
 def _log_function(log: Log) -> Any:
     def call(_user: object, level: int, line: bytes | None) -> None:
+        _logging.now = True
         # Nothing may pass through the library's frames.
         try:
             log(LogLevel(level), text(line))
         except Exception:
             _logger.exception("the log callback failed on: %s", text(line))
+        finally:
+            _logging.now = False
 
     return _abi.LOG_FUNCTION(call)
 

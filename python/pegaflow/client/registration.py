@@ -153,9 +153,7 @@ class Registration:
         bitmap = Bitmap(words.count)
         # A completion may be there before the call is back: who takes it waits for the note.
         with self._client._bitmaps_lock:
-            request = self._query(words.address, words.count, key, group, ttl_ms, bitmap, options)
-            self._client._bitmaps[request] = bitmap
-        return request
+            return self._query(words.address, words.count, key, group, ttl_ms, bitmap, options)
 
     def _query(
         self,
@@ -168,10 +166,10 @@ class Registration:
         options: _abi.pega_query_options | None,
     ) -> int:
         request = ctypes.c_uint64()
-        with self._client._gate as handle:
-            if options is not None:
-                self._library.check(
-                    self._library.pega_query_with(
+        try:
+            with self._client._gate as handle:
+                if options is not None:
+                    status = self._library.pega_query_with(
                         handle,
                         self.id,
                         _small(group),
@@ -183,22 +181,24 @@ class Registration:
                         0 if bitmap is None else bitmap.words,
                         ctypes.byref(request),
                     )
-                )
-                return request.value
-            self._library.check(
-                self._library.pega_query(
-                    handle,
-                    self.id,
-                    _small(group),
-                    fits("key", key, U64),
-                    address,
-                    count,
-                    fits("ttl_ms", ttl_ms, U64),
-                    None if bitmap is None else bitmap.address,
-                    0 if bitmap is None else bitmap.words,
-                    ctypes.byref(request),
-                )
-            )
+                else:
+                    status = self._library.pega_query(
+                        handle,
+                        self.id,
+                        _small(group),
+                        fits("key", key, U64),
+                        address,
+                        count,
+                        fits("ttl_ms", ttl_ms, U64),
+                        None if bitmap is None else bitmap.address,
+                        0 if bitmap is None else bitmap.words,
+                        ctypes.byref(request),
+                    )
+                self._library.check(status)
+        finally:
+            # Also where Ctrl-C comes as the call returns: the library will write the bitmap.
+            if bitmap is not None and request.value:
+                self._client._bitmaps[request.value] = bitmap
         return request.value
 
     def load(

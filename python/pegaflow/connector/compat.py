@@ -101,6 +101,25 @@ def hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
     return int(resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1])
 
 
+def release() -> str | None:
+    """vLLM's version."""
+    try:
+        from vllm.version import __version__
+    except ImportError:
+        return None
+    return str(__version__)
+
+
+def drops_last_block(vllm_config: Any) -> bool:
+    """vLLM's own hits end a block before the last one that is cached: there the draft model's KV
+    depends on the token behind the block, which is not in the block's name."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    if speculative is None:
+        return False
+    said = getattr(speculative, "use_eagle_block_drop", None) or speculative.use_eagle
+    return bool(said())
+
+
 def specs_of(spec: Any) -> list[Any]:
     """The specifications of a group's layers: a group of one kind may have one for each layer."""
     several = getattr(spec, "kv_cache_specs", None)
@@ -136,21 +155,15 @@ def cache_groups(vllm_config: Any, kv_cache_config: Any) -> list[CacheGroup]:
     if not found:
         raise LayoutError("the model has no KV cache")
     attention = [group for group in found if not group.recurrent]
-    whole = next((group for group in attention if group.whole), None)
-    prefix = whole or next(iter(attention), None)
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    prefix = next((group for group in attention if group.whole), next(iter(attention), None))
     groups, number = [], 1
     for group in found:
         if group is prefix:
             # It is asked for a prefix: it cannot do with its last blocks alone.
             groups.append(replace(group, number=0, window_blocks=None, chunk_tokens=None))
-            continue
-        # Beside recurrent state, vLLM reports what the group of full attention has, which those of
-        # other kinds need not have.
-        apart = len(attention) < len(found) and whole is not None and not group.recurrent
-        apart = apart and whole is not None and specs[group.index] != specs[whole.index]
-        groups.append(replace(group, number=number, apart=apart))
-        number += 1
+        else:
+            groups.append(replace(group, number=number))
+            number += 1
     return groups
 
 

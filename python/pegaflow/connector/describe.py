@@ -26,11 +26,12 @@ def namespace_of(
     block_tokens: int,
     layout: str,
     groups: Sequence[str],
+    release: str | None = None,
 ) -> Namespace:
     """The namespace of an engine, the same for all its ranks.
 
     `block_tokens` counts the tokens of one hash, `layout` tells arrangements of equal sizes apart,
-    `groups` describes the cache groups.
+    `groups` describes the cache groups; `release` is vLLM's version.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     engine_id = str(vllm_config.kv_transfer_config.engine_id)
@@ -49,7 +50,8 @@ def namespace_of(
         ),
         hash_algorithm=hash_text(_plain(cache.prefix_caching_hash_algo), seed, engine_id),
         revision=facts_text(_revision(config, vllm_config)),
-        kv_layout=facts_text({"layout": layout, "groups": ",".join(groups)}),
+        # What kernels pack inside a dimension, shapes and strides do not tell.
+        kv_layout=facts_text({"layout": layout, "groups": ",".join(groups), "vllm": release}),
         topology=facts_text(_topology(vllm_config.parallel_config)),
         salt=config.salt,
     )

@@ -40,6 +40,7 @@ class SchedulerEnd:
         self._instance = _instance(config, vllm_config)
         self._world_size = int(vllm_config.parallel_config.world_size)
         self._groups = compat.cache_groups(vllm_config, kv_cache_config)
+        self._drops_last_block = compat.drops_last_block(vllm_config)
         events = getattr(vllm_config, "kv_events_config", None)
         self._scheduler = Scheduler(
             config,
@@ -93,6 +94,7 @@ class SchedulerEnd:
                 self._config,
                 self._scheduler.counters,
                 self._logger,
+                drops_last_block=self._drops_last_block,
             )
         )
 
@@ -232,6 +234,7 @@ class WorkerEnd:
             compat.hash_tokens(self._vllm_config, self._kv_cache_config),
             layout_text,
             texts,
+            compat.release(),
         )
         client = connect(self._config, f"vllm worker {rank} {os.getpid()}", self._logger)
         worker = Worker(client, self._logger)

@@ -27,9 +27,6 @@ class CacheGroup:
     #: A block holds the state after its last token: it alone stands for all before it. vLLM keeps
     #: some of a request's states, and tells by their names where.
     recurrent: bool = False
-    #: vLLM may have less of this group than it says that it has computed: such a hit counts only
-    #: what is loaded.
-    apart: bool = False
 
     @property
     def whole(self) -> bool:

@@ -106,7 +106,10 @@ class Lookup:
         counters: Counters,
         logger: logging.Logger,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        drops_last_block: bool = False,
     ) -> None:
+        self._drops_last_block = drops_last_block
         self._client = client
         self._registration = registration
         self._groups = sorted(groups, key=lambda group: group.number)
@@ -335,6 +338,9 @@ class Lookup:
         if prefix is not None:
             first = asked.computed // prefix.block_tokens
             end = (first + asked.answers[0].count) * prefix.block_tokens // self.align * self.align
+        if self._drops_last_block and end > asked.computed:
+            # As vLLM does with its own hits: the last block is only seen to be there.
+            end -= self.align
         # Bit n is set if a hit may end n times `align` after what vLLM has.
         possible = (2 << (end - asked.computed) // self.align) - 1
         others = [group for group in self._groups if group is not prefix]
@@ -386,16 +392,15 @@ def ends_of(group: CacheGroup, asked: Asked) -> str:
         return _ends_of_chunks(group, bits, base, count)
     if group.window_blocks is None:
         # The ones before the first zero.
-        return "1" * (1 if group.apart and base else _ones(bits) + 1) + "0" * count
+        return "1" * (_ones(bits) + 1) + "0" * count
     # What vLLM has lies below, and counts as there.
     wide, done = group.window_blocks, 1
-    runs = bits << wide | (0 if group.apart and base else (1 << wide) - 1)
+    runs = bits << wide | (1 << wide) - 1
     while done < wide:
         step = min(done, wide - done)
         runs &= runs >> step
         done += step
-    # Nothing more than vLLM has is always possible.
-    return f"{runs | 1:0{count + 1}b}"[::-1]
+    return f"{runs:0{count + 1}b}"[::-1]
 
 
 def _ends_of_chunks(group: CacheGroup, bits: int, base: int, count: int) -> str:
@@ -407,12 +412,9 @@ def _ends_of_chunks(group: CacheGroup, bits: int, base: int, count: int) -> str:
         chunk = (base + at) * group.block_tokens // group.chunk_tokens
         # Ends up to this one lie in the same chunk.
         last = min(count, ((chunk + 1) * group.chunk_tokens - 1) // group.block_tokens - base)
-        if begin < base and group.apart:
-            served = 0
-        else:
-            own = max(begin - base, 0)
-            there = _ones(bits >> own & (1 << last - own) - 1)
-            served = min(max(own + there - at + 1, 0), last - at + 1)
+        own = max(begin - base, 0)
+        there = _ones(bits >> own & (1 << last - own) - 1)
+        served = min(max(own + there - at + 1, 0), last - at + 1)
         ends += "1" * served + "0" * (last - at + 1 - served)
         at = last + 1
     return ends

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pegaflow.client import pack_hashes
 from pegaflow.connector.weights import fingerprint
+from pegaflow.connector.weights import signature as signature_of
 
 
 def packed(hashes: Sequence[bytes], mask: bytes | None) -> bytes:
@@ -34,6 +36,15 @@ def combined(*masks: bytes | None) -> bytes | None:
     return total.to_bytes(32, "little") if total else None
 
 
+@dataclass
+class _Adapter:
+    mask: bytes
+    #: Of its files when they were read; None: they could not be.
+    signature: object
+    #: They were written anew since: which of both vLLM computes with, nobody tells.
+    unsure: bool = False
+
+
 class Adapters:
     """Masks of LoRA adapters.
 
@@ -42,21 +53,40 @@ class Adapters:
     """
 
     def __init__(self) -> None:
-        self._masks: dict[tuple[object, str, str], bytes] = {}
+        self._known: dict[tuple[object, str, str], _Adapter] = {}
 
     def mask(self, request: Any) -> bytes | None:
-        """Of the adapter of a request of vLLM; None without one."""
+        """Of the adapter of a request of vLLM; None without one.
+
+        Once the files of an adapter change under its number, each of its requests has a mask of its
+        own: vLLM may have the old weights in memory or read the new ones, today or when it needs
+        them again. A number of its own for new weights, or `load_inplace`, makes that certain.
+        """
         lora = getattr(request, "lora_request", None)
         if not lora:
             return None
         key = (lora.lora_int_id, str(lora.lora_name), str(lora.lora_path))
-        mask = self._masks.get(key)
-        if mask is None or getattr(lora, "load_inplace", False):
-            try:
-                content = fingerprint(key[2])
-            except OSError:
-                # Gone, or going: nobody else's blocks are certain to be of the same adapter.
-                content = secrets.token_hex()
-            mask = hashlib.sha256(f"{key[1]}\0{content or key[2]}".encode()).digest()
-            self._masks[key] = mask
-        return mask
+        known = self._known.get(key)
+        if known is None or getattr(lora, "load_inplace", False):
+            known = self._known[key] = _read(key[1], key[2])
+        elif known.signature != _signature(key[2]):
+            known.unsure = True
+        return secrets.token_bytes(32) if known.unsure else known.mask
+
+
+def _read(name: str, path: str) -> _Adapter:
+    signature = _signature(path)
+    try:
+        content = fingerprint(path)
+    except OSError:
+        # Gone, or going: nobody else's blocks are certain to be of the same adapter.
+        content = secrets.token_hex()
+    mask = hashlib.sha256(f"{name}\0{content or path}".encode()).digest()
+    return _Adapter(mask, signature)
+
+
+def _signature(path: str) -> object:
+    try:
+        return signature_of(path)
+    except OSError:
+        return None

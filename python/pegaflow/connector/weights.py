@@ -20,13 +20,8 @@ def fingerprint(model: str) -> str | None:
     It depends on names, sizes and samples of the content, not on where the files are: copies of one
     checkpoint share their blocks. Raises OSError if a file cannot be read.
     """
-    root = Path(model)
-    # Not Path.is_file, which fails for a name that no file can have.
-    if os.path.isfile(model):  # noqa: PTH113
-        files = [root]
-    elif os.path.isdir(model):  # noqa: PTH112
-        files = sorted({file for pattern in _PATTERNS for file in root.glob(pattern)})
-    else:
+    files = _files(model)
+    if files is None:
         return None
     digest = hashlib.sha256()
     for file in files:
@@ -37,6 +32,22 @@ def fingerprint(model: str) -> str | None:
                 content.seek(at)
                 digest.update(content.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:32]
+
+
+def signature(model: str) -> object:
+    """Changes when files of the checkpoint are written anew; costs a look at the folder. Raises
+    OSError."""
+    stats = [(file.name, file.stat()) for file in _files(model) or ()]
+    return [(name, one.st_size, one.st_mtime_ns, one.st_ino) for name, one in stats]
+
+
+def _files(model: str) -> list[Path] | None:
+    # Not Path.is_file, which fails for a name that no file can have.
+    if os.path.isfile(model):  # noqa: PTH113
+        return [Path(model)]
+    if os.path.isdir(model):  # noqa: PTH112
+        return sorted({file for pattern in _PATTERNS for file in Path(model).glob(pattern)})
+    return None
 
 
 def _places(size: int) -> list[int]:
