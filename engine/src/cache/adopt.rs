@@ -10,11 +10,13 @@
 use std::collections::HashMap;
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use bytemuck::Zeroable;
+use bytesize::ByteSize;
 use pegaflow_shm::BlockHash;
 use pegaflow_shm::index::BlockKey;
 use pegaflow_shm::node::text_field;
@@ -30,8 +32,8 @@ use crate::fault::{self, CrashPoint};
 use crate::isolation::DomainRules;
 use crate::lane::LaneOptions;
 use crate::pool::{
-    OpenedPool, Pool, PoolError, PoolFile, PoolFileError, PoolIdentity, PopulateOptions,
-    pool_memory,
+    NearCpus, NodePart, OpenedPool, Pool, PoolError, PoolFile, PoolFileError, PoolIdentity,
+    PopulateOptions, pool_memory,
 };
 
 /// The cache cannot be brought up.
@@ -77,12 +79,27 @@ pub fn open_cache(
     threads: NonZeroUsize,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<OpenedCache, OpenError> {
-    let pool = Pool::new(options.pool_bytes, options.extent_bytes)?;
+    let mut parts = Vec::new();
+    let pool = Pool::with_parts(options.pool_bytes, options.extent_bytes, |extents| {
+        parts = options.nodes.parts(extents);
+        parts.clone()
+    })?;
+    let stretch = |part: &NodePart| {
+        let Range { start, end } = part.extents;
+        NearCpus {
+            bytes: u64::from(start) * options.extent_bytes..u64::from(end) * options.extent_bytes,
+            cpus: part.cpus.clone(),
+        }
+    };
     let populate = PopulateOptions {
         threads,
         hugepages: options.hugepages,
+        near: parts.iter().map(stretch).collect(),
     };
-    let files = open_files(options, populate, progress)?;
+    let files = open_files(options, &populate, progress)?;
+    if !files.previous_pool {
+        tell_nodes(&files.pool, &parts, options.extent_bytes);
+    }
     let (file, catalog) = (Arc::new(files.pool), files.catalog);
     let cache_options = CacheOptions {
         dir: options.dir.clone(),
@@ -136,7 +153,7 @@ struct OpenedFiles {
 
 fn open_files(
     options: &LaneOptions,
-    populate: PopulateOptions,
+    populate: &PopulateOptions,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<OpenedFiles, OpenError> {
     let pool_path = options.dir.join("pool");
@@ -227,6 +244,38 @@ fn tell_hugepages(pool: &PoolFile) {
     match pool.hugepages() {
         Ok(report) => tracing::info!(?report, "hugepages"),
         Err(error) => tracing::warn!(%error, "hugepages: what was got cannot be told"),
+    }
+}
+
+/// Says where the pool's memory has come to lie, if that matters.
+fn tell_nodes(pool: &PoolFile, parts: &[NodePart], extent_bytes: u64) {
+    /// A node has some memory in use before.
+    const SLACK_BYTES: u64 = 64 << 20;
+    if parts.is_empty() {
+        return;
+    }
+    let found = match pool.bytes_by_node() {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::warn!(%error, "on which memory nodes the pool lies cannot be told");
+            return;
+        }
+    };
+    for part in parts {
+        let wanted = part.extents.len() as u64 * extent_bytes;
+        let got = found.get(&part.node).copied().unwrap_or(0);
+        let node = part.node;
+        if got + SLACK_BYTES < wanted {
+            tracing::warn!(
+                node,
+                wanted = %ByteSize(wanted),
+                got = %ByteSize(got),
+                "the part of the pool near the GPUs of a memory node lies elsewhere in part: has \
+                 the node as much free memory, and may the daemon run on its processors?"
+            );
+        } else {
+            tracing::info!(node, bytes = %ByteSize(got), "memory near the GPUs of a node");
+        }
     }
 }
 

@@ -177,6 +177,7 @@ impl Before {
                 shard: *rank,
                 shards: if namespace == DOUBLE { 2 } else { 1 },
                 page_bytes: if namespace == LARGE { EXTENT } else { UNIT } as u32,
+                near: None,
             };
             let mut taken = None;
             self.cache

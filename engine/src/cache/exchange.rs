@@ -188,6 +188,7 @@ impl Cache {
                 shard,
                 shards: sizes.len() as u16,
                 page_bytes: *bytes,
+                near: None,
             };
             let offer = match begun {
                 Some(entry) => self.offer_known(&scope, entry, hash),
@@ -242,6 +243,7 @@ impl Cache {
                 shard,
                 shards,
                 page_bytes: self.pool.page_bytes_of(page).unwrap_or(0),
+                near: None,
             };
             if let Some(checksums) = filled {
                 let checksum = checksums.get(usize::from(shard));

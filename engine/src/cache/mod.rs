@@ -118,6 +118,8 @@ pub struct Cache {
     exhausted: bool,
     /// Extents of another page size that could not be evacuated for the list at hand.
     busy_extents: Vec<ExtentId>,
+    /// Pages that were taken from another part of the pool than the one near their GPU.
+    far_pages: u64,
     /// Bytes of pages that copies were ever begun into.
     taken_bytes: u64,
     /// Victims that the tier has are preferred: those that it has not are on their way there.
@@ -172,6 +174,7 @@ impl Cache {
             evictions: Evictions::default(),
             held: Vec::new(),
             exhausted: false,
+            far_pages: 0,
             busy_extents: Vec::new(),
             taken_bytes: 0,
             spares_unwritten: false,

@@ -33,14 +33,14 @@ pub(super) enum NoRoom {
 }
 
 impl Cache {
-    /// A free page of this size, evicting what must go.
+    /// A free page of this size, near a memory node if it may be, evicting what must go.
     pub(super) fn make_room(
         &mut self,
-        page_bytes: u32,
+        (page_bytes, near): (u32, Option<u32>),
         candidate: u64,
     ) -> Result<PageAddr, NoRoom> {
         loop {
-            if let Some(page) = self.take_page(page_bytes) {
+            if let Some(page) = self.take_page(page_bytes, near) {
                 return Ok(page);
             }
             if self.drop_expired_unfinished() {
@@ -98,8 +98,23 @@ impl Cache {
         }
     }
 
-    fn take_page(&mut self, page_bytes: u32) -> Option<PageAddr> {
-        let Allocation { addr, opened } = self.pool.alloc(page_bytes)?;
+    fn take_page(&mut self, page_bytes: u32, near: Option<u32>) -> Option<PageAddr> {
+        let Allocation {
+            addr,
+            opened,
+            is_far,
+        } = self.pool.alloc(page_bytes, near)?;
+        if is_far {
+            self.far_pages += 1;
+            if self.far_pages.is_power_of_two() {
+                tracing::warn!(
+                    node = near,
+                    pages = self.far_pages,
+                    "the part of the pool near the GPU is full: pages are taken from another \
+                     part, and its copies cross to another socket"
+                );
+            }
+        }
         if let Some(extent) = opened
             && let Err(error) = self.open_extent(extent, addr)
         {

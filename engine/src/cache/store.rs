@@ -38,6 +38,8 @@ pub struct ShardScope {
     pub shards: u16,
     /// Bytes of the rank's page.
     pub page_bytes: u32,
+    /// The memory node near which its pages are best, if that matters.
+    pub near: Option<u32>,
 }
 
 /// What becomes of an offered shard.
@@ -120,7 +122,7 @@ impl Cache {
             Shard::Empty => {
                 // The block itself must not be taken while room for its shard is made.
                 self.domains[scope.domain].block_mut(entry).copying += 1;
-                let page = self.make_room(scope.page_bytes, key_hash(hash));
+                let page = self.make_room((scope.page_bytes, scope.near), key_hash(hash));
                 self.domains[scope.domain].block_mut(entry).copying -= 1;
                 match page {
                     Ok(page) => self.begin_copy(scope, entry, page),
@@ -131,7 +133,7 @@ impl Cache {
     }
 
     pub(super) fn offer_new(&mut self, scope: &ShardScope, hash: &BlockHash) -> Offer {
-        let page = match self.make_room(scope.page_bytes, key_hash(hash)) {
+        let page = match self.make_room((scope.page_bytes, scope.near), key_hash(hash)) {
             Ok(page) => page,
             Err(why) => return why.into(),
         };

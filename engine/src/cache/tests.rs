@@ -90,6 +90,7 @@ fn scope(namespace: u32, shard: u16) -> ShardScope {
         shard: shard % shards,
         shards,
         page_bytes,
+        near: None,
     }
 }
 

@@ -190,6 +190,11 @@ impl BoundLayout {
         self.device.as_ref()
     }
 
+    /// The memory node near its device, where it is known.
+    pub fn memory_node(&self) -> Option<u32> {
+        self.device.as_ref()?.card.info().numa_node
+    }
+
     /// Whether copies wait in a queue of their session or device, apart from all others.
     #[inline]
     pub fn has_own_queue(&self) -> bool {

@@ -22,7 +22,7 @@ mod progress;
 mod signals;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,6 +43,7 @@ use crate::fault::{self, CrashPoint};
 use crate::isolation::DomainRules;
 use crate::lane::{self, LaneOptions, LaneStartError, OpenStore, StartedLane};
 use crate::metrics::{Health, HttpError, HttpServer, Phase, publish_devices};
+use crate::pool::MemoryNodes;
 use crate::tier::ssd::SsdStore;
 use progress::Progress;
 use signals::Signals;
@@ -204,6 +205,11 @@ fn system(operation: &'static str, source: io::Error) -> DaemonError {
 
 fn lane_options(prepared: &Prepared) -> LaneOptions {
     let config = &prepared.config;
+    let gpus = match prepared.devices.state() {
+        DeviceState::Present { devices, .. } => devices,
+        DeviceState::Absent { .. } => Vec::new(),
+    };
+    let gpus = gpus.iter().map(|device| device.numa_node);
     LaneOptions {
         dir: prepared.node_dir.path().to_owned(),
         rules: DomainRules::of(config),
@@ -212,6 +218,7 @@ fn lane_options(prepared: &Prepared) -> LaneOptions {
         node: prepared.node.clone(),
         pool_bytes: config.pool_bytes,
         extent_bytes: config.extent_bytes,
+        nodes: MemoryNodes::of_gpus(Path::new("/sys"), gpus),
         hugepages: config.hugepages == Hugepages::Advise,
         max_blocks: config.max_blocks,
         policy: config.policy,

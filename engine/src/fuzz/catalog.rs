@@ -51,7 +51,7 @@ pub fn catalog(data: &[u8]) {
 
 fn make_pool(options: &LaneOptions) -> Geometry {
     let (path, populate) = (options.dir.join("pool"), populate());
-    let pool = PoolFile::create(&path, options.pool_bytes, populate, &|_| {})
+    let pool = PoolFile::create(&path, options.pool_bytes, &populate, &|_| {})
         .expect("there is room for a small pool");
     geometry_of(options, &pool)
 }
@@ -60,6 +60,7 @@ fn populate() -> PopulateOptions {
     PopulateOptions {
         threads: NonZeroUsize::MIN,
         hugepages: false,
+        near: Vec::new(),
     }
 }
 

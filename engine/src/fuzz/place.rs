@@ -48,6 +48,7 @@ pub(crate) fn lane_options(dir: &Path) -> LaneOptions {
         node: node_file(),
         pool_bytes: 64 << 10,
         extent_bytes: 16 << 10,
+        nodes: crate::pool::MemoryNodes::default(),
         hugepages: false,
         max_blocks: 64,
         policy: PolicyKind::Lru,

@@ -12,6 +12,7 @@ use crate::config::PoolStart;
 use crate::copy::ChecksumMode;
 use crate::isolation::DomainRules;
 use crate::policy::{AdmissionKind, PolicyKind};
+use crate::pool::MemoryNodes;
 use crate::tier::TierOptions;
 
 /// Everything the lane needs to know from the configuration.
@@ -31,6 +32,8 @@ pub struct LaneOptions {
     pub pool_bytes: u64,
     /// Bytes of an extent.
     pub extent_bytes: u64,
+    /// Memory nodes that have GPUs, by which the pool is cut.
+    pub nodes: MemoryNodes,
     /// Whether to ask for hugepages.
     pub hugepages: bool,
     /// Most blocks of one user.

@@ -71,6 +71,7 @@ impl<M: Machine> Lane<M> {
             shard: place.shard,
             shards: place.shards,
             page_bytes: target.layout().page_bytes() as u32,
+            near: target.memory_node(),
         })
     }
 

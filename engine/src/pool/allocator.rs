@@ -1,9 +1,12 @@
 //! The pool's bookkeeping: which extent serves which page size, which page is free.
 //!
 //! An extent serves one page size from its first page to its last, so there is no fragmentation
-//! between sizes; when its last page is freed it goes back to the common store and may serve any
+//! between sizes; when its last page is freed it goes back to its store and may serve any
 //! size. A class fills one extent, lowest page first, before it opens another: pages allocated one
 //! after the other lie side by side, which lets a copy of many blocks become few transfers.
+//!
+//! A pool that is cut by memory nodes has a store of extents for each part, and a class fills one
+//! of each part at a time. Who is near a part gets its pages as long as it has some.
 //!
 //! Every operation takes constant time but for opening an extent (its bitmap is made then, one bit
 //! per page, and dropped when the extent empties): the bookkeeping of a large pool grows with use.
@@ -13,6 +16,7 @@
 use std::collections::BTreeMap;
 
 use super::extent::{Extent, Place};
+use super::nodes::NodePart;
 use super::slots::Slots;
 use super::{
     ClassStats, EXTENT_GRANULE_BYTES, ExtentId, MAX_EXTENT_BYTES, MIN_PAGE_BYTES, PAGE_ALIGN_BYTES,
@@ -34,6 +38,8 @@ pub struct Allocation {
     /// The extent that was opened for it, if one was: its catalog range must be prepared before the
     /// page is recorded.
     pub opened: Option<ExtentId>,
+    /// It lies in another part than the one asked for, where none was free.
+    pub is_far: bool,
 }
 
 /// What freeing a page brought.
@@ -48,8 +54,8 @@ pub struct Freed {
 /// The pages of one size.
 struct Class {
     page_bytes: u32,
-    current: Option<ExtentId>,
-    partial: Vec<ExtentId>,
+    /// Where it allocates, in each part.
+    open: Vec<OpenExtents>,
     extents: u32,
     draining: u32,
     used: u64,
@@ -59,12 +65,29 @@ struct Class {
     free_draining: u64,
 }
 
+/// A class's extents with free pages, in one part of the pool.
+#[derive(Clone, Default)]
+struct OpenExtents {
+    current: Option<ExtentId>,
+    partial: Vec<ExtentId>,
+}
+
+/// Extents that serve no page size, of one part of the pool.
+struct Store {
+    /// The memory node that it is near to; `None` where the pool is not cut.
+    node: Option<u32>,
+    first: ExtentId,
+    /// By their place behind the first.
+    free: Slots,
+}
+
 /// The allocator of page addresses.
 pub struct Pool {
     pool_bytes: u64,
     extent_bytes: u64,
     extents: Vec<Option<Box<Extent>>>,
-    common: Slots,
+    /// In the order of their extents.
+    stores: Vec<Store>,
     /// By class index; a class without extents is vacant and its index is used again.
     classes: Vec<Class>,
     class_of_page: BTreeMap<u32, u32>,
@@ -73,8 +96,18 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// An empty pool.
+    /// An empty pool that is not cut.
     pub fn new(pool_bytes: u64, extent_bytes: u64) -> Result<Self, PoolError> {
+        Self::with_parts(pool_bytes, extent_bytes, |_| Vec::new())
+    }
+
+    /// An empty pool; `cut` is told the number of its extents and says which of them are near which
+    /// memory node: all, in order, or none for a pool that is not cut.
+    pub fn with_parts(
+        pool_bytes: u64,
+        extent_bytes: u64,
+        cut: impl FnOnce(u32) -> Vec<NodePart>,
+    ) -> Result<Self, PoolError> {
         if extent_bytes == 0
             || !extent_bytes.is_multiple_of(EXTENT_GRANULE_BYTES)
             || extent_bytes > MAX_EXTENT_BYTES
@@ -95,7 +128,7 @@ impl Pool {
             extents: std::iter::repeat_with(|| None)
                 .take(extents as usize)
                 .collect(),
-            common: Slots::new(extents),
+            stores: stores(&cut(extents), extents),
             classes: Vec::new(),
             class_of_page: BTreeMap::new(),
             last: 0,
@@ -127,28 +160,72 @@ impl Pool {
         Ok(round_page(bytes) as u32)
     }
 
-    /// Allocates a page of at least `page_bytes`; `None` when no page of that size is free and no
-    /// extent either, or when [`check_page`](Self::check_page) refuses the size.
-    pub fn alloc(&mut self, page_bytes: u32) -> Option<Allocation> {
+    /// Allocates a page of at least `page_bytes`, near a memory node if one is named and the pool
+    /// is cut; `None` when no page of that size is free and no extent either, or when
+    /// [`check_page`](Self::check_page) refuses the size.
+    pub fn alloc(&mut self, page_bytes: u32, near: Option<u32>) -> Option<Allocation> {
         let page_bytes = self.check_page(u64::from(page_bytes)).ok()?;
-        let (class, opened) = match self.class(page_bytes) {
-            Some(class) if self.current_of(class).is_some() => (class, None),
-            _ => {
-                let extent = self.common.take_lowest()?;
-                let class = self.open(extent, page_bytes);
-                self.set_place(extent, Place::Current);
-                self.classes[class as usize].current = Some(extent);
-                (class, Some(extent))
-            }
+        let near = near.and_then(|node| self.stores.iter().position(|s| s.node == Some(node)));
+        let (part, extent, opened) = match near {
+            Some(part) => self
+                .open_in(part, page_bytes)
+                .or_else(|| self.open_anywhere(page_bytes))?,
+            None => self.open_anywhere(page_bytes)?,
         };
-        self.last = class;
-        let extent = self.classes[class as usize].current?;
         let slot = self.take_slot(extent, None)?;
         let addr = u64::from(extent) * self.extent_bytes + u64::from(slot) * u64::from(page_bytes);
         Some(Allocation {
             addr: PageAddr::from_offset(addr),
-            opened,
+            opened: opened.then_some(extent),
+            is_far: near.is_some_and(|near| near != part),
         })
+    }
+
+    /// The extent of a part from which pages of this size come, and whether it was opened for them.
+    fn open_in(&mut self, part: usize, page_bytes: u32) -> Option<(usize, ExtentId, bool)> {
+        if let Some(class) = self.class(page_bytes)
+            && let Some(extent) = self.current_of(class, part)
+        {
+            self.last = class;
+            return Some((part, extent, false));
+        }
+        let store = &mut self.stores[part];
+        let extent = store.first + store.free.take_lowest()?;
+        let class = self.open(extent, page_bytes);
+        self.set_place(extent, Place::Current);
+        self.classes[class as usize].open[part].current = Some(extent);
+        self.last = class;
+        Some((part, extent, true))
+    }
+
+    /// As [`Self::open_in`] for the part that serves the size already, else the one with most free
+    /// extents.
+    fn open_anywhere(&mut self, page_bytes: u32) -> Option<(usize, ExtentId, bool)> {
+        let parts = 0..self.stores.len();
+        let class = self.class(page_bytes);
+        let serving = class.and_then(|class| {
+            let open = &self.classes[class as usize].open;
+            let has_free = |open: &OpenExtents| open.current.is_some() || !open.partial.is_empty();
+            open.iter().position(has_free)
+        });
+        let part = serving.or_else(|| {
+            // The first of several that have as many.
+            parts
+                .rev()
+                .max_by_key(|part| self.stores[*part].free.free())
+        });
+        self.open_in(part?, page_bytes)
+    }
+
+    /// The part in which an extent lies.
+    fn part_of(&self, extent: ExtentId) -> usize {
+        self.stores.partition_point(|store| store.first <= extent) - 1
+    }
+
+    fn store_of(&mut self, extent: ExtentId) -> (&mut Slots, u32) {
+        let part = self.part_of(extent);
+        let store = &mut self.stores[part];
+        (&mut store.free, extent - store.first)
     }
 
     /// Marks one page as allocated: how the pages of a previous daemon are taken over.
@@ -177,7 +254,8 @@ impl Pool {
             }
             Some(_) => {}
             None => {
-                self.common.take(extent);
+                let (store, place) = self.store_of(extent);
+                store.take(place);
                 self.open(extent, page_bytes);
                 self.list_partial(extent);
             }
@@ -296,12 +374,12 @@ impl Pool {
         let in_class = self
             .class(page_bytes)
             .map_or(0, |class| self.classes[class as usize].free);
-        in_class + u64::from(self.common.free()) * (self.extent_bytes / u64::from(page_bytes))
+        in_class + u64::from(self.free_extents()) * (self.extent_bytes / u64::from(page_bytes))
     }
 
     /// Extents that serve no page size at present.
     pub fn free_extents(&self) -> u32 {
-        self.common.free()
+        self.stores.iter().map(|store| store.free.free()).sum()
     }
 
     /// Bytes in free pages and in free extents.
@@ -311,7 +389,7 @@ impl Pool {
             .iter()
             .map(|class| (class.free + class.free_draining) * u64::from(class.page_bytes))
             .sum();
-        in_classes + u64::from(self.common.free()) * self.extent_bytes
+        in_classes + u64::from(self.free_extents()) * self.extent_bytes
     }
 
     /// All figures at this moment.
@@ -338,8 +416,8 @@ impl Pool {
         PoolStats {
             pool_bytes: self.pool_bytes,
             extent_bytes: self.extent_bytes,
-            extents: self.common.count(),
-            extents_free: self.common.free(),
+            extents: self.extents.len() as u32,
+            extents_free: self.free_extents(),
             used_bytes,
             free_bytes,
             unusable_bytes: self.pool_bytes - used_bytes - free_bytes,
@@ -354,19 +432,20 @@ impl Pool {
         }
     }
 
-    /// The extent from which the class allocates; a partial one takes the place of a full one.
-    fn current_of(&mut self, class: u32) -> Option<ExtentId> {
-        let class = &mut self.classes[class as usize];
-        if class.current.is_none() {
-            let extent = class.partial.pop()?;
-            class.current = Some(extent);
+    /// The extent of a part from which the class allocates; a partial one takes the place of a full
+    /// one.
+    fn current_of(&mut self, class: u32, part: usize) -> Option<ExtentId> {
+        let open = &mut self.classes[class as usize].open[part];
+        if open.current.is_none() {
+            let extent = open.partial.pop()?;
+            open.current = Some(extent);
             self.set_place(extent, Place::Current);
             return Some(extent);
         }
-        class.current
+        open.current
     }
 
-    /// Gives an extent of the common store, taken already, to the class of `page_bytes`.
+    /// Gives an extent of its store, taken already, to the class of `page_bytes`.
     fn open(&mut self, extent: ExtentId, page_bytes: u32) -> u32 {
         let class = match self.class_of_page.get(&page_bytes) {
             Some(class) => *class,
@@ -382,8 +461,7 @@ impl Pool {
     fn add_class(&mut self, page_bytes: u32) -> u32 {
         let class = Class {
             page_bytes,
-            current: None,
-            partial: Vec::new(),
+            open: vec![OpenExtents::default(); self.stores.len()],
             extents: 0,
             draining: 0,
             used: 0,
@@ -401,7 +479,7 @@ impl Pool {
         index as u32
     }
 
-    /// Returns an empty extent to the common store.
+    /// Returns an empty extent to its store.
     fn close(&mut self, extent: ExtentId) {
         self.unlist(extent);
         let Some(open) = self.extents[extent as usize].take() else {
@@ -419,7 +497,8 @@ impl Pool {
         if class.extents == 0 {
             self.class_of_page.remove(&open.page_bytes);
         }
-        self.common.put(extent);
+        let (store, place) = self.store_of(extent);
+        store.put(place);
     }
 
     /// Takes a slot of an open extent, the lowest or a given one.
@@ -445,25 +524,27 @@ impl Pool {
     }
 
     fn list_partial(&mut self, id: ExtentId) {
+        let part = self.part_of(id);
         let Some(extent) = self.extents[id as usize].as_mut() else {
             return;
         };
-        let partial = &mut self.classes[extent.class as usize].partial;
+        let partial = &mut self.classes[extent.class as usize].open[part].partial;
         extent.place = Place::Partial(partial.len() as u32);
         partial.push(id);
     }
 
     /// Takes an extent out of its class's lists; its place is stale until set anew.
     fn unlist(&mut self, id: ExtentId) {
+        let part = self.part_of(id);
         let Some(extent) = self.extents[id as usize].as_ref() else {
             return;
         };
-        let class = &mut self.classes[extent.class as usize];
+        let open = &mut self.classes[extent.class as usize].open[part];
         match extent.place {
-            Place::Current => class.current = None,
+            Place::Current => open.current = None,
             Place::Partial(at) => {
-                class.partial.swap_remove(at as usize);
-                if let Some(&moved) = class.partial.get(at as usize) {
+                open.partial.swap_remove(at as usize);
+                if let Some(&moved) = open.partial.get(at as usize) {
                     self.set_place(moved, Place::Partial(at));
                 }
             }
@@ -504,4 +585,29 @@ impl Pool {
         })?;
         Ok((extent, slot))
     }
+}
+
+/// One store for each part, or one for all.
+fn stores(parts: &[NodePart], extents: u32) -> Vec<Store> {
+    let store = |part: &NodePart| Store {
+        node: Some(part.node),
+        first: part.extents.start,
+        free: Slots::new(part.extents.len() as u32),
+    };
+    if parts.is_empty() {
+        return vec![Store {
+            node: None,
+            first: 0,
+            free: Slots::new(extents),
+        }];
+    }
+    let end = parts.iter().fold(0, |end, part| {
+        assert!(
+            part.extents.start == end && !part.extents.is_empty(),
+            "{parts:?} are not all extents in order"
+        );
+        part.extents.end
+    });
+    assert_eq!(end, extents, "{parts:?} are not all extents");
+    parts.iter().map(store).collect()
 }

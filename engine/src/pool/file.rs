@@ -6,9 +6,11 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -21,7 +23,8 @@ use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, StatxFlags, flock};
 use rustix::io::Errno;
 
 use super::mapping::PoolMapping;
-use super::{HugepageReport, PoolFileError, PoolUnusable, hugepages, populate};
+use super::populate::{self, Stretch};
+use super::{HugepageReport, PoolFileError, PoolUnusable, hugepages, nodes};
 use crate::fault::{self, CrashPoint};
 
 /// How long the pool of a daemon that has just died may stay locked: whoever looks at a dead
@@ -35,12 +38,23 @@ const MAP_LATER_BYTES: u64 = 4 << 20;
 const MAP_LATER_NICE: i32 = 19;
 
 /// How the pool's memory is brought into being.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct PopulateOptions {
     /// Threads that allocate and zero.
     pub threads: NonZeroUsize,
     /// Whether to try for hugepages; [`PoolFile::hugepages`] says what came of it.
     pub hugepages: bool,
+    /// Which of the pool should lie near which processors: all of it, in order, or nothing.
+    pub near: Vec<NearCpus>,
+}
+
+/// A stretch of the pool that should lie near some processors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NearCpus {
+    /// Offsets into the pool.
+    pub bytes: Range<u64>,
+    /// The processors.
+    pub cpus: Vec<usize>,
 }
 
 /// Which file this is: another file under the same name, even of the same size, differs.
@@ -78,7 +92,7 @@ impl PoolFile {
     pub fn create(
         path: &Path,
         bytes: u64,
-        options: PopulateOptions,
+        options: &PopulateOptions,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<Self, PoolFileError> {
         let failed = |action| move |source| io_error(action, path, source);
@@ -238,6 +252,12 @@ impl PoolFile {
         })
     }
 
+    /// How much of the pool lies on which memory node, in bytes.
+    pub fn bytes_by_node(&self) -> io::Result<BTreeMap<u32, u64>> {
+        let start = self.base().as_ptr().addr() as u64;
+        nodes::bytes_by_node(start..start + self.bytes())
+    }
+
     fn map(path: &Path, file: File, bytes: u64) -> Result<Self, PoolFileError> {
         let failed = |action| move |source| io_error(action, path, source);
         let len = usize::try_from(bytes)
@@ -253,7 +273,7 @@ impl PoolFile {
 
     fn populate(
         &self,
-        options: PopulateOptions,
+        options: &PopulateOptions,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<(), PoolFileError> {
         let hugepages = options.hugepages && self.mapping.advise_hugepages().is_ok();
@@ -266,7 +286,35 @@ impl PoolFile {
             self.allocate(offset, len)?;
             self.fill(hugepages, offset, len)
         };
-        populate::in_ranges(self.bytes(), options.threads, &work, progress)
+        if options.near.is_empty() {
+            let all = Stretch {
+                bytes: 0..self.bytes(),
+                threads: options.threads,
+                begin: None,
+            };
+            return populate::in_stretches(&[all], &work, progress);
+        }
+        let threads = options.threads.get().div_ceil(options.near.len());
+        let threads = NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN);
+        let move_near = |near: &NearCpus| {
+            if let Err(error) = nodes::run_on(&near.cpus) {
+                let cpus = &near.cpus;
+                tracing::warn!(
+                    %error,
+                    ?cpus,
+                    "a thread that brings the pool's memory into being cannot run near its GPUs: \
+                     the memory may lie elsewhere"
+                );
+            }
+        };
+        let begins: Vec<_> = options.near.iter().map(|near| || move_near(near)).collect();
+        let stretches = options.near.iter().zip(&begins);
+        let stretches = stretches.map(|(near, begin)| Stretch {
+            bytes: near.bytes.clone(),
+            threads,
+            begin: Some(begin),
+        });
+        populate::in_stretches(&stretches.collect::<Vec<_>>(), &work, progress)
     }
 
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -396,6 +444,7 @@ mod tests {
     const OPTIONS: PopulateOptions = PopulateOptions {
         threads: NonZeroUsize::MIN,
         hugepages: false,
+        near: Vec::new(),
     };
 
     fn directory() -> tempfile::TempDir {
@@ -403,7 +452,7 @@ mod tests {
     }
 
     fn create(path: &Path) -> PoolFile {
-        PoolFile::create(path, BYTES, OPTIONS, &|_| {}).expect("there is room")
+        PoolFile::create(path, BYTES, &OPTIONS, &|_| {}).expect("there is room")
     }
 
     fn reason(path: &Path) -> PoolUnusable {
@@ -421,7 +470,7 @@ mod tests {
         let progress = |bytes| {
             done.fetch_max(bytes, Ordering::Relaxed);
         };
-        let pool = PoolFile::create(&path, BYTES, OPTIONS, &progress).expect("there is room");
+        let pool = PoolFile::create(&path, BYTES, &OPTIONS, &progress).expect("there is room");
         assert_eq!(done.into_inner(), BYTES);
         assert_eq!(pool.file.metadata().expect("open").blocks() * 512, BYTES);
         let identity = pool.identity();
@@ -525,7 +574,7 @@ mod tests {
     fn a_pool_too_large_for_the_file_system_is_refused_before_anything_is_made() {
         let directory = directory();
         let path = directory.path().join("pool");
-        let error = match PoolFile::create(&path, 1 << 60, OPTIONS, &|_| {}) {
+        let error = match PoolFile::create(&path, 1 << 60, &OPTIONS, &|_| {}) {
             Err(error) => error,
             Ok(_) => panic!("no machine has that much"),
         };
@@ -565,7 +614,7 @@ mod tests {
             hugepages: true,
             ..OPTIONS
         };
-        let pool = PoolFile::create(&directory.path().join("pool"), BYTES, options, &|_| {})
+        let pool = PoolFile::create(&directory.path().join("pool"), BYTES, &options, &|_| {})
             .expect("hugepages are a wish, not a condition");
         let report = pool.hugepages().expect("smaps can be read");
         assert_eq!(report.wanted_bytes, BYTES);

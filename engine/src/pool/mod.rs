@@ -11,6 +11,7 @@ mod file;
 mod hugepages;
 mod mapping;
 mod memory;
+mod nodes;
 mod populate;
 mod slots;
 mod stats;
@@ -20,9 +21,10 @@ mod tests;
 
 pub use allocator::{Allocation, Freed, Pool, round_page};
 pub use error::{PoolError, PoolFileError, PoolUnusable};
-pub use file::{OpenedPool, PoolFile, PoolIdentity, PopulateOptions};
+pub use file::{NearCpus, OpenedPool, PoolFile, PoolIdentity, PopulateOptions};
 pub use hugepages::HugepageReport;
 pub use memory::pool_memory;
+pub use nodes::{MemoryNodes, NodePart};
 pub use stats::{ClassStats, PoolStats};
 
 use std::fmt;

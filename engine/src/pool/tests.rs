@@ -1,6 +1,7 @@
 //! The allocator against a model, and its corner cases.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use proptest::prelude::*;
 
@@ -13,7 +14,10 @@ fn pool(extents: u64) -> Pool {
 }
 
 fn alloc(pool: &mut Pool, page_bytes: u32) -> u64 {
-    pool.alloc(page_bytes).expect("there is room").addr.offset()
+    pool.alloc(page_bytes, None)
+        .expect("there is room")
+        .addr
+        .offset()
 }
 
 #[test]
@@ -70,9 +74,9 @@ fn consecutive_allocations_lie_side_by_side_across_extents_too() {
 #[test]
 fn the_first_page_of_an_extent_says_so_and_the_last_freed_gives_it_back() {
     let mut pool = pool(2);
-    let first = pool.alloc(20_000).expect("room");
+    let first = pool.alloc(20_000, None).expect("room");
     assert_eq!(first.opened, Some(0));
-    let second = pool.alloc(20_000).expect("room");
+    let second = pool.alloc(20_000, None).expect("room");
     assert_eq!(second.opened, None);
     assert_eq!(pool.free_extents(), 1);
     assert_eq!(pool.free(first.addr).expect("allocated").emptied, None);
@@ -89,7 +93,7 @@ fn sizes_share_the_pool_by_whole_extents() {
     assert_eq!(pool.available(4096), 15);
     assert_eq!(pool.available(8192), 7);
     assert_eq!(pool.available(16_384), 0);
-    assert!(pool.alloc(16_384).is_none());
+    assert!(pool.alloc(16_384, None).is_none());
     let stats = pool.stats();
     assert_eq!(stats.classes.len(), 2);
     assert_eq!(
@@ -101,8 +105,8 @@ fn sizes_share_the_pool_by_whole_extents() {
 #[test]
 fn wrong_frees_are_named_and_change_nothing() {
     let mut pool = pool(2);
-    let addr = pool.alloc(4096).expect("room").addr;
-    let keep = pool.alloc(4096).expect("room").addr;
+    let addr = pool.alloc(4096, None).expect("room").addr;
+    let keep = pool.alloc(4096, None).expect("room").addr;
     let at = PageAddr::from_offset;
     pool.free(addr).expect("allocated");
     let before = pool.stats();
@@ -140,11 +144,11 @@ fn wrong_frees_are_named_and_change_nothing() {
 fn a_draining_extent_hands_out_nothing_and_serves_another_size_once_empty() {
     let mut pool = pool(1);
     let kept: Vec<_> = (0..3)
-        .map(|_| pool.alloc(4096).expect("room").addr)
+        .map(|_| pool.alloc(4096, None).expect("room").addr)
         .collect();
     pool.drain(0).expect("in use");
     assert_eq!(pool.available(4096), 0);
-    assert!(pool.alloc(4096).is_none());
+    assert!(pool.alloc(4096, None).is_none());
     assert_eq!(pool.live_pages(0).collect::<Vec<_>>(), kept);
     pool.undrain(0).expect("in use");
     assert_eq!(alloc(&mut pool, 4096), 3 * 4096);
@@ -196,7 +200,10 @@ fn claimed_pages_are_allocated_and_the_gaps_between_them_are_not() {
 fn a_vacant_class_is_used_again_for_another_size() {
     let mut pool = pool(1);
     for round in 0..1000_u32 {
-        let page = pool.alloc(512 + 64 * (round % 50)).expect("room").addr;
+        let page = pool
+            .alloc(512 + 64 * (round % 50), None)
+            .expect("room")
+            .addr;
         assert_eq!(pool.free(page).expect("allocated").emptied, Some(0));
     }
     assert!(pool.stats().classes.is_empty());
@@ -204,7 +211,7 @@ fn a_vacant_class_is_used_again_for_another_size() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Alloc(u32),
+    Alloc(u32, Option<u32>),
     Free(prop::sample::Index),
     Drain(u32),
     Undrain(u32),
@@ -218,8 +225,9 @@ fn step() -> impl Strategy<Value = Step> {
         Just(65_536),
         1..70_000_u32
     ];
+    let near = prop_oneof![Just(None), Just(Some(0)), Just(Some(3)), Just(Some(9))];
     prop_oneof![
-        6 => size.prop_map(Step::Alloc),
+        6 => (size, near).prop_map(|(bytes, near)| Step::Alloc(bytes, near)),
         5 => any::<prop::sample::Index>().prop_map(Step::Free),
         1 => (0..6_u32).prop_map(Step::Drain),
         1 => (0..6_u32).prop_map(Step::Undrain),
@@ -266,15 +274,18 @@ fn check(pool: &Pool, live: &BTreeMap<u64, u32>) {
 
 proptest! {
     #[test]
-    fn pages_never_overlap_and_nothing_is_lost(steps in prop::collection::vec(step(), 0..200)) {
-        let mut pool = pool(6);
+    fn pages_never_overlap_and_nothing_is_lost(
+        steps in prop::collection::vec(step(), 0..200),
+        cut in prop::sample::select(vec![&[][..], &[(0, 0..6)], &[(0, 0..2), (3, 2..6)]]),
+    ) {
+        let mut pool = parted(6, cut);
         let mut live = BTreeMap::new();
         let mut draining = BTreeSet::new();
         for step in steps {
             match step {
-                Step::Alloc(bytes) => {
+                Step::Alloc(bytes, near) => {
                     let available = pool.available(bytes);
-                    let page = pool.alloc(bytes);
+                    let page = pool.alloc(bytes, near);
                     assert_eq!(page.is_some(), available > 0);
                     if let Some(page) = page {
                         let extent = pool.extent_of(page.addr).expect("inside");
@@ -315,4 +326,64 @@ proptest! {
         }
         assert_eq!((pool.free_bytes(), pool.free_extents()), (pool.pool_bytes(), 6));
     }
+}
+
+/// A pool in parts, each of a memory node and its extents.
+fn parted(extents: u32, parts: &[(u32, Range<u32>)]) -> Pool {
+    let part = |(node, extents): &(u32, Range<u32>)| NodePart {
+        node: *node,
+        extents: extents.clone(),
+        cpus: Vec::new(),
+    };
+    let cut = |count| {
+        assert_eq!(count, extents);
+        parts.iter().map(part).collect()
+    };
+    Pool::with_parts(u64::from(extents) * EXTENT, EXTENT, cut).expect("sizes that fit")
+}
+
+/// Two parts of two extents each, near the memory nodes 0 and 3.
+fn cut_pool() -> Pool {
+    parted(4, &[(0, 0..2), (3, 2..4)])
+}
+
+#[test]
+fn pages_come_from_the_part_that_is_near_as_long_as_it_has_some_and_else_say_so() {
+    let mut pool = cut_pool();
+    let per_extent = EXTENT / 8192;
+    let mut take = |near| {
+        let page = pool.alloc(8192, near).expect("room");
+        (page.addr.offset() / EXTENT, page.is_far)
+    };
+    assert_eq!(take(Some(3)), (2, false));
+    assert_eq!(take(Some(0)), (0, false), "each part fills one of its own");
+    assert_eq!(take(Some(7)), (0, false), "no such node: anywhere is near");
+    assert_eq!(take(None), (0, false));
+    for _ in 1..2 * per_extent {
+        assert!(matches!(take(Some(3)), (2 | 3, false)));
+    }
+    assert_eq!(take(Some(3)), (0, true), "its part is full");
+    for _ in 4..2 * per_extent {
+        assert!(matches!(take(Some(0)), (0 | 1, false)));
+    }
+    assert!(pool.alloc(8192, Some(3)).is_none());
+    assert!(pool.alloc(8192, None).is_none());
+    let freed = PageAddr::from_offset(3 * EXTENT);
+    pool.free(freed).expect("allocated");
+    let page = pool.alloc(8192, Some(0)).expect("one is free");
+    assert_eq!((page.addr, page.is_far), (freed, true));
+}
+
+#[test]
+fn an_emptied_extent_goes_back_to_its_own_part() {
+    let mut pool = cut_pool();
+    let first = pool.alloc(4096, Some(3)).expect("room").addr;
+    assert_eq!(pool.free(first).expect("allocated").emptied, Some(2));
+    assert_eq!(pool.free_extents(), 4);
+    let other = pool.alloc(16_384, Some(3)).expect("room");
+    assert_eq!((other.opened, other.is_far), (Some(2), false));
+    pool.claim(PageAddr::from_offset(3 * EXTENT), 4096)
+        .expect("of a previous daemon");
+    let beside = pool.alloc(4096, Some(3)).expect("room").addr;
+    assert_eq!(beside.offset(), 3 * EXTENT + 4096);
 }

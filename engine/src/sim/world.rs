@@ -165,6 +165,7 @@ impl World {
             node,
             pool_bytes: plan.extents * plan.extent_bytes,
             extent_bytes: plan.extent_bytes,
+            nodes: crate::pool::MemoryNodes::default(),
             hugepages: false,
             max_blocks: plan.max_blocks,
             policy: plan.policy,

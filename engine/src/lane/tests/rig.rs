@@ -87,6 +87,7 @@ fn options(dir: &std::path::Path, node: NodeWriter, boot: u8) -> LaneOptions {
         node,
         pool_bytes: 16 * EXTENT,
         extent_bytes: EXTENT,
+        nodes: crate::pool::MemoryNodes::default(),
         hugepages: false,
         max_blocks: 1024,
         policy: PolicyKind::Lru,
