@@ -4,10 +4,11 @@
 #
 #   PEGAFLOW_BIN_DIR   folder with pegaflowd, pegactl, gpu-soak and gpu-engine built elsewhere;
 #                      without it they are built here, which needs cargo and its registry
-#   DEVICE_RUN         short (about four minutes) or full (default; about fifteen minutes)
-#   DEVICE_GPUS        numbers of GPUs, by default the first one, two and four that there are
-#   DEVICE_SOAK        seconds of random work with deaths on each set of GPUs
-#                      (default: 45, full 300)
+#   DEVICE_RUN         short (four to six minutes) or full (default; ten to fifteen minutes)
+#   DEVICE_GPUS        numbers of GPUs, by default as many as there are up to four
+#   DEVICE_SOAK        seconds of random work with deaths (default: 45, full 300): on all of these
+#                      GPUs; a third as long, daemons die on the first; in a full run a third as
+#                      long on the first alone, too
 #   DEVICE_STEPS       of doctor, bench, curve, several, soak (default: all)
 #   DEVICE_OUT         folder for logs and JSON (default: a new one, which is named)
 set -euo pipefail
@@ -17,10 +18,12 @@ exec </dev/null
 mode=${DEVICE_RUN:-full}
 case $mode in
 short)
-    soak=45 memory=1GiB rounds=6 part_ms=350 curve_memory=512MiB step_limit=150 several=16-KiB
+    soak=45 memory=1GiB rounds=6 part_ms=350 curve_memory=512MiB step_limit=200
+    several=(2-MiB 16-KiB)
     ;;
 full)
-    soak=300 memory=2GiB rounds=12 part_ms=1500 curve_memory=1GiB step_limit=600 several=segments
+    soak=300 memory=2GiB rounds=12 part_ms=1500 curve_memory=1GiB step_limit=600
+    several=(2-MiB segments)
     ;;
 *)
     echo "DEVICE_RUN=$mode: short or full" >&2
@@ -37,15 +40,9 @@ command -v nvidia-smi >/dev/null || {
     exit 2
 }
 gpus_here=$(nvidia-smi -L | grep -c '^GPU ')
-sets=()
-if [[ ${DEVICE_GPUS:-} ]]; then
-    sets=("$DEVICE_GPUS")
-else
-    for count in 1 2 4; do
-        ((count <= gpus_here)) && sets+=("$(seq -s, 0 $((count - 1)))")
-    done
-fi
-first=${sets[0]%%,*}
+((gpus_here > 4)) && gpus_here=4
+gpus=${DEVICE_GPUS:-$(seq -s, 0 $((gpus_here - 1)))}
+first=${gpus%%,*}
 
 if [[ -z ${PEGAFLOW_BIN_DIR:-} ]]; then
     command -v cargo >/dev/null || {
@@ -104,7 +101,7 @@ run() {
 
 nvidia-smi --query-gpu=index,name,driver_version,pcie.link.gen.max,memory.total --format=csv |
     tee "$out/gpus.csv"
-echo "out: $out; $(nproc) cores; GPUs in sets: ${sets[*]}"
+echo "out: $out; $(nproc) cores; GPUs $gpus"
 beside=(--interference)
 if ! find_cublas; then
     echo 'no cuBLAS here: what copies cost an engine that computes is not measured'
@@ -126,22 +123,25 @@ if wants curve; then
     run curve "${bench[@]}" --gpus "$first" --memory "$curve_memory" --pool-size 256MiB \
         --only nothing --curve
 fi
-for set in "${sets[@]}"; do
-    if wants several && [[ $set == *,* ]]; then
-        run "several-$set" "${bench[@]}" --gpus "$set" --memory "$memory" --only "$several"
-        run "several-pages-$set" "${bench[@]}" --gpus "$set" --memory "$memory" --only pages
+if wants several && [[ $gpus == *,* ]]; then
+    # Each alone, each two of them and all at once, against large copies of the same ones at once.
+    run several "${bench[@]}" --gpus "$gpus" --pairs --memory "$memory" "${several[@]/#/--only=}"
+fi
+# soak NAME SECONDS GPUS FURTHER...: random work, all bytes compared.
+soak() {
+    local name=$1 seconds=$2 gpus=$3
+    shift 3
+    limit=$((seconds + 90))
+    run "$name" env GPU_SOAK_SECONDS="$seconds" GPU_SOAK_GPUS="$gpus" "$@" \
+        "$PEGAFLOW_BIN_DIR/gpu-soak"
+}
+seconds=${soak%.*}
+if wants soak; then
+    soak "soak-$gpus" "$seconds" "$gpus" GPU_SOAK_BREAK_CONTEXTS=1
+    soak "soak-daemon-$first" "$((seconds / 3))" "$first" GPU_SOAK_KILL_DAEMON=1
+    if [[ $mode == full && $gpus != "$first" ]]; then
+        soak "soak-$first" "$((seconds / 3))" "$first" GPU_SOAK_BREAK_CONTEXTS=1
     fi
-done
-for set in "${sets[@]}"; do
-    if wants soak; then
-        limit=$((${soak%.*} + 90))
-        run "soak-$set" env GPU_SOAK_SECONDS="$soak" GPU_SOAK_GPUS="$set" \
-            GPU_SOAK_BREAK_CONTEXTS=1 "$PEGAFLOW_BIN_DIR/gpu-soak"
-        if [[ $set == "${sets[0]}" ]]; then
-            run "soak-daemon-$set" env GPU_SOAK_SECONDS="$((${soak%.*} / 3))" \
-                GPU_SOAK_GPUS="$set" GPU_SOAK_KILL_DAEMON=1 "$PEGAFLOW_BIN_DIR/gpu-soak"
-        fi
-    fi
-done
+fi
 
 python3 tests/device/summary.py "$out"

@@ -32,8 +32,9 @@ def bench_lines(report: dict):
     for gpu in report["gpus"]:
         limit = gpu["limit"]
         yield None, f"GPU {gpu['gpu']}, {gpu['name']}: large copies", rates(limit), "", ""
-    if report.get("joint"):
-        yield None, "all GPUs at once: large copies", rates(report["joint"]), "", ""
+    for joint in report["joint"]:
+        gpus = ",".join(str(gpu) for gpu in joint["gpus"])
+        yield None, f"GPUs {gpus} at once: large copies", rates(joint["limit"]), "", ""
     for row in report["rows"]:
         gpus = ",".join(str(gpu) for gpu in row["gpus"])
         digits = 1 if row["unit"] in ("GB/s", "ms", "us") else 3

@@ -77,7 +77,7 @@ fn point(
         Answer::Opened { .. } => {}
         other => return Err(engine.unexpected(&other)),
     }
-    let figures = measure(std::slice::from_mut(&mut engine), daemon, case)?;
+    let figures = measure(&mut [&mut engine], daemon, case)?;
     let figures = figures.values().next();
     let figures = figures.ok_or_else(|| ToolError::Plan("an engine gave no figures".into()))?;
     let bytes = case.shape.total_bytes() as f64;

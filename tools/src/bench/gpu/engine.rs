@@ -340,6 +340,8 @@ impl Prepared {
             Target::Ratio(_) if self.blocks.len() > 1 => Some(self.both_ways(&hashes)?),
             _ => None,
         };
+        // Nothing that another GPU's engine had copied meanwhile came here.
+        self.cache.verify(self.seed)?;
         Ok(Figures {
             save_ns: median(&saves),
             load_ns: median(&loads),

@@ -46,9 +46,12 @@ pub struct GpuArgs {
     /// Saves and loads of each case; small cases take more
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=100))]
     pub rounds: u8,
-    /// Only cases whose name contains this
+    /// Each two of the GPUs at once, too
+    #[arg(long)]
+    pub pairs: bool,
+    /// Only cases whose name contains this, or one of these
     #[arg(long, value_name = "TEXT")]
-    pub only: Option<String>,
+    pub only: Vec<String>,
     /// What the copies cost an engine that computes meanwhile (needs cuBLAS)
     #[arg(long)]
     pub interference: bool,
@@ -159,25 +162,28 @@ fn run(args: &GpuArgs, daemon: &DaemonInUse) -> Result<Report, ToolError> {
         let mut engine = Engine::start(*gpu)?;
         match engine.ask(&Order::Open { gpu: *gpu })? {
             Answer::Opened { name } => {
-                let limit = take_limit(std::slice::from_mut(&mut engine))?;
+                let limit = take_limit(&mut [&mut engine])?;
                 report.add_gpu(*gpu, name, limit);
             }
             other => return Err(engine.unexpected(&other)),
         }
         engines.push(engine);
     }
-    if engines.len() > 1 {
-        report.set_joint_limit(take_limit(&mut engines)?);
+    let sets = sets(engines.len(), args.pairs);
+    for set in &sets {
+        let mut chosen = choose(&mut engines, set);
+        let gpus = chosen.iter().map(|engine| engine.gpu).collect();
+        report.add_joint_limit(gpus, take_limit(&mut chosen)?);
     }
     let wanted = |case: &Case| {
-        let only = args.only.as_deref();
-        only.is_none_or(|text| case.name.contains(text))
+        let named = |text: &String| case.name.contains(text.as_str());
+        args.only.is_empty() || args.only.iter().any(named)
     };
     let all = cases(args.memory.as_u64() as usize, usize::from(args.rounds));
     for case in all.iter().filter(|case| wanted(case)) {
         for engine in &mut engines {
             let gpu = engine.gpu;
-            let figures = measure(std::slice::from_mut(engine), daemon, case)?;
+            let figures = measure(&mut [&mut *engine], daemon, case)?;
             report.add_case(case, &figures);
             if args.interference && INTERFERING.iter().any(|name| case.name.contains(name)) {
                 for compute in Compute::ALL {
@@ -186,11 +192,31 @@ fn run(args: &GpuArgs, daemon: &DaemonInUse) -> Result<Report, ToolError> {
                 }
             }
         }
-        if engines.len() > 1 {
-            report.add_case(case, &measure(&mut engines, daemon, case)?);
+        for set in &sets {
+            let mut chosen = choose(&mut engines, set);
+            report.add_case(case, &measure(&mut chosen, daemon, case)?);
         }
     }
     Ok(report)
+}
+
+/// Which of so many engines copy at once: all of them, and each two of them if wished.
+fn sets(engines: usize, pairs: bool) -> Vec<Vec<usize>> {
+    let mut sets = Vec::new();
+    if engines > 1 {
+        sets.push((0..engines).collect());
+    }
+    if pairs && engines > 2 {
+        let pairs = (0..engines).flat_map(|a| (a + 1..engines).map(move |b| vec![a, b]));
+        sets.extend(pairs);
+    }
+    sets
+}
+
+fn choose<'a>(engines: &'a mut [Engine], set: &[usize]) -> Vec<&'a mut Engine> {
+    let numbered = engines.iter_mut().enumerate();
+    let chosen = numbered.filter(|(number, _)| set.contains(number));
+    chosen.map(|(_, engine)| engine).collect()
 }
 
 /// Says on standard error what is done now: a run takes minutes.
@@ -201,7 +227,7 @@ fn say(what: &str) {
 }
 
 /// What large copies on all these GPUs at once do together.
-fn take_limit(engines: &mut [Engine]) -> Result<Limit, ToolError> {
+fn take_limit(engines: &mut [&mut Engine]) -> Result<Limit, ToolError> {
     say(&format!("the limit of {} GPUs at once", engines.len()));
     for engine in engines.iter_mut() {
         engine.tell(&Order::Limit)?;
@@ -222,7 +248,7 @@ fn take_limit(engines: &mut [Engine]) -> Result<Limit, ToolError> {
 
 /// Measures a case on several GPUs at once.
 fn measure(
-    engines: &mut [Engine],
+    engines: &mut [&mut Engine],
     daemon: &DaemonInUse,
     case: &Case,
 ) -> Result<BTreeMap<u32, Figures>, ToolError> {
@@ -265,5 +291,19 @@ fn interfere(engine: &mut Engine, compute: Compute, part_ms: u64) -> Result<Slow
     match engine.ask(&Order::Interfere { compute, part_ms })? {
         Answer::Slowdown(slowdown) => Ok(slowdown),
         other => Err(engine.unexpected(&other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_gpus_copy_all_at_once_and_each_pair_of_more_than_two_if_wished() {
+        assert!(sets(0, true).is_empty() && sets(1, true).is_empty());
+        assert_eq!(sets(2, true), [[0, 1]], "the pair is all of them");
+        assert_eq!(sets(3, false), [[0, 1, 2]]);
+        let expected: [&[usize]; 4] = [&[0, 1, 2], &[0, 1], &[0, 2], &[1, 2]];
+        assert_eq!(sets(3, true), expected);
     }
 }

@@ -47,12 +47,19 @@ pub struct Row {
     pub met: Option<bool>,
 }
 
+/// Several GPUs and what they do at once.
+#[derive(Clone, Debug, Serialize)]
+struct JointRow {
+    gpus: Vec<u32>,
+    /// Large copies of all of them at the same time, together.
+    limit: Limit,
+}
+
 /// All figures of a run.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     gpus: Vec<GpuRow>,
-    /// Large copies of all GPUs at once, where there are several.
-    joint: Option<Limit>,
+    joint: Vec<JointRow>,
     rows: Vec<Row>,
     curve: Vec<Point>,
 }
@@ -89,9 +96,9 @@ impl Report {
         self.gpus.push(GpuRow { gpu, name, limit });
     }
 
-    /// Enters what all of them do at once.
-    pub fn set_joint_limit(&mut self, limit: Limit) {
-        self.joint = Some(limit);
+    /// Enters what several of them do at once.
+    pub fn add_joint_limit(&mut self, gpus: Vec<u32>, limit: Limit) {
+        self.joint.push(JointRow { gpus, limit });
     }
 
     /// Enters the planner's alternatives.
@@ -101,9 +108,11 @@ impl Report {
 
     /// What large copies of these GPUs did.
     fn limit(&self, gpus: &[u32]) -> Limit {
-        let alone = |row: &GpuRow| gpus == [row.gpu];
-        let found = self.gpus.iter().find(|row| alone(row));
-        found.map_or(self.joint.unwrap_or_default(), |row| row.limit)
+        let alone = |row: &GpuRow| (gpus == [row.gpu]).then_some(row.limit);
+        let joint = |row: &JointRow| (gpus == row.gpus).then_some(row.limit);
+        let found = self.gpus.iter().find_map(alone);
+        let found = found.or_else(|| self.joint.iter().find_map(joint));
+        found.unwrap_or_default()
     }
 
     fn add(&mut self, gpus: &[u32], case: &Case, what: &'static str, row: Row) {
@@ -212,8 +221,9 @@ impl Report {
         for row in &self.gpus {
             add(row.gpu.to_string(), row.name.clone(), row.limit);
         }
-        if let Some(joint) = self.joint {
-            add("all".into(), "at the same time".into(), joint);
+        for row in &self.joint {
+            let gpus: Vec<String> = row.gpus.iter().map(u32::to_string).collect();
+            add(gpus.join(","), "at the same time".into(), row.limit);
         }
         let header = [
             "GPUs",
