@@ -40,8 +40,13 @@ pub fn encode_blocks(blocks: &[u32], out: &mut Vec<u8>) -> u8 {
     let runs = count_runs(blocks);
     if runs * 8 < blocks.len() * 4 {
         let mut rest = blocks;
-        while let Some(&start) = rest.first() {
-            let length = run_length(rest);
+        for run in 1..=runs {
+            let start = rest[0];
+            let length = if run < runs {
+                run_length(rest)
+            } else {
+                rest.len()
+            };
             out.extend_from_slice(&start.to_le_bytes());
             out.extend_from_slice(&(length as u32).to_le_bytes());
             rest = &rest[length..];

@@ -160,25 +160,27 @@ impl Cache {
         self.domains[domain].block(EntryId(entry)).withdrawn
     }
 
-    /// The page of shard `shard` of a pinned block; `None` also when the block was withdrawn, or is
-    /// cut into another number than `shards`: its pages then have sizes that the caller does not
-    /// know.
+    /// The pages of shard `shard` of pinned blocks, in their order; `None` also where a block was
+    /// withdrawn, or is cut into another number than `shards`: its pages then have sizes that the
+    /// caller does not know.
     #[inline]
-    pub fn pinned_page(
-        &self,
+    pub fn pinned_pages<'a>(
+        &'a self,
         domain: DomainId,
-        entry: u32,
+        entries: &'a [u32],
         (shard, shards): (u16, u16),
-    ) -> Option<PageAddr> {
+    ) -> impl Iterator<Item = Option<PageAddr>> + 'a {
         let home = &self.domains[domain];
-        let block = home.block(EntryId(entry));
-        if block.pins == 0 || shard >= shards || block.shards != shards || block.withdrawn {
-            return None;
-        }
-        match block.shard(shard, &home.runs) {
-            Shard::In(page) => Some(page),
-            Shard::Empty | Shard::Copying(_) => None,
-        }
+        entries.iter().map(move |entry| {
+            let block = home.block(EntryId(*entry));
+            if block.pins == 0 || shard >= shards || block.shards != shards || block.withdrawn {
+                return None;
+            }
+            match block.shard(shard, &home.runs) {
+                Shard::In(page) => Some(page),
+                Shard::Empty | Shard::Copying(_) => None,
+            }
+        })
     }
 }
 

@@ -237,10 +237,12 @@ impl Model {
         for (entry, namespace, block) in self.leases.iter().flatten() {
             let shards = scope(*namespace, 0).shards;
             for shard in 0..shards {
-                assert_eq!(cache.pinned_page(0, *entry, (shard, shards + 1)), None);
-                let page = cache
-                    .pinned_page(0, *entry, (shard, shards))
-                    .expect("a leased block has a page");
+                let page_of = |shards| {
+                    let mut pages = cache.pinned_pages(0, std::slice::from_ref(entry), shards);
+                    pages.next().expect("one for each block")
+                };
+                assert_eq!(page_of((shard, shards + 1)), None);
+                let page = page_of((shard, shards)).expect("a leased block has a page");
                 let expected = (*namespace, *block, shard);
                 assert_eq!(self.content.get(&page.offset()), Some(&expected));
             }

@@ -1,5 +1,6 @@
 //! The host backend: copies by the CPU, between mappings or through system calls.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::backend::CopyBackend;
@@ -44,7 +45,7 @@ impl CopyBackend for HostBackend {
             let message = "a task of GPU memory came to a thread for host memory".into();
             return Err(CopyError::Panicked { message });
         }
-        check_pages(&self.pool, task)?;
+        check_pages(&self.pool, task, 0..task.pages.len())?;
         let page_bytes = task.target.layout().page_bytes();
         let (mut sound, mut corrupt) = (task.pages.len(), None);
         if task.direction == Direction::Load {
@@ -98,23 +99,23 @@ impl HostBackend {
     }
 }
 
-/// Refuses a list that names a page outside the pool or a block the group does not have.
-pub(crate) fn check_pages(pool: &PoolMemory, task: &CopyTask) -> Result<(), CopyError> {
+/// Refuses the first place of `which` that names a page outside the pool or a block the group does
+/// not have.
+pub(crate) fn check_pages(
+    pool: &PoolMemory,
+    task: &CopyTask,
+    which: Range<usize>,
+) -> Result<(), CopyError> {
     let (pool_bytes, layout) = (pool.bytes(), task.target.layout());
     let num_blocks = layout.num_blocks();
-    for (
-        page,
-        &PageCopy {
-            pool_offset: offset,
-            block,
-            ..
-        },
-    ) in task.pages.iter().enumerate()
-    {
+    let (page_bytes, first) = (layout.page_bytes(), which.start);
+    for (at, page) in task.pages[which].iter().enumerate() {
+        let (offset, block) = (page.pool_offset, page.block);
         if block >= num_blocks {
             return Err(CopyError::BlockRange { block, num_blocks });
         }
-        if offset > pool_bytes || pool_bytes - offset < layout.page_bytes() {
+        if offset > pool_bytes || pool_bytes - offset < page_bytes {
+            let page = first + at;
             return Err(CopyError::PoolRange {
                 page,
                 offset,

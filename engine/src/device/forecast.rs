@@ -16,8 +16,13 @@ const RATES: (f64, f64) = (100.0, 1e6);
 const CHUNK_OVERHEAD: Duration = Duration::from_micros(12);
 /// Chunks of less say little about the bus.
 const TELLING_BYTES: u64 = 4 << 20;
-/// A chunk that should be done this soon is waited for awake, when nothing is queued behind it.
+/// A chunk that should be done this soon is waited for awake, when nothing is queued behind it: a
+/// sleep may take as much longer than it should.
 const SOON: Duration = Duration::from_micros(60);
+/// After a chunk of this many bytes and more, a sleep that takes longer is of no weight.
+const LONG_BYTES: u64 = 32 << 20;
+/// The same for such a chunk.
+const SOON_OF_LONG: Duration = Duration::from_micros(15);
 /// For how long past its time a chunk is waited for awake.
 const LATE: Duration = Duration::from_micros(100);
 /// How long to sleep when a chunk is later than that.
@@ -28,7 +33,7 @@ const FRESH_SHARE: u32 = 3;
 /// Of so many chunks two are looked for when they should be done, to learn the bus's rate. The
 /// others have a chunk behind them that keeps the bus busy, and are looked for when they are done
 /// for sure.
-const PROBED: u32 = 8;
+const PROBED: u32 = 16;
 /// By which share of its time such a chunk is looked for late.
 const MARGIN: u32 = 6;
 /// By how much a chunk that was done at the first look lets the bus be taken for faster.
@@ -156,6 +161,7 @@ impl Forecast {
         let Awaited {
             expected: first,
             margin,
+            bytes,
             ..
         } = next?;
         if count > 1 {
@@ -166,7 +172,12 @@ impl Forecast {
         if now > first + LATE {
             return Some(now + LATE_PAUSE);
         }
-        let soon = first.checked_sub(SOON).unwrap_or(now);
+        let early = if bytes < LONG_BYTES {
+            SOON
+        } else {
+            SOON_OF_LONG
+        };
+        let soon = first.checked_sub(early).unwrap_or(now);
         Some(soon.max(now))
     }
 }

@@ -13,6 +13,10 @@ const FIRST_PAUSE: Duration = Duration::from_micros(20);
 /// The longest.
 const LONGEST_PAUSE: Duration = Duration::from_micros(200);
 
+/// Most pages of a job's first chunk, so that the bus has work while the others are looked at. Each
+/// further chunk may have four times as many as the one before.
+const FIRST_PAGES: usize = 2048;
+
 /// Looks at the event that a job comes after.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Looks {
@@ -45,6 +49,10 @@ pub(super) struct Job {
     pub(super) task: CopyTask,
     /// Pages from the first on that may be copied: all, but for pages whose checksum is wrong.
     pub(super) sound: usize,
+    /// Pages from the first on that have been looked at.
+    pub(super) seen: usize,
+    /// Most pages of the next chunk.
+    ahead: usize,
     /// Why the page behind them may not.
     pub(super) corrupt: Option<CopyError>,
     /// Where the next chunk begins.
@@ -57,27 +65,39 @@ pub(super) struct Job {
     pub(super) looks: Option<Looks>,
     /// What the thread has spent on it.
     pub(super) busy: Duration,
-    /// It has begun: nothing of it was looked at before.
-    pub(super) begun: bool,
 }
 
 impl Job {
     pub(super) fn new(task: CopyTask, now: Instant) -> Job {
         Job {
             sound: task.pages.len(),
+            seen: 0,
+            ahead: FIRST_PAGES,
             corrupt: None,
             next: Cursor::default(),
             in_flight: 0,
             failed: None,
             looks: task.after.as_ref().map(|_| Looks::new(now)),
             busy: Duration::ZERO,
-            begun: false,
             task,
         }
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
         self.task.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Where the pages end that the next chunk may have, where its bytes allow for `most`.
+    pub(super) fn reach(&self, most: usize) -> usize {
+        let reach = self.next.page.saturating_add(most.min(self.ahead));
+        reach.min(self.sound)
+    }
+
+    /// A chunk was started, up to `next`.
+    pub(super) fn started(&mut self, next: Cursor) {
+        self.next = next;
+        self.in_flight += 1;
+        self.ahead = self.ahead.saturating_mul(4);
     }
 
     /// Nothing more of it is to be started.

@@ -21,6 +21,11 @@ use super::pin_map::PinMap;
 pub(super) struct Limits {
     /// Most bytes of a chunk.
     pub(super) chunk_bytes: u64,
+    /// Most bytes of a chunk of few copies that needs neither kernel nor bounce buffer; no less
+    /// than those of any other.
+    pub(super) long_bytes: u64,
+    /// This many copies are few in that sense.
+    pub(super) few_copies: usize,
     /// Bytes of a staging slot; 0 where there is none.
     pub(super) staging_bytes: u64,
     /// Bytes of a bounce buffer.
@@ -54,6 +59,21 @@ pub(super) struct Source<'a> {
     pub(super) page_bytes: u64,
     pub(super) pages: &'a [PageCopy],
     pub(super) pins: &'a PinMap,
+}
+
+impl<'a> Source<'a> {
+    /// The only part, where its blocks lie as closely as pages do.
+    fn dense(&self) -> Option<&'a DevicePart> {
+        match self.parts {
+            [part] if part.block_stride == u64::from(part.bytes) => Some(part),
+            _ => None,
+        }
+    }
+
+    fn is_pinned_at(&self, at: Cursor) -> bool {
+        let pool = self.pages[at.page].pool_offset + at.offset;
+        self.pins.at(pool).pinned
+    }
 }
 
 /// The kernel's share of a chunk: pages, or some parts of one page, densely in the staging slot.
@@ -157,7 +177,10 @@ impl Limits {
         debug_assert!(from.page < source.pages.len(), "a chunk begins at a page");
         chunk.begin(from);
         match self.style(source, from) {
-            Style::Direct => self.plan_direct(source, None, chunk),
+            Style::Direct => match source.dense() {
+                Some(piece) if source.is_pinned_at(from) => self.plan_runs(source, piece, chunk),
+                _ => self.plan_direct(source, None, chunk),
+            },
             Style::Staged if from.offset == 0 && source.page_bytes <= self.slot_bytes() => {
                 self.plan_pages(source, chunk);
             }
@@ -178,8 +201,7 @@ impl Limits {
         {
             return Style::Direct;
         }
-        let dense = matches!(parts, [part] if part.block_stride == u64::from(part.bytes));
-        if dense && self.runs_are_long(source, from) {
+        if source.dense().is_some() && self.runs_are_long(source, from) {
             Style::Direct
         } else {
             Style::Staged
@@ -200,6 +222,46 @@ impl Limits {
         runs <= self.few || bytes / runs as u64 >= self.crossover_bytes
     }
 
+    /// Pages whose blocks lie as closely as they do: by runs that go on on both sides, until the
+    /// chunk is full or memory is not pinned.
+    fn plan_runs(&self, source: &Source<'_>, piece: &DevicePart, chunk: &mut Chunk) {
+        let page_bytes = source.page_bytes;
+        let Cursor { page, mut offset } = chunk.from;
+        let mut first = page;
+        let last_page = page.saturating_add(self.max_direct_pages);
+        let pages = &source.pages[..last_page.min(source.pages.len())];
+        while first < pages.len() {
+            let limit_bytes = if chunk.copies.len() < self.few_copies {
+                self.long_bytes
+            } else {
+                self.chunk_bytes
+            };
+            if chunk.bytes >= limit_bytes || chunk.copies.len() == self.max_copies {
+                return;
+            }
+            let most_bytes = limit_bytes - chunk.bytes;
+            let run = run_of(&pages[first..], page_bytes, offset + most_bytes);
+            let pool = pages[first].pool_offset + offset;
+            let range = source.pins.at(pool);
+            if !range.pinned {
+                return;
+            }
+            let bytes = (run as u64 * page_bytes - offset)
+                .min(range.end - pool)
+                .min(most_bytes);
+            let device = piece.base + u64::from(pages[first].block) * piece.block_stride + offset;
+            chunk.add_copy(device, pool, bytes, range.start);
+            chunk.bytes += bytes;
+            offset += bytes;
+            first += (offset / page_bytes) as usize;
+            offset %= page_bytes;
+            chunk.to = Cursor {
+                page: first,
+                offset,
+            };
+        }
+    }
+
     /// Each piece on its own, until the chunk is full or memory that is pinned meets memory that is
     /// not; to the end of a page's part at most, when one is named.
     fn plan_direct(&self, source: &Source<'_>, until_part: Option<usize>, chunk: &mut Chunk) {
@@ -207,11 +269,12 @@ impl Limits {
         let mut range = source.pins.at(source.pages[page].pool_offset + offset);
         let pinned = range.pinned;
         chunk.bounced = !pinned;
-        let limit_bytes = if pinned {
+        let short_bytes = if pinned {
             self.chunk_bytes
         } else {
             self.chunk_bytes.min(self.bounce_bytes)
         };
+        let long_bytes = if pinned { self.long_bytes } else { short_bytes };
         // The bus begins with the first pages while the next ones are planned.
         let last_page = until_part.map_or(source.pages.len(), |_| page + 1);
         let last_page = last_page.min(page.saturating_add(self.max_direct_pages));
@@ -228,7 +291,12 @@ impl Limits {
                 if !(range.start..range.end).contains(&pool) {
                     range = source.pins.at(pool);
                 }
-                let full = chunk.bytes == limit_bytes || chunk.copies.len() == self.max_copies;
+                let limit_bytes = if chunk.copies.len() < self.few_copies {
+                    long_bytes
+                } else {
+                    short_bytes
+                };
+                let full = chunk.bytes >= limit_bytes || chunk.copies.len() == self.max_copies;
                 if full || range.pinned != pinned || until_part.is_some_and(|last| part > last) {
                     return;
                 }
@@ -374,6 +442,18 @@ impl Limits {
 
 fn part_end(part: &DevicePart) -> u64 {
     u64::from(part.page_offset) + u64::from(part.bytes)
+}
+
+/// How many pages from the first on follow each other in the pool and by their blocks; no more than
+/// `most_bytes` need.
+fn run_of(pages: &[PageCopy], page_bytes: u64, most_bytes: u64) -> usize {
+    let most = most_bytes.div_ceil(page_bytes) as usize;
+    let pages = &pages[..pages.len().min(most.max(1))];
+    let follows = |pair: &[PageCopy]| {
+        pair[1].pool_offset == pair[0].pool_offset + page_bytes
+            && u64::from(pair[1].block) == u64::from(pair[0].block) + 1
+    };
+    1 + pages.windows(2).take_while(|pair| follows(pair)).count()
 }
 
 /// How many parts from the first on have at most `bytes` together.

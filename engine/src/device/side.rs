@@ -122,11 +122,18 @@ impl Side {
         let source = Source {
             parts: device.parts(),
             page_bytes: target.layout().page_bytes(),
-            pages: &job.task.pages[..job.sound],
+            pages: &job.task.pages[..job.seen],
             pins: gear.place.pins.map(),
         };
         let mut limits = gear.limits;
         limits.chunk_bytes = self.paced(limits.chunk_bytes);
+        let long_bytes = match (self.turns.sessions(), self.direction) {
+            (0 | 1, Direction::Save) => limits.long_bytes,
+            // An engine waits for loads, perhaps one that comes to another session next.
+            (0 | 1, Direction::Load) => limits.long_bytes / 2,
+            _ => limits.chunk_bytes,
+        };
+        limits.long_bytes = self.paced(long_bytes).max(limits.chunk_bytes);
         let slot = &mut self.slots[slot];
         let (flights, device_number) = (&gear.place.flights, gear.card.number());
         flights.begin(device_number);
@@ -141,10 +148,10 @@ impl Side {
             parts: device.parts(),
             pages: &job.task.pages,
         };
-        // SAFETY: pages and blocks were checked when the task came, and the layout's generation is
-        // that of the context; the lane gives pages and blocks to nobody else before the task comes
-        // back, which is after the chunk; the job keeps the layout alive, and the workplace the
-        // pool. The slot is free.
+        // SAFETY: pages and blocks up to `seen`, which the plan ends at, were checked, and the
+        // layout's generation was found to be that of the context; the lane gives pages and blocks
+        // to nobody else before the task comes back, which is after the chunk; the job keeps the
+        // layout alive, and the workplace the pool. The slot is free.
         let (queued, recorded) = unsafe {
             slot.start(
                 &*gear.context,
@@ -157,8 +164,7 @@ impl Side {
         recorded?;
         let bytes = slot.chunk.bytes;
         let started = job.next;
-        job.next = slot.chunk.to;
-        job.in_flight += 1;
+        job.started(slot.chunk.to);
         slot.flight = Some(Flight {
             job: number,
             pinned,
@@ -206,13 +212,33 @@ impl Side {
     }
 }
 
-/// Looks at the pages' checksums before anything of a load is copied.
-pub(super) fn verify(gear: &Gear, job: &mut Job) {
+/// Looks at the pages that the next chunk may have: whether they lie in the pool and their blocks
+/// in the layout and, of a load, whether the bytes are those of their checksums. What is wrong ends
+/// the job there.
+pub(super) fn look_ahead(gear: &Gear, job: &mut Job) {
     let page_bytes = job.task.target.layout().page_bytes();
-    // SAFETY: the pages were found inside the pool; a load's pages belong to sealed blocks that a
-    // lease holds: nobody writes to them.
-    (job.sound, job.corrupt) =
-        unsafe { copy::verify_checksums(&gear.place.pool, page_bytes, &job.task.pages) };
+    // One that the chunk before began, and one that it may begin.
+    let most = (gear.limits.long_bytes / page_bytes.max(1)) as usize + 2;
+    let pages = job.seen..job.reach(most);
+    if pages.is_empty() {
+        return;
+    }
+    if let Err(error) = copy::check_pages(&gear.place.pool, &job.task, pages.clone()) {
+        job.fail(job.next, error);
+        return;
+    }
+    job.seen = pages.end;
+    if job.task.direction == Direction::Load {
+        let checked = &job.task.pages[pages.clone()];
+        // SAFETY: the pages were found inside the pool; a load's pages belong to sealed blocks that
+        // a lease holds: nobody writes to them.
+        let (sound, corrupt) =
+            unsafe { copy::verify_checksums(&gear.place.pool, page_bytes, checked) };
+        if corrupt.is_some() {
+            job.seen = pages.start + sound;
+            (job.sound, job.corrupt) = (job.seen, corrupt);
+        }
+    }
 }
 
 /// Takes the checksums of the pages that a save has brought in.

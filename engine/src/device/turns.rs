@@ -34,6 +34,11 @@ impl Turns {
         self.sessions.is_empty()
     }
 
+    /// Sessions with jobs.
+    pub(super) fn sessions(&self) -> usize {
+        self.sessions.len()
+    }
+
     /// Looks at every session's oldest jobs: lets go of those that are over, and returns the first
     /// session's that may go on. That session is the last one the next time.
     pub(super) fn next(&mut self, mut look: impl FnMut(usize) -> Head) -> Option<usize> {

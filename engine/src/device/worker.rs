@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::copy::{self, ByteCopier, CopyError, CopyTask, Direction, StuckCopies};
+use crate::copy::{ByteCopier, CopyError, CopyTask, Direction, StuckCopies};
 
 use super::card::{Card, Workplace};
 use super::driver::Context;
@@ -22,7 +22,7 @@ use super::error::DriverError;
 use super::job::Job;
 use super::options::DeviceOptions;
 use super::plan::Limits;
-use super::side::{Gear, Side, take_checksums, verify};
+use super::side::{Gear, Side, look_ahead, take_checksums};
 use super::slot::{BOUNCE_BYTES, Kernels, MAX_PAGES, PARTS_BYTES, Slot};
 use super::turns::{Head, Turns};
 
@@ -31,6 +31,11 @@ const SLOTS: usize = 2;
 /// Most bytes of a chunk: long enough that the thread has little to do per byte, short enough that
 /// an urgent load behind two of them waits for little more than a millisecond.
 const CHUNK_BYTES: u64 = 32 << 20;
+/// Most bytes of a chunk that is a few large copies and no session but its own waits for: each look
+/// at the bus costs the thread the same, whatever has gone over it.
+const LONG_BYTES: u64 = 128 << 20;
+/// As many copies are few: a batch of more keeps the thread for long.
+const FEW_COPIES: usize = 64;
 /// Most copies of a chunk.
 const MAX_COPIES: usize = 2048;
 /// Most pages of a chunk without kernel: what the thread plans in a tenth of a millisecond.
@@ -172,8 +177,7 @@ impl Worker {
         self.sides[side].turns.add(session, number);
     }
 
-    /// Refuses what names no page of the pool, no block of the layout, or memory of a context that
-    /// is gone.
+    /// Refuses what names memory of a context that is gone.
     fn check(&self, task: &CopyTask) -> Result<(), CopyError> {
         let device = self.gear.card.info().uuid;
         let target = task.target.device();
@@ -185,7 +189,7 @@ impl Worker {
         if void {
             return Err(CopyError::DeviceReset { device });
         }
-        copy::check_pages(&self.gear.place.pool, task)
+        Ok(())
     }
 
     /// Takes chunks off their slots that are done, and hands jobs back that are over.
@@ -229,11 +233,11 @@ impl Worker {
                 break;
             };
             let begun = Instant::now();
-            if !std::mem::replace(&mut job.begun, true) && job.task.direction == Direction::Load {
-                verify(&self.gear, job);
-                if job.is_over() {
-                    continue;
-                }
+            look_ahead(&self.gear, job);
+            if job.is_planned() {
+                // What is wrong with its next page was found just now; its turn ends it.
+                job.busy += begun.elapsed();
+                continue;
             }
             let started = self.sides[side].start(&self.gear, (slot, number), job, now);
             job.busy += begun.elapsed();
@@ -399,6 +403,8 @@ impl Worker {
 fn limits(options: &DeviceOptions, staging_bytes: u64) -> Limits {
     Limits {
         chunk_bytes: CHUNK_BYTES,
+        long_bytes: LONG_BYTES,
+        few_copies: FEW_COPIES,
         staging_bytes,
         bounce_bytes: BOUNCE_BYTES,
         crossover_bytes: options.crossover_bytes,

@@ -263,7 +263,7 @@ impl<M: Machine> Lane<M> {
         }
     }
 
-    fn ring(&mut self, session: &mut LaneSession) {
+    pub(super) fn ring(&mut self, session: &mut LaneSession) {
         if session.ring() {
             self.tally.add(Counter::BellsRung, 1);
         }

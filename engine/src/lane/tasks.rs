@@ -27,8 +27,9 @@ use crate::tier::StoreKey;
 pub(super) const TASK_BYTES: u64 = 512 * 1024;
 
 /// Bytes of one task of GPU memory: a device's thread is the only one to work on them, cuts them
-/// itself, and does better the more of a request it sees at once.
-const DEVICE_TASK_BYTES: u64 = 128 << 20;
+/// itself, and does better the more of a request it sees at once. Each end wakes the lane, which
+/// costs as much CPU as the copying of a hundred MiB.
+const DEVICE_TASK_BYTES: u64 = 1 << 30;
 
 /// Tasks of this many bytes of GPU memory take many times as long as the lane's way to sleep and
 /// back, and no processor.
@@ -161,22 +162,26 @@ impl<M: Machine> Lane<M> {
         entries: &[u32],
         order: TaskOrder<'_>,
     ) -> u32 {
-        let pages = std::mem::take(&mut self.pages);
+        let mut pages = std::mem::take(&mut self.pages);
         let page_bytes = target.layout().page_bytes();
         let direction = match owner.kind {
             TaskKind::Save(_) => Direction::Save,
             TaskKind::Load(_) => Direction::Load,
         };
         let per_task = pages_of_task(target, self.task_bytes);
+        let count = pages.len();
         let mut tasks = 0;
-        for (number, part) in pages.chunks(per_task).enumerate() {
+        for first in (0..count).step_by(per_task) {
             let mut part_pages = self.page_lists.pop().unwrap_or_default();
-            part_pages.extend_from_slice(part);
+            if count <= per_task {
+                std::mem::swap(&mut pages, &mut part_pages);
+            } else {
+                part_pages.extend_from_slice(&pages[first..count.min(first + per_task)]);
+            }
             let mut part_entries = Vec::new();
             if !entries.is_empty() {
                 part_entries = self.entry_lists.pop().unwrap_or_default();
-                let first = number * per_task;
-                part_entries.extend_from_slice(&entries[first..first + part.len()]);
+                part_entries.extend_from_slice(&entries[first..first + part_pages.len()]);
             }
             let tag = self.tasks.put(Task {
                 owner,
@@ -185,7 +190,7 @@ impl<M: Machine> Lane<M> {
                 had_turn: waits_its_turn(target),
                 is_step: order.step.is_some(),
                 is_long_on_device: target.device().is_some()
-                    && part.len() as u64 * page_bytes >= LONG_DEVICE_BYTES,
+                    && part_pages.len() as u64 * page_bytes >= LONG_DEVICE_BYTES,
             });
             self.hand_out(CopyTask {
                 session: owner.session,

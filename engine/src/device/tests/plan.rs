@@ -91,7 +91,11 @@ impl Case {
                 );
             }
         }
-        assert!(chunk.bytes <= limits.chunk_bytes, "{chunk:?}");
+        if chunk.bytes > limits.chunk_bytes {
+            assert!(chunk.bytes <= limits.long_bytes, "{chunk:?}");
+            assert!(chunk.staged.is_none() && !chunk.bounced, "{chunk:?}");
+            assert!(chunk.copies.len() <= limits.few_copies, "{chunk:?}");
+        }
     }
 
     /// What a chunk moves, byte by byte.
@@ -147,7 +151,7 @@ impl Case {
 
 fn limits() -> impl Strategy<Value = Limits> {
     (
-        1u64..3000,
+        (1u64..3000, 0u64..3000, 0usize..5),
         prop_oneof![Just(0u64), 1u64..2000],
         1u64..1500,
         1u64..600,
@@ -155,15 +159,17 @@ fn limits() -> impl Strategy<Value = Limits> {
         (0usize..6, 1usize..12, 1usize..8),
     )
         .prop_map(
-            |(chunk, staging, bounce, crossover, small_run, (few, copies, pages))| Limits {
+            |((chunk, longer, few_copies), staging, bounce, crossover, small_run, rest)| Limits {
                 chunk_bytes: chunk,
+                long_bytes: chunk + longer,
+                few_copies,
                 staging_bytes: staging,
                 bounce_bytes: bounce,
                 crossover_bytes: crossover,
                 small_run_bytes: small_run,
-                few,
-                max_copies: copies,
-                max_pages: pages,
+                few: rest.0,
+                max_copies: rest.1,
+                max_pages: rest.2,
                 max_direct_pages: usize::MAX,
             },
         )
@@ -257,6 +263,8 @@ fn first_chunk(parts: &[DevicePart], page_bytes: u64, list: &[(u64, u32)]) -> Ch
     pins.set(0, true);
     let limits = Limits {
         chunk_bytes: 32 << 20,
+        long_bytes: 64 << 20,
+        few_copies: 64,
         staging_bytes: 32 << 20,
         bounce_bytes: 4 << 20,
         crossover_bytes: 256 << 10,
@@ -331,4 +339,28 @@ fn a_dense_run_of_small_blocks_is_one_copy() {
     let chunk = first_chunk(&[part(0, 1024, 1024, 0)], 1024, &list);
     assert!(chunk.staged.is_none());
     assert_eq!((chunk.copies.len(), chunk.bytes), (1, 32 << 20));
+}
+
+#[test]
+fn few_large_copies_make_a_long_chunk_and_many_do_not() {
+    let large = 2 << 20;
+    let list = |bytes: u64, apart: u64, count: u64| -> Vec<(u64, u32)> {
+        (0..count)
+            .map(|n| (n * (bytes + apart), n as u32))
+            .collect()
+    };
+    let chunk = |bytes: u32, apart: u64| {
+        let parts = [part(0, u64::from(bytes), bytes, 0)];
+        first_chunk(
+            &parts,
+            u64::from(bytes),
+            &list(u64::from(bytes), apart, 4096),
+        )
+    };
+    let dense = chunk(large, 0);
+    assert_eq!((dense.copies.len(), dense.bytes), (1, 64 << 20));
+    let strewn = chunk(large, 4096);
+    assert_eq!((strewn.copies.len(), strewn.bytes), (32, 64 << 20));
+    let many = chunk(256 << 10, 4096);
+    assert_eq!((many.copies.len(), many.bytes), (128, 32 << 20));
 }

@@ -215,6 +215,83 @@ fn sessions_take_turns_and_both_directions_run_at_once() {
 }
 
 #[test]
+fn what_lies_outside_the_pool_ends_a_long_list_before_it_is_touched() {
+    const BYTES: u64 = 512;
+    let mut rig = Rig::new(options(), true);
+    let engine = rig.engine(4 << 20);
+    let target = bind(&engine, 8000, &[(0, BYTES, BYTES)]);
+    // Behind the pages that are looked at before the first chunk.
+    for (bad, wrong) in [
+        (5000, (POOL_BYTES as u64 - BYTES + 1, 5000)),
+        (5000, (0, 8000)),
+        (0, (u64::MAX, 0)),
+    ] {
+        engine.write(&noise(bad, engine.bytes));
+        let before = rig.pool_bytes();
+        let mut list: Vec<(u64, u32)> = (0..8000).map(|n| (n * BYTES, n as u32)).collect();
+        list[bad as usize] = wrong;
+        rig.submit(task(1, Direction::Save, &target, &list));
+        let done = &rig.finish(1)[0];
+        assert!(
+            matches!(
+                done.result,
+                Err(CopyError::PoolRange { page, .. }) if page as u64 == bad
+            ) || matches!(done.result, Err(CopyError::BlockRange { block: 8000, .. })),
+            "{done:?}"
+        );
+        let pages_done = u64::from(done.pages_done);
+        assert!(
+            pages_done <= bad && (bad == 0 || pages_done > 0),
+            "{pages_done}"
+        );
+        let (after, end) = (rig.pool_bytes(), (pages_done * BYTES) as usize);
+        assert!(after[..end] == engine.read()[..end]);
+        assert!(
+            after[end..] == before[end..],
+            "nothing behind {pages_done} pages"
+        );
+    }
+}
+
+#[test]
+fn a_page_that_has_changed_ends_a_long_load_before_it() {
+    const BYTES: u64 = 512;
+    let mut rig = Rig::new(options(), true);
+    let (from, to) = (rig.engine(4 << 20), rig.engine(4 << 20));
+    from.write(&noise(7, from.bytes));
+    let segments = [(0, BYTES, BYTES)];
+    let (source, target) = (bind(&from, 8000, &segments), bind(&to, 8000, &segments));
+    let list: Vec<(u64, u32)> = (0..8000).map(|n| (n * BYTES, n as u32)).collect();
+    let mut save = task(1, Direction::Save, &source, &list);
+    for page in &mut save.pages {
+        page.checksum = TAKE_CHECKSUM;
+    }
+    rig.submit(save);
+    let saved = rig.finish(1).remove(0);
+    assert_eq!(saved.pages_done, 8000);
+    for bad in [0, 1, 3000, 7999] {
+        let mut load = task(2, Direction::Load, &target, &list);
+        load.pages.clone_from(&saved.pages);
+        load.pages[bad].checksum ^= 2;
+        to.write(&vec![0; to.bytes]);
+        rig.submit(load);
+        let done = &rig.finish(1)[0];
+        assert_eq!(done.pages_done as usize, bad);
+        assert!(
+            matches!(done.result, Err(CopyError::Checksum { .. })),
+            "{done:?}"
+        );
+        let end = bad * BYTES as usize;
+        let loaded = to.read();
+        assert!(loaded[..end] == from.read()[..end]);
+        assert!(
+            loaded[end..].iter().all(|byte| *byte == 0),
+            "nothing from {bad} on"
+        );
+    }
+}
+
+#[test]
 fn a_copy_that_the_driver_refuses_fails_its_task_once_the_rest_has_drained() {
     let mut rig = Rig::new(options(), true);
     let engine = rig.engine(1 << 20);
