@@ -3,11 +3,13 @@
     pegaflowd --pool-size 4GiB &
     PYTHONHASHSEED=0 python offline.py Qwen/Qwen3-0.6B
 
-Run it twice: the second process finds what the first one saved.
+Run it twice: the second process finds what the first one saved. After the model, further arguments
+of `vllm.LLM` may follow as JSON, such as '{"max_model_len": 4096}'.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 
@@ -21,6 +23,7 @@ def main() -> None:
     """Generates twice and says what came from the cache."""
     llm = LLM(
         model=sys.argv[1],
+        **(json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}),
         disable_log_stats=False,
         kv_transfer_config=KVTransferConfig(
             kv_connector="PegaKVConnector",

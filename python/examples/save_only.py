@@ -5,17 +5,22 @@
     python save_only.py Qwen/Qwen3-0.6B save     # saves, asks nothing
     python save_only.py Qwen/Qwen3-0.6B load     # finds and loads
 
+After that, further arguments of `vllm.LLM` may follow as JSON.
+
 In MultiConnector the first connector that finds blocks loads them; all of them save. In the mode
 save_only PegaFlow never finds any, and does not ask the daemon.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
 from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
+from vllm.platforms import current_platform
 
 PROMPT = "The following is a long list of facts about the sea. " * 100
 
@@ -30,17 +35,27 @@ def pegaflow(mode: str) -> dict[str, Any]:
     }
 
 
-def save_only() -> KVTransferConfig:
-    """vLLM's own offloading answers, PegaFlow saves along."""
-    offloading = {
-        "kv_connector": "OffloadingConnector",
+def other() -> dict[str, Any]:
+    """The connector that answers: vLLM's offloading, which needs a GPU, else its example."""
+    if current_platform.is_cuda_alike():
+        return {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 30},
+        }
+    return {
+        "kv_connector": "ExampleConnector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 30},
+        "kv_connector_extra_config": {"shared_storage_path": tempfile.mkdtemp()},
     }
+
+
+def save_only() -> KVTransferConfig:
+    """The other one answers, PegaFlow saves along."""
     return KVTransferConfig(
         kv_connector="MultiConnector",
         kv_role="kv_both",
-        kv_connector_extra_config={"connectors": [offloading, pegaflow("save_only")]},
+        kv_connector_extra_config={"connectors": [other(), pegaflow("save_only")]},
     )
 
 
@@ -52,7 +67,8 @@ def main() -> None:
         if what == "save"
         else KVTransferConfig(**pegaflow("read_write"), kv_load_failure_policy="recompute")
     )
-    llm = LLM(model=model, disable_log_stats=False, kv_transfer_config=config)
+    more = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    llm = LLM(model=model, **more, disable_log_stats=False, kv_transfer_config=config)
     (output,) = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=16))
     found = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     loaded = found["vllm:external_prefix_cache_hits"]

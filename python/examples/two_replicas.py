@@ -3,11 +3,13 @@
     pegaflowd --pool-size 4GiB &
     python two_replicas.py Qwen/Qwen3-0.6B
 
-Each replica is a process of its own. On one GPU give both less of its memory than half.
+Each replica is a process of its own. On one GPU give both less of its memory than half. After the
+model, further arguments of `vllm.LLM` may follow as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
@@ -16,14 +18,14 @@ from typing import Any
 PROMPT = "The following is a long list of facts about the sea. " * 100
 
 
-def replica(model: str, name: str, turn: Any, done: Any) -> None:
+def replica(model: str, more: dict[str, Any], name: str, turn: Any, done: Any) -> None:
     """Waits for its turn and answers the prompt."""
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
     llm = LLM(
         model=model,
-        gpu_memory_utilization=0.4,
+        **{"gpu_memory_utilization": 0.4, **more},
         disable_log_stats=False,
         kv_transfer_config=KVTransferConfig(
             kv_connector="PegaKVConnector",
@@ -47,9 +49,10 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     first_turn, second_turn, ended = (context.Event() for _ in range(3))
     first_turn.set()
+    model, more = sys.argv[1], json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     processes = [
-        context.Process(target=replica, args=(sys.argv[1], "first", first_turn, second_turn)),
-        context.Process(target=replica, args=(sys.argv[1], "second", second_turn, ended)),
+        context.Process(target=replica, args=(model, more, "first", first_turn, second_turn)),
+        context.Process(target=replica, args=(model, more, "second", second_turn, ended)),
     ]
     for process in processes:
         process.start()

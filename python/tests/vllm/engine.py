@@ -10,14 +10,18 @@ Reads one command a line from standard input and answers on the descriptor that 
 | `run` | runs prompts to their ends; reports each that ends |
 | `reset` | empties vLLM's own prefix cache; tells whether vLLM could (no block is in use) |
 | `metrics` | vLLM's metrics, summed over their labels |
+| `script` | runs a Python file as a program; tells what it printed |
 | `close` | drops the engine, so that another can be opened in this process |
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import json
 import os
+import runpy
 import sys
 import time
 import traceback
@@ -129,6 +133,13 @@ class Server:
             if value is not None:
                 sums[metric.name] = sums.get(metric.name, 0) + value
         return {"metrics": sums}
+
+    def script(self, path: str, arguments: list[str]) -> dict[str, Any]:
+        printed = io.StringIO()
+        sys.argv = [path, *arguments]
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(path, run_name="__main__")
+        return {"printed": printed.getvalue()}
 
     def close(self) -> dict[str, Any]:
         from vllm.distributed import cleanup_dist_env_and_memory
