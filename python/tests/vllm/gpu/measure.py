@@ -28,6 +28,7 @@ from tests.vllm.gpu.setups import Engine, Settings, Setup, setups
 from tests.vllm.process import EngineError
 
 VOCABULARY = 150_000
+PARTS = ("identity", "ttft", "no-reuse", "decode", "at-once")
 NONE = "none"
 OURS = "pegaflow"
 #: Measured at the end, in the place of the peers: ours in other shapes.
@@ -72,16 +73,21 @@ class Bench:
 
     @contextlib.contextmanager
     def turn(self, name: str) -> Iterator[Engine]:
-        """Everything else stands still. What slept is warmed up first."""
+        """Everything else stands still. What slept is warmed up first. What fails is out."""
         engine = self.engines[name]
-        engine.wake()
         try:
+            engine.wake()
             engine.call("batch", prompts=[self.prompt(3_000)] * 2, max_tokens=4)
             engine.call("settle")
             yield engine
             engine.call("settle")
-        finally:
             engine.sleep()
+        except EngineError as error:
+            traceback.print_exc()
+            self.results.add("machine", "failed", part=name, error=str(error)[:2000])
+            self.stop([name])
+            if name == NONE:
+                raise OutOfTimeError("there is nothing to compare with") from error
 
     def turns(self, part: int, names: Sequence[str]) -> list[str]:
         """Those of the names that are alive, in this round's order."""
@@ -113,16 +119,16 @@ class Bench:
                 cold = answers(engine)
                 settled = engine.call("settle")["settled"]
                 warm = answers(engine)
-            self.results.add(
-                name,
-                "identity",
-                prompts=len(prompts),
-                settled=settled,
-                cold_differs=unequal(cold, cold_none),
-                warm_differs=unequal(warm, own_none),
-                vllm_cold_against_cached=unequal(cold_none, own_none),
-                distinct_answers=len({tuple(answer) for answer in cold_none}),
-            )
+                self.results.add(
+                    name,
+                    "identity",
+                    prompts=len(prompts),
+                    settled=settled,
+                    cold_differs=unequal(cold, cold_none),
+                    warm_differs=unequal(warm, own_none),
+                    vllm_cold_against_cached=unequal(cold_none, own_none),
+                    distinct_answers=len({tuple(answer) for answer in cold_none}),
+                )
 
     def first_tokens(self, part: int, names: Sequence[str]) -> None:
         """First token of one prompt: cold, from the connector, from vLLM's own cache."""
@@ -162,7 +168,7 @@ class Bench:
                     figures["warm"] = warm["ms"]
                     figures["warm_mean"] = sum(warm["firsts_ms"]) / count
                     figures["hit"] = warm["cached"] >= count * self.whole(tokens)
-            self.results.add(name, "at once", part=part, **figures)
+                self.results.add(name, "at once", part=part, **figures)
 
     def no_reuse(self, part: int, names: Sequence[str]) -> None:
         """24 prompts that nobody has seen: what saving them costs."""
@@ -170,7 +176,7 @@ class Bench:
         for name in self.turns(part, names):
             with self.turn(name) as engine:
                 took = engine.call("batch", prompts=prompts, max_tokens=64)["ms"]
-            self.results.add(name, "no reuse", part=part, ms=took)
+                self.results.add(name, "no reuse", part=part, ms=took)
 
     def decode(self, part: int, names: Sequence[str]) -> None:
         """Time per token of 16 decodes while prompts of 10,000 tokens are saved, then loaded.
@@ -186,9 +192,9 @@ class Bench:
                 if name != NONE:
                     engine.call("settle")
                 loading = engine.call("decode", prompts=others, **arguments)
-            for what, figures in (("saving", saving), ("loading", loading)):
-                del figures["event"]
-                self.results.add(name, f"decode while {what}", part=part, **figures)
+                for what, figures in (("saving", saving), ("loading", loading)):
+                    del figures["event"]
+                    self.results.add(name, f"decode while {what}", part=part, **figures)
 
     # ------------------------------------------------------------ all of it
 
@@ -209,16 +215,12 @@ class Bench:
     def guarded(
         self, what: str, needed: float, measure: Callable[..., None], *arguments: Any
     ) -> bool:
-        """What fails is said, and does not stop the rest."""
+        """What is left out is said."""
         try:
             self.check_time(needed)
             measure(*arguments)
         except OutOfTimeError as late:
             self.results.add("machine", "left out", part=what, why=str(late))
-            return False
-        except EngineError as error:
-            traceback.print_exc()
-            self.results.add("machine", "failed", part=what, error=str(error)[:2000])
             return False
         return True
 
@@ -254,7 +256,9 @@ class Bench:
             if engine is not None:
                 engine.kill()
 
-    def sitting(self, all_setups: dict[str, Setup], wanted: Sequence[str]) -> None:
+    def sitting(
+        self, all_setups: dict[str, Setup], wanted: Sequence[str], parts: Sequence[str]
+    ) -> None:
         peers = [name for name in wanted if name != OURS and name not in LATE]
         late = [name for name in wanted if name in LATE]
         pair = [name for name in (NONE, OURS) if name == NONE or name in wanted]
@@ -265,11 +269,16 @@ class Bench:
                 self.start([all_setups[name] for name in (*pair, *peers)], servers)
                 if any(name not in self.engines for name in pair):
                     return
-                self.guarded("identity", 20, self.identity, pair[1:])
-                self.rounds(5, 4, self.first_tokens, [*pair, *peers])
-                self.rounds(6, 11, self.no_reuse, pair, peers)
-                self.rounds(5, 9, self.decode, pair, peers)
-                self.rounds(2, 5, self.at_once, [*pair, *peers])
+                if "identity" in parts:
+                    self.guarded("identity", 20, self.identity, pair[1:])
+                if "ttft" in parts:
+                    self.rounds(5, 4, self.first_tokens, [*pair, *peers])
+                if "no-reuse" in parts:
+                    self.rounds(6, 11, self.no_reuse, pair, peers)
+                if "decode" in parts:
+                    self.rounds(8, 9, self.decode, pair, peers)
+                if "at-once" in parts:
+                    self.rounds(2, 5, self.at_once, [*pair, *peers])
                 if late and self.guarded("late", 70, self.stop, peers):
                     self.start([all_setups[name] for name in late], servers)
                     self.rounds(4, 4, self.first_tokens, [*pair, *late])
@@ -282,6 +291,7 @@ def main() -> int:
     parser.add_argument("--pack", type=Path, required=True, help="folder of the unpacked pack")
     parser.add_argument("--folder", type=Path, help="for logs [a temporary one]")
     parser.add_argument("--setups", nargs="+", default=[OURS, "offloading", "public", *LATE])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seconds", type=float, default=480.0, help="start no new round then")
     parser.add_argument("--kv-gib", type=int, default=12, help="KV cache of each engine")
     parser.add_argument("--pool-gib", type=int, default=20, help="pool of each connector")
@@ -305,7 +315,7 @@ def main() -> int:
     )
     bench = Bench(settings, results, options.seconds)
     try:
-        bench.sitting(setups(settings), options.setups)
+        bench.sitting(setups(settings), options.setups, options.parts)
     finally:
         print(results.table(), flush=True)
         print(f"logs: {folder}")

@@ -111,6 +111,10 @@ class Results:
                         f", limit {limit:.1f}: x{warm / limit:.3f}, rounds {spread(ratios, '.3f')}"
                     )
                 row += f" (most x{WARM_LIMIT})" if tokens == 10_000 else ""
+                # The same engine, the same prompt, a moment later: what the machine does to one it
+                # does to the other.
+                beyond = [x["warm"] - x["own"] - x["moved"] / gbps / 1e6 for x in hits]
+                row += f"; beyond own cache and link {spread(beyond, '.1f')} ms"
                 row += f" [{len(hits)} of {len(lines)} hit]"
             elif name != NONE:
                 row += ", NO HIT"

@@ -93,10 +93,12 @@ class Engine(Vllm):
     MODULE = "tests.vllm.gpu.engine"
     LIMIT_SECONDS = 240.0
     STOP_SECONDS = 10.0
+    stands_still = True
 
     def sleep(self) -> None:
         """Stops the process and all below it."""
-        os.killpg(self.pid, signal.SIGSTOP)
+        if self.stands_still:
+            os.killpg(self.pid, signal.SIGSTOP)
 
     def wake(self) -> None:
         """Lets them go on."""
@@ -187,6 +189,8 @@ class Setup:
     def start(self) -> Engine:
         """The engine, with its model, ready to be measured."""
         engine = Engine(self, self.name, multiprocess=self.multiprocess)
+        # The peer's server forgets an engine whose heartbeat it misses. That is all this one does.
+        engine.stands_still = self.name != "public"
         try:
             engine.call("open", arguments=self.engine)
             engine.call("randomise")
@@ -205,6 +209,10 @@ def setups(settings: Settings) -> dict[str, Setup]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"cpu_bytes_to_use": settings.pool_bytes},
     }
+
+    def salted(salt: str) -> dict[str, Any]:
+        return connector(**{"pegaflow.salt": salt})
+
     ours, peer = settings.pack / "ours", settings.pack / "peer"
     listed = [
         Setup("none", settings, None, ours),
@@ -212,8 +220,9 @@ def setups(settings: Settings) -> dict[str, Setup]:
         Setup("offloading", settings, offloading, ours),
         Setup("public", settings, public, peer),
         # The same again, with all layers of a block side by side, and with vLLM's own processes.
-        Setup("pegaflow-layers", settings, connector(), ours, runner=1),
-        Setup("pegaflow-served", settings, connector(), ours, multiprocess=True),
+        # What one of them saves is not there for the others.
+        Setup("pegaflow-layers", settings, salted("layers"), ours, runner=1),
+        Setup("pegaflow-served", settings, salted("served"), ours, multiprocess=True),
     ]
     folder = settings.folder / "model"
     folder.mkdir(parents=True, exist_ok=True)
