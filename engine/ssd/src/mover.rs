@@ -19,6 +19,10 @@ use crate::stats::ShardFault;
 const PIECE_BYTES: u32 = 4 << 20;
 /// The size of a bounce buffer.
 pub(crate) const BOUNCE_BYTES: u32 = 128 << 10;
+/// After so many bytes of checksums the drive gets what it can take.
+const STEP_BYTES: u64 = 1 << 20;
+/// After so many the results go out.
+const TURN_BYTES: u64 = 8 << 20;
 
 /// What a shard's thread is asked to do.
 #[derive(Debug)]
@@ -130,7 +134,7 @@ pub(crate) struct Mover<E> {
     /// Parts of which the engine moved only some.
     again: Vec<u32>,
     /// Tasks of which all is moved and whose checksum is not looked at.
-    moved: Vec<u32>,
+    moved: VecDeque<u32>,
     running: u32,
     running_writes: u32,
     ended: Vec<Ended>,
@@ -162,7 +166,7 @@ impl<E: Engine> Mover<E> {
             reads: VecDeque::new(),
             writes: VecDeque::new(),
             again: Vec::new(),
-            moved: Vec::new(),
+            moved: VecDeque::new(),
             running: 0,
             running_writes: 0,
             ended: Vec::new(),
@@ -220,16 +224,21 @@ impl<E: Engine> Mover<E> {
     pub fn turn(&mut self, timeout: Option<Duration>, out: &mut Vec<Done>) -> io::Result<()> {
         self.issue();
         let timeout = if self.moved.is_empty() { timeout } else { None };
-        let mut waited = self.wait(timeout);
-        if !self.moved.is_empty() {
+        self.wait(timeout)?;
+        let mut turn_bytes = 0;
+        while turn_bytes < TURN_BYTES && !self.moved.is_empty() {
             // Checksums take time: the drive gets its next requests first.
             self.issue();
-            waited = waited.and(self.wait(None));
+            self.wait(None)?;
+            let mut step_bytes = 0;
+            while step_bytes < STEP_BYTES
+                && let Some(index) = self.moved.pop_front()
+            {
+                step_bytes += self.finish(index, out);
+            }
+            turn_bytes += step_bytes;
         }
-        for index in std::mem::take(&mut self.moved) {
-            self.finish(index, out);
-        }
-        waited
+        Ok(())
     }
 
     /// Lets the engine work, and takes in what has ended.
@@ -514,7 +523,7 @@ impl<E: Engine> Mover<E> {
         };
         if task.open == 0 && (task.issued == total || task.fault.is_some()) {
             self.unqueue(part.task);
-            self.moved.push(part.task);
+            self.moved.push_back(part.task);
         }
     }
 
@@ -527,8 +536,8 @@ impl<E: Engine> Mover<E> {
         }
     }
 
-    /// Takes or compares the checksum of what was moved.
-    fn finish(&mut self, index: u32, out: &mut Vec<Done>) {
+    /// Takes or compares the checksum of what was moved. Says how many bytes that were.
+    fn finish(&mut self, index: u32, out: &mut Vec<Done>) -> u64 {
         let task = self.tasks[index as usize]
             .take()
             .expect("all of it is moved");
@@ -586,5 +595,9 @@ impl<E: Engine> Mover<E> {
             result,
             took: task.command.at.elapsed(),
         });
+        match task.command.op {
+            Op::Write { bytes, .. } | Op::Read { bytes, .. } => u64::from(bytes),
+            Op::Table(_) | Op::Sync => 0,
+        }
     }
 }

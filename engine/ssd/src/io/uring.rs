@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode, squeue};
+use io_uring::{IoUring, opcode, squeue};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::{Bell, Ended, Engine, Kind, Piece};
@@ -59,14 +59,8 @@ impl Uring {
         sqpoll_idle: Option<Duration>,
         areas: Vec<Area>,
     ) -> io::Result<(Self, Shortfall)> {
-        let mut builder = IoUring::<squeue::Entry, cqueue::Entry>::builder();
-        if let Some(idle) = sqpoll_idle {
-            builder.setup_sqpoll(u32::try_from(idle.as_millis()).unwrap_or(u32::MAX));
-        } else {
-            builder.setup_coop_taskrun();
-        }
         // One entry more, for the bell.
-        let ring = builder.build((depth + 1).next_power_of_two())?;
+        let ring = ring((depth + 1).next_power_of_two(), sqpoll_idle)?;
         if !ring.params().is_feature_ext_arg() {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
@@ -160,6 +154,35 @@ impl Uring {
         }
     }
 
+    /// Starts what is queued and takes in what the kernel holds back, without waiting.
+    fn start(&mut self) -> io::Result<usize> {
+        let queue = self.ring.submission();
+        if queue.is_empty() && !queue.taskrun() && !queue.cq_overflow() {
+            return Ok(0);
+        }
+        drop(queue);
+        self.ring.submit()
+    }
+
+    /// Starts what is queued and waits for ends.
+    fn start_and_wait(&mut self, timeout: Duration) -> io::Result<usize> {
+        // With many under way several will end soon: one wake-up serves a few of them.
+        let few = (self.running / 8).clamp(1, FEW);
+        // Linux 6.12 can wait for a few at first and then for one. Others come back for nothing.
+        let then_one = self.ring.params().is_feature_min_timeout();
+        let limit = if few > 1 && !then_one {
+            timeout.min(FEW_WAIT)
+        } else {
+            timeout
+        };
+        let limit = Timespec::from(limit);
+        let mut args = SubmitArgs::new().timespec(&limit);
+        if few > 1 && then_one {
+            args = args.min_wait_usec(FEW_WAIT.as_micros() as u32);
+        }
+        self.ring.submitter().submit_with_args(few as usize, &args)
+    }
+
     fn arm_bell(&mut self) -> io::Result<()> {
         if self.bell_armed {
             return Ok(());
@@ -191,6 +214,25 @@ impl Uring {
             });
         }
         any
+    }
+}
+
+/// A ring that interrupts nobody when a piece ends, where the kernel can (Linux 5.19).
+///
+/// One that brings ends only when asked (`DEFER_TASKRUN`) would belong to one thread, and took the
+/// same CPU time.
+fn ring(entries: u32, sqpoll_idle: Option<Duration>) -> io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    if let Some(idle) = sqpoll_idle {
+        builder.setup_sqpoll(u32::try_from(idle.as_millis()).unwrap_or(u32::MAX));
+        return builder.build(entries);
+    }
+    builder.setup_coop_taskrun().setup_taskrun_flag();
+    match builder.build(entries) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            IoUring::builder().build(entries)
+        }
+        built => built,
     }
 }
 
@@ -234,19 +276,8 @@ impl Engine for Uring {
         self.arm_bell()?;
         let ended = self.collect(out);
         let submitted = match timeout {
-            Some(timeout) if !ended && !timeout.is_zero() => {
-                // With many under way several will end soon: one wake-up serves a few of them.
-                let few = (self.running / 8).clamp(1, FEW);
-                let limit = if few > 1 {
-                    timeout.min(FEW_WAIT)
-                } else {
-                    timeout
-                };
-                let limit = Timespec::from(limit);
-                let args = SubmitArgs::new().timespec(&limit);
-                self.ring.submitter().submit_with_args(few as usize, &args)
-            }
-            _ => self.ring.submit(),
+            Some(timeout) if !ended && !timeout.is_zero() => self.start_and_wait(timeout),
+            _ => self.start(),
         };
         match submitted.map_err(|error| (error.raw_os_error(), error)) {
             // Interrupted, over, or too much has ended: the caller comes again.
