@@ -3,8 +3,13 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::any::Any;
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// The memory that pages lie in. Drives read and write it directly.
 #[derive(Clone)]
@@ -58,6 +63,45 @@ impl PoolMemory {
         let area = aligned(content.len());
         area.fill(0, content);
         Self { area }
+    }
+
+    /// Memory with that content in a file that other processes can map, as the daemon's pool is.
+    ///
+    /// # Errors
+    /// What the system answers.
+    ///
+    /// # Panics
+    /// If there is no content.
+    pub fn in_a_file(content: &[u8]) -> io::Result<(Self, File)> {
+        let file = File::from(memfd_create("ssd-pool", MemfdFlags::CLOEXEC)?);
+        file.set_len(content.len() as u64)?;
+        let area = Mapping::of(Some(&file), content.len())?.area(content.len(), 1);
+        area.fill(0, content);
+        Ok((Self { area }, file))
+    }
+
+    /// Memory with that content in huge pages, as far as the system has any.
+    ///
+    /// # Errors
+    /// What the system answers: `EINVAL` if it has no huge pages on request.
+    ///
+    /// # Panics
+    /// If there is no content.
+    pub fn in_huge_pages(content: &[u8]) -> io::Result<Self> {
+        const HUGE: usize = 2 << 20;
+        let bytes = content.len().next_multiple_of(HUGE);
+        let mapping = Mapping::of(None, bytes + HUGE)?;
+        // SAFETY: the range is this mapping, and the advice changes no content.
+        unsafe {
+            madvise(
+                mapping.start.as_ptr().cast(),
+                mapping.bytes,
+                Advice::LinuxHugepage,
+            )?
+        };
+        let area = mapping.area(content.len(), HUGE);
+        area.fill(0, content);
+        Ok(Self { area })
     }
 
     /// The size in bytes.
@@ -156,6 +200,53 @@ pub(crate) fn aligned(bytes: usize) -> Area {
         base,
         bytes: bytes as u64,
         _keep_alive: Arc::new(Aligned { base, layout }),
+    }
+}
+
+/// A mapping of its own.
+struct Mapping {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: the only use of the pointer is to unmap, once.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn of(file: Option<&File>, bytes: usize) -> io::Result<Self> {
+        assert!(bytes > 0);
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let anywhere = std::ptr::null_mut();
+        let start = match file {
+            // SAFETY: a new mapping, at an address of the system's choice.
+            Some(file) => unsafe { mmap(anywhere, bytes, access, MapFlags::SHARED, file, 0)? },
+            // SAFETY: as above.
+            None => unsafe { mmap_anonymous(anywhere, bytes, access, MapFlags::PRIVATE)? },
+        };
+        let start = NonNull::new(start.cast()).expect("the system maps nothing at zero");
+        Ok(Self { start, bytes })
+    }
+
+    /// Its first `bytes` bytes from a multiple of `alignment` on, which keep it mapped.
+    fn area(self, bytes: usize, alignment: usize) -> Area {
+        let skip = self.start.align_offset(alignment);
+        assert!(skip <= self.bytes && bytes <= self.bytes - skip);
+        Area {
+            // SAFETY: in the mapping (checked above).
+            base: unsafe { self.start.add(skip) },
+            bytes: bytes as u64,
+            _keep_alive: Arc::new(self),
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `of` with this length, and unmapped only here.
+        let unmapped = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
+        debug_assert!(unmapped.is_ok());
     }
 }
 

@@ -72,6 +72,8 @@ pub(crate) struct Done {
     pub result: Result<Moved, ShardFault>,
     /// How long it took since it was asked for.
     pub took: Duration,
+    /// How much of that were checksums.
+    pub checksums: Duration,
 }
 
 /// What a command that did not fail found.
@@ -273,6 +275,7 @@ impl<E: Engine> Mover<E> {
                 id: task.command.id,
                 result: Err(ShardFault::Stopped),
                 took: task.command.at.elapsed(),
+                checksums: Duration::ZERO,
             });
         }
     }
@@ -542,6 +545,7 @@ impl<E: Engine> Mover<E> {
             .take()
             .expect("all of it is moved");
         self.tasks_free.push(index);
+        let started = Instant::now();
         let result = match (task.fault, &task.command.op) {
             (Some(fault), _) => Err(fault),
             (
@@ -590,10 +594,12 @@ impl<E: Engine> Mover<E> {
             }
             (None, Op::Table(_) | Op::Sync) => Ok(Moved::Fine { checksum: 0 }),
         };
+        let ended = Instant::now();
         out.push(Done {
             id: task.command.id,
             result,
-            took: task.command.at.elapsed(),
+            took: ended.saturating_duration_since(task.command.at),
+            checksums: ended.saturating_duration_since(started),
         });
         match task.command.op {
             Op::Write { bytes, .. } | Op::Read { bytes, .. } => u64::from(bytes),

@@ -70,7 +70,7 @@ impl Options {
     pub const MAX_PAGES: usize = 128;
 
     /// io_uring if allowed, 32 requests at the drive and 256 pending, LRU, no write limit, segments
-    /// of 64 MiB, durable within 200 ms or 64 MiB, degraded after 2 s, tried again after 30 s.
+    /// of 64 MiB, durable within 200 ms or 256 MiB, degraded after 2 s, tried again after 30 s.
     pub fn new(node: impl Into<String>, shards: Vec<ShardSpec>) -> Self {
         Self {
             node: node.into(),
@@ -84,7 +84,7 @@ impl Options {
             segment_bytes: 64 << 20,
             preallocate: true,
             commit_interval: Duration::from_millis(200),
-            commit_bytes: 64 << 20,
+            commit_bytes: 256 << 20,
             stall_limit: Duration::from_secs(2),
             retry_after: Duration::from_secs(30),
         }

@@ -203,6 +203,7 @@ fn refuse(shared: &Shared, wake: &dyn Fn()) {
                 id: command.id,
                 result: Err(ShardFault::Stopped),
                 took: command.at.elapsed(),
+                checksums: Duration::ZERO,
             });
         }
         hand_over(shared, &mut done, wake);

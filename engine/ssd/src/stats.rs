@@ -141,6 +141,8 @@ pub struct ShardStats {
     pub write_latency: LatencyHistogram,
     /// Pages read, likewise.
     pub read_latency: LatencyHistogram,
+    /// Time that the checksums of pages took.
+    pub checksum_time: Duration,
     /// Requests queued or at the drive now.
     pub pending: u32,
     /// Pages whose bytes were not those that were written.

@@ -175,14 +175,20 @@ impl Shard {
         let broken = self.port.is_broken();
         while let Some(done) = self.port.receive() {
             self.health.ended(now);
+            self.stats.checksum_time += done.checksums;
             self.end(now, done);
         }
         if broken {
             self.health.stop();
             for id in self.commands.numbers() {
                 let result = Err(ShardFault::Stopped);
-                let took = Duration::ZERO;
-                self.end(now, Done { id, result, took });
+                let done = Done {
+                    id,
+                    result,
+                    took: Duration::ZERO,
+                    checksums: Duration::ZERO,
+                };
+                self.end(now, done);
             }
         }
         self.look(now);

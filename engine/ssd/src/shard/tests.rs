@@ -66,6 +66,7 @@ impl Port for Handle {
             id: command.id,
             result,
             took: Duration::ZERO,
+            checksums: Duration::ZERO,
         })
     }
 
