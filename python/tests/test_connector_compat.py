@@ -194,6 +194,29 @@ def test_a_block_counts_the_tokens_of_all_shards_of_decode_context_parallelism()
     assert whole.block_tokens == 16
 
 
+def test_engines_with_the_same_steps_are_told_from_those_by_themselves() -> None:
+    assert compat.in_lockstep(parallel(data_parallel_size=2))
+    assert not compat.in_lockstep(parallel(data_parallel_size=1))
+    assert not compat.in_lockstep(parallel())
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_whether_hashes_have_the_path_of_an_adapter_is_seen(
+    monkeypatch: pytest.MonkeyPatch, hashed: bool
+) -> None:
+    def keys(request: Any) -> list[Any]:
+        lora = request.lora_request
+        return [("lora", lora.lora_name, lora.lora_path)] if hashed else [lora.lora_name]
+
+    for name in ("vllm", "vllm.v1", "vllm.v1.core", "vllm.v1.core.kv_cache_utils"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    utils: Any = sys.modules["vllm.v1.core.kv_cache_utils"]
+    monkeypatch.setattr(sys.modules["vllm.v1.core"], "kv_cache_utils", utils, raising=False)
+    assert not compat.names_adapter_paths()
+    utils._gen_lora_extra_hash_keys = keys
+    assert compat.names_adapter_paths() == hashed
+
+
 def test_the_last_block_is_dropped_where_vllm_drops_it() -> None:
     def config(**said: bool) -> Any:
         methods = {name: lambda value=value: value for name, value in said.items()}

@@ -302,7 +302,7 @@ def test_an_adapter_of_the_same_name_and_path_with_other_weights_shares_nothing(
     assert other.find(Request(prompt, lora_request=lora)) == 0
 
 
-def test_an_adapter_that_was_written_anew_under_its_number_is_not_cached_any_more(
+def test_an_adapter_that_was_written_anew_is_not_cached_any_more(
     make: Make, tmp_path: Path
 ) -> None:
     engine, other = make(), make()
@@ -310,17 +310,44 @@ def test_an_adapter_that_was_written_anew_under_its_number_is_not_cached_any_mor
     lora = SimpleNamespace(lora_int_id=1, lora_name="adapter", lora_path=str(tmp_path))
     prompt = tokens(100)
     engine.save(Request(prompt, lora_request=lora), [[1, 2, 3, 4, 5, 6, 7]])
-    # Removed and added again, or not: vLLM may compute with either.
+    # vLLM may compute with either.
     (tmp_path / "adapter_model.safetensors").write_bytes(b"two")
     assert engine.find(Request(prompt, lora_request=lora)) == 0
     engine.save(Request(prompt, lora_request=lora), [[11, 12, 13, 14, 15, 16, 17]])
     for one in (engine, other):
         assert one.find(Request(prompt, lora_request=lora)) == 0
-    # A number of its own is certain, and so is a load in place.
+    # Removed and added again, or loaded in place: blocks of the old weights are in vLLM's own cache
+    # all the same, and such a request begins with them.
     for more in ({"lora_int_id": 2}, {"lora_int_id": 1, "load_inplace": True}):
         fresh = SimpleNamespace(**vars(lora) | more)
-        engine.save(Request(prompt, lora_request=fresh), [[11, 12, 13, 14, 15, 16, 17]])
-        assert engine.find(Request(prompt, lora_request=fresh)) == 96
+        begins = Request(prompt, lora_request=fresh)
+        assert engine.find(begins, 64) == 0
+        engine.run(begins, [[1, 2, 3, 4, 15, 16, 17]], 64)
+        engine.scheduler.finished(begins)
+        engine.drain()
+        for one in (engine, other):
+            assert one.find(Request(prompt, lora_request=fresh)) == 0
+
+
+def test_an_adapter_with_a_path_of_its_own_is_another_one_where_vllm_takes_it_for_one(
+    tmp_path: Path,
+) -> None:
+    requests = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(name.encode())
+        lora = SimpleNamespace(lora_int_id=1, lora_name="a", lora_path=str(tmp_path / name))
+        requests.append(SimpleNamespace(lora_request=lora))
+    one, two = requests
+    adapters = names.Adapters(by_path=True)
+    masks = [adapters.mask(request) for request in (one, two, one, two)]
+    assert masks[0] != masks[1]
+    assert masks[:2] == masks[2:]
+    # An older vLLM begins requests of the second with blocks of the first.
+    adapters = names.Adapters(by_path=False)
+    first = adapters.mask(one)
+    assert first == adapters.mask(one) == masks[0]
+    assert len({first, *(adapters.mask(request) for request in (two, two, one))}) == 4
 
 
 def test_a_question_that_is_not_answered_in_time_is_a_miss(daemon: Daemon, make: Make) -> None:

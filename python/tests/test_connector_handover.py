@@ -40,11 +40,14 @@ class StandIn:
         return None
 
 
-def ends(engine: str, *, accepted: bool = True) -> tuple[WorkerEnd, StandIn, SchedulerEnd]:
+def ends(
+    engine: str, *, accepted: bool = True, lingers: bool = True
+) -> tuple[WorkerEnd, StandIn, SchedulerEnd]:
     """Both ends of an engine in one process."""
     worker = WorkerEnd.__new__(WorkerEnd)
     stand_in: Any = StandIn()
     worker._worker, worker._idle, worker._failed_blocks = stand_in, False, set()
+    worker._lingers = lingers
     worker._handover = handover.offer(engine)
     scheduler = SchedulerEnd.__new__(SchedulerEnd)
     scheduler._handover = handover.accept(engine) if accepted else None
@@ -98,6 +101,13 @@ def test_a_worker_lingers_in_idle_steps_alone(idle: bool) -> None:
     worker.start_loads(StepMeta(idle=idle))
     worker.results()
     assert stand_in.lingered == int(idle)
+
+
+def test_a_worker_that_others_wait_for_in_every_step_does_not_linger() -> None:
+    worker, stand_in, _ = ends("lockstep", lingers=False)
+    worker.start_loads(StepMeta(idle=True))
+    worker.results()
+    assert not stand_in.lingered
 
 
 def test_a_step_is_idle_while_nothing_runs(engine: Engine) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
+
 from pegaflow.connector.groups import CacheGroup, window_blocks
 from pegaflow.connector.meta import StepMeta
 from pegaflow.connector.scheduler import Step
@@ -128,6 +130,24 @@ def test_a_state_stands_for_all_before_it_and_is_found_where_vllm_names_it(make:
     # Where no state is, no hit ends.
     assert engine.find(Request(prompt)) == 64
     assert engine.find(Request(prompt[:60])) == 0
+
+
+@pytest.mark.parametrize("length", [96, 100])
+def test_a_hit_that_vllm_cuts_by_a_block_ends_where_vllm_keeps_a_state_for_it(
+    make: Make, length: int
+) -> None:
+    engine = make(groups=[FULL, STATE])
+    engine.lookup.beyond = BLOCK_TOKENS
+    prompt = tokens(length)
+    request = Request(prompt)
+    # A block before the last whole one, also of a prompt that ends with a block.
+    names_states(engine, request, {4: 15})
+    engine.save(request, [[1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 15, 0, 17]])
+    request = Request(prompt)
+    assert engine.find(request) == 80
+    blocks = [[21, 22, 23, 24, 25], [0, 0, 0, 0, 35]]
+    assert not engine.load(request, blocks, 80).failed
+    engine.verify(request, blocks, 80)
 
 
 def test_a_state_is_saved_in_the_step_after_the_one_that_computes_it(make: Make) -> None:

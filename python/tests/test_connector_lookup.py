@@ -76,7 +76,7 @@ def test_a_hit_of_groups_with_blocks_of_different_sizes_is_the_longest_that_all_
         asked.answers[0] = SimpleNamespace(count=prefix, lease=2)  # type: ignore[assignment]
         lookup = Lookup.__new__(Lookup)
         lookup._groups, lookup.align = [full, window], 2 * TOKENS
-        lookup._drops_last_block = drops
+        lookup.beyond = drops * lookup.align
         wide = window.window_blocks or 0
         most = max(prefix - drops, 0)
         best = max(at for at in range(most + 1) if all(present[max(0, 2 * at - wide) : 2 * at]))

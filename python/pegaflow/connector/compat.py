@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 from pegaflow.connector.events import MEDIUM, Stored
@@ -108,6 +109,21 @@ def release() -> str | None:
     except ImportError:
         return None
     return str(__version__)
+
+
+def names_adapter_paths() -> bool:
+    """vLLM's block hashes tell two adapters of one name by their paths."""
+    from vllm.v1.core import kv_cache_utils
+
+    keys_of = getattr(kv_cache_utils, "_gen_lora_extra_hash_keys", None)
+    adapter = SimpleNamespace(lora_int_id=1, lora_name="name", lora_path="path")
+    return keys_of is not None and "path" in str(keys_of(SimpleNamespace(lora_request=adapter)))
+
+
+def in_lockstep(vllm_config: Any) -> bool:
+    """Each step of this engine is one of others too, which wait for it: the experts of a model
+    spread over data parallel engines. Those of other models have a size of 1, each by itself."""
+    return int(getattr(vllm_config.parallel_config, "data_parallel_size", 1) or 1) > 1
 
 
 def drops_last_block(vllm_config: Any) -> bool:

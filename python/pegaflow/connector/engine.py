@@ -15,6 +15,7 @@ from pegaflow.connector.events import Stored
 from pegaflow.connector.layout import GroupLayout, Layer, LayoutError, group_layout, to_group
 from pegaflow.connector.lookup import Lookup
 from pegaflow.connector.meta import StepMeta, WorkerReport
+from pegaflow.connector.names import Adapters
 from pegaflow.connector.namespace import from_wire, to_wire
 from pegaflow.connector.scheduler import Scheduler, Step
 from pegaflow.connector.session import Watch, connect
@@ -48,6 +49,7 @@ class SchedulerEnd:
             self._world_size,
             self._logger,
             with_events=bool(getattr(events, "enable_kv_cache_events", False)),
+            adapters=Adapters(by_path=compat.names_adapter_paths()),
         )
         self._handover: handover.HandOver | None = None
         self._client: Client | None = None
@@ -194,6 +196,7 @@ class WorkerEnd:
         self._device = "cpu"
         self._failed_blocks: set[int] = set()
         self._idle = False
+        self._lingers = False
         self._handover: handover.HandOver | None = None
 
     def register(self, kv_caches: Mapping[str, Any]) -> None:
@@ -253,6 +256,7 @@ class WorkerEnd:
         on_gpu = any(one.memory is Memory.CUDA for group in groups for one in group.segments)
         self._device = "cuda" if on_gpu else "cpu"
         self._worker = worker
+        self._lingers = not compat.in_lockstep(self._vllm_config)
         if int(self._vllm_config.parallel_config.world_size) == 1:
             self._handover = handover.offer(_instance(self._config, self._vllm_config))
         self._logger.info(
@@ -300,7 +304,7 @@ class WorkerEnd:
         What a scheduler in this process takes itself is not in it."""
         if self._worker is None:
             return Results(set(), set(), set())
-        if self._idle:
+        if self._idle and self._lingers:
             self._worker.linger()
         results = self._worker.results()
         self._failed_blocks |= results.failed_blocks

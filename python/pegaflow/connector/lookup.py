@@ -109,7 +109,6 @@ class Lookup:
         *,
         drops_last_block: bool = False,
     ) -> None:
-        self._drops_last_block = drops_last_block
         self._client = client
         self._registration = registration
         self._groups = sorted(groups, key=lambda group: group.number)
@@ -119,6 +118,8 @@ class Lookup:
         self._clock = clock
         #: A hit ends where a block of every group ends.
         self.align = math.lcm(*(group.block_tokens for group in groups))
+        #: So many tokens after a hit have to be cached, too, as with vLLM's own hits.
+        self.beyond = self.align if drops_last_block else 0
         #: Completions that polling found, of requests somebody asks for.
         self._arrived: dict[int, Completion] = {}
         self._awaited: set[int] = set()
@@ -139,8 +140,8 @@ class Lookup:
         return self._client.state != State.CONNECTED
 
     def find(self, prompt: Prompt, hashes: Sequence[bytes], computed: int, most: int) -> int | None:
-        """How many tokens after `computed` are cached, not reaching beyond `most` tokens. None: not
-        known yet, ask again.
+        """How many tokens after `computed` are cached, `beyond` of them left out; no block that is
+        looked at reaches beyond `most` tokens. None: not known yet, ask again.
 
         The same question gets the same answer and holds the same lease.
         """
@@ -338,9 +339,8 @@ class Lookup:
         if prefix is not None:
             first = asked.computed // prefix.block_tokens
             end = (first + asked.answers[0].count) * prefix.block_tokens // self.align * self.align
-        if self._drops_last_block and end > asked.computed:
-            # As vLLM does with its own hits: the last block is only seen to be there.
-            end -= self.align
+        if end > asked.computed:
+            end -= self.beyond
         # Bit n is set if a hit may end n times `align` after what vLLM has.
         possible = (2 << (end - asked.computed) // self.align) - 1
         others = [group for group in self._groups if group is not prefix]

@@ -50,7 +50,7 @@ class StepMeta:
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
     #: Neither this step nor one that may still run computes anything: a worker that waits a little
-    #: for a load holds nobody up.
+    #: for a load holds nobody of this engine up.
     idle: bool = False
 
 

@@ -39,37 +39,40 @@ def combined(*masks: bytes | None) -> bytes | None:
 @dataclass
 class _Adapter:
     mask: bytes
-    #: Of its files when they were read; None: they could not be.
+    #: Of its files when they were read.
     signature: object
-    #: They were written anew since: which of both vLLM computes with, nobody tells.
+    #: Others have come in their place since.
     unsure: bool = False
 
 
 class Adapters:
     """Masks of LoRA adapters.
 
-    vLLM's hashes have an adapter's name and, in newer releases, its path. Another process, or this
-    engine's successor, may have other weights under both.
+    vLLM's hashes have an adapter's name and, in newer releases (`by_path`), its path. Another
+    process, or this engine's successor, may have other weights under both.
     """
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, str, str], _Adapter] = {}
+    def __init__(self, *, by_path: bool = True) -> None:
+        self._by_path = by_path
+        self._known: dict[tuple[str, str], _Adapter] = {}
 
     def mask(self, request: Any) -> bytes | None:
         """Of the adapter of a request of vLLM; None without one.
 
-        Once the files of an adapter change under its number, each of its requests has a mask of its
-        own: vLLM may have the old weights in memory or read the new ones, today or when it needs
-        them again. A number of its own for new weights, or `load_inplace`, makes that certain.
+        Once other weights come under what vLLM's hashes have of an adapter, each of its requests
+        has a mask of its own, for good, whatever its number is and however they were loaded: vLLM's
+        own cache still has blocks of the old weights under the same hashes, which such a request
+        may begin with. Until they are loaded, it computes with the old ones, too.
         """
         lora = getattr(request, "lora_request", None)
         if not lora:
             return None
-        key = (lora.lora_int_id, str(lora.lora_name), str(lora.lora_path))
+        name, path = str(lora.lora_name), str(lora.lora_path)
+        key = (name, path if self._by_path else "")
         known = self._known.get(key)
-        if known is None or getattr(lora, "load_inplace", False):
-            known = self._known[key] = _read(key[1], key[2])
-        elif known.signature != _signature(key[2]):
+        if known is None:
+            known = self._known[key] = _read(name, path)
+        elif known.signature != _signature(path):
             known.unsure = True
         return secrets.token_bytes(32) if known.unsure else known.mask
 
@@ -87,6 +90,6 @@ def _read(name: str, path: str) -> _Adapter:
 
 def _signature(path: str) -> object:
     try:
-        return signature_of(path)
+        return path, signature_of(path)
     except OSError:
-        return None
+        return path, None

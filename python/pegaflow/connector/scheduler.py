@@ -95,6 +95,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         *,
         with_events: bool = False,
+        adapters: Adapters | None = None,
     ) -> None:
         self._config = config
         self._with_events = with_events
@@ -121,7 +122,7 @@ class Scheduler:
         self._saving: dict[int, Saving] = {}
         self._saving_blocks = 0
         self._progress = clock()
-        self._adapters = Adapters()
+        self._adapters = adapters or Adapters()
         self._mask: bytes | None = None
 
     # ------------------------------------------------------------ wiring
@@ -154,7 +155,8 @@ class Scheduler:
         if tracked.failed:
             return 0, False
         ratio = min(group.block_tokens // group.hashes_per_block for group in self._groups)
-        most = min(request.num_tokens - 1, len(request.block_hashes) * ratio)
+        # A block that is only looked at may have the last token.
+        most = min(request.num_tokens - 1 + lookup.beyond, len(request.block_hashes) * ratio)
         tokens = lookup.find(tracked.prompt, request.block_hashes, computed, most)
         return tokens, bool(tokens)
 
