@@ -162,7 +162,7 @@ def test_what_another_connector_of_a_multiconnector_shakes_hands_with_is_left_al
 def test_failed_loads_are_told_by_request_where_blocks_do_not_say_enough(
     monkeypatch: pytest.MonkeyPatch, groups: list[CacheGroup], by_request: bool
 ) -> None:
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace())
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(), cache_config=SimpleNamespace())
     monkeypatch.setattr(compat, "cache_groups", lambda *_: groups)
     monkeypatch.setattr(compat, "HAS_TRANSFER_RESULTS", True)
     end = WorkerEnd(ConnectorConfig(), vllm_config, None)

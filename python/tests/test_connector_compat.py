@@ -230,6 +230,27 @@ def test_the_last_block_is_dropped_where_vllm_drops_it() -> None:
     assert not compat.drops_last_block(config(use_eagle=False))
 
 
+def test_attention_that_cannot_begin_inside_a_prompt_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def reason(*, mla: bool, caching: bool, cpu: bool) -> str | None:
+        module = ModuleType("vllm.platforms")
+        module.__dict__["current_platform"] = SimpleNamespace(is_cpu=lambda: cpu)
+        monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+        monkeypatch.setitem(sys.modules, "vllm.platforms", module)
+        return compat.begins_at_zero_only(
+            SimpleNamespace(
+                model_config=SimpleNamespace(use_mla=mla),
+                cache_config=SimpleNamespace(enable_prefix_caching=caching),
+            )
+        )
+
+    assert "save_only" in (reason(mla=True, caching=False, cpu=True) or "")
+    assert reason(mla=False, caching=False, cpu=True) is None
+    assert reason(mla=True, caching=True, cpu=True) is None
+    assert reason(mla=True, caching=False, cpu=False) is None
+
+
 def test_only_mla_under_tensor_parallelism_alone_is_stored_once() -> None:
     mla, uniform = MLAAttentionSpec(64), UniformTypeKVCacheSpecs(a=MLAAttentionSpec(64))
     assert compat.is_replicated(parallel(tensor_parallel_size=2), mla)

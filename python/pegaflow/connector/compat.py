@@ -136,6 +136,22 @@ def drops_last_block(vllm_config: Any) -> bool:
     return bool(said())
 
 
+def begins_at_zero_only(vllm_config: Any) -> str | None:
+    """Why this model's attention cannot go on from cached blocks on this platform, if it cannot."""
+    uses_mla = bool(getattr(vllm_config.model_config, "use_mla", False))
+    if not uses_mla or getattr(vllm_config.cache_config, "enable_prefix_caching", True):
+        return None
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
+    return (
+        "MLA without prefix caching on a CPU: vLLM turns it off where its kernels cannot begin in"
+        " the middle of a prompt, and what is loaded would be computed wrongly; use"
+        " pegaflow.mode=save_only, or a machine with AMX and prefix caching"
+    )
+
+
 def specs_of(spec: Any) -> list[Any]:
     """The specifications of a group's layers: a group of one kind may have one for each layer."""
     several = getattr(spec, "kv_cache_specs", None)

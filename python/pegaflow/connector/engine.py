@@ -184,6 +184,9 @@ class WorkerEnd:
                 "sleep mode is not supported with this vLLM, which does not tell connectors that"
                 " the KV cache's memory goes: use 0.33 or later"
             )
+        inside = compat.begins_at_zero_only(vllm_config) if config.mode.loads else None
+        if inside is not None:
+            raise LayoutError(inside)
         # Numbers of blocks say nothing of several groups. And a window cannot be computed from a
         # block in its middle on: what it needs before was never loaded.
         self.names_failed_requests = len(self._groups) > 1 or self._groups[0].sliding

@@ -58,9 +58,12 @@ class Server:
         abort_after_steps: int = 0,
         cache_salt: str | None = None,
         with_leads: bool = False,
+        lora: list[Any] | None = None,
     ) -> dict[str, Any]:
-        """Runs all prompts at once. Those that `aborts` numbers are aborted after so many steps."""
+        """Runs all prompts at once. Those that `aborts` numbers are aborted after so many steps.
+        `lora` is an adapter's name, number and folder."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         engine = self.llm.llm_engine
         sampling = SamplingParams(
@@ -77,7 +80,8 @@ class Server:
                 prompt["cache_salt"] = cache_salt
             name = f"request-{self.requests}"
             self.requests += 1
-            engine.add_request(name, prompt, sampling)
+            adapter = None if lora is None else LoRARequest(*lora)
+            engine.add_request(name, prompt, sampling, lora_request=adapter)
             numbers[name] = number
         tokens_of: list[list[int]] = [[] for _ in prompts]
         reasons: list[str | None] = [None] * len(prompts)
