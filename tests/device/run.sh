@@ -6,8 +6,8 @@
 #                      without it they are built here, which needs cargo and its registry
 #   DEVICE_RUN         short (four to six minutes) or full (default; ten to fifteen minutes)
 #   DEVICE_GPUS        numbers of GPUs, by default as many as there are up to four
-#   DEVICE_SOAK        seconds of random work with deaths (default: 45, full 300): on all of these
-#                      GPUs; a third as long, daemons die on the first; in a full run a third as
+#   DEVICE_SOAK        seconds of random work with deaths (default: 60, full 300): on all of these
+#                      GPUs; a sixth as long, daemons die on the first; in a full run a third as
 #                      long on the first alone, too
 #   DEVICE_STEPS       of doctor, bench, curve, several, soak (default: all)
 #   DEVICE_OUT         folder for logs and JSON (default: a new one, which is named)
@@ -18,7 +18,7 @@ exec </dev/null
 mode=${DEVICE_RUN:-full}
 case $mode in
 short)
-    soak=45 memory=1GiB rounds=6 part_ms=350 curve_memory=512MiB step_limit=200
+    soak=60 memory=1GiB rounds=6 part_ms=350 curve_memory=512MiB step_limit=200
     several=(2-MiB 16-KiB)
     ;;
 full)
@@ -138,7 +138,7 @@ soak() {
 seconds=${soak%.*}
 if wants soak; then
     soak "soak-$gpus" "$seconds" "$gpus" GPU_SOAK_BREAK_CONTEXTS=1
-    soak "soak-daemon-$first" "$((seconds / 3))" "$first" GPU_SOAK_KILL_DAEMON=1
+    soak "soak-daemon-$first" "$((seconds / 6 + 5))" "$first" GPU_SOAK_KILL_DAEMON=1
     if [[ $mode == full && $gpus != "$first" ]]; then
         soak "soak-$first" "$((seconds / 3))" "$first" GPU_SOAK_BREAK_CONTEXTS=1
     fi
