@@ -350,6 +350,19 @@ def test_an_adapter_with_a_path_of_its_own_is_another_one_where_vllm_takes_it_fo
     assert len({first, *(adapters.mask(request) for request in (two, two, one))}) == 4
 
 
+def test_what_no_hit_can_end_in_is_not_asked_for(make: Make) -> None:
+    engine = make()
+    engine.lookup.beyond = BLOCK_TOKENS
+    prompt = tokens(100)
+    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    engine.scheduler.counters.take()
+    # The last whole block is only looked at, and all before it is vLLM's.
+    assert engine.find(Request(prompt), 80) == 0
+    assert "queries" not in engine.scheduler.counters.take()
+    assert engine.find(Request(prompt), 64) == 16
+    assert engine.scheduler.counters.take()["queries"] == 1
+
+
 def test_a_question_that_is_not_answered_in_time_is_a_miss(daemon: Daemon, make: Make) -> None:
     engine = make(config=ConnectorConfig(query_timeout_ms=50))
     prompt = tokens(100)

@@ -157,7 +157,7 @@ class Lookup:
         if asked is not None and (asked.computed, asked.limit) != (computed, limit):
             self._abandon(prompt)
             asked = None
-        if limit <= computed or computed % self.align:
+        if limit - self.beyond <= computed or computed % self.align:
             return 0
         if asked is None:
             asked = prompt.asked = Asked(computed, limit, {}, now)
