@@ -231,6 +231,12 @@ class Engine:
         self.scheduler.finished(request)
         self.drain()
 
+    def save_prompt(self) -> list[int]:
+        """Saves a prompt of 100 tokens, six whole blocks, and returns it."""
+        prompt = tokens(100)
+        self.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+        return prompt
+
     def drain(self) -> None:
         """Steps until no save is under way."""
 

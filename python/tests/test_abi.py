@@ -50,7 +50,7 @@ def test_every_function_of_the_header_is_bound_and_used_or_left_out_with_a_reaso
     assert declared == set(_abi.PROTOTYPES)
     folder = Path(_abi.__file__).parent
     sources = "".join(path.read_text() for path in folder.glob("*.py") if path.name != "_abi.py")
-    used = set(re.findall(r"\.(pega_\w+)\(", sources)) | {"pega_abi_version"}
+    used = set(re.findall(r"\.(pega_\w+)\b", sources)) | {"pega_abi_version"}
     used -= {struct.__name__ for struct in _abi.STRUCTS}
     assert declared == used | set(_abi.LEFT_OUT)
     assert not used & set(_abi.LEFT_OUT)

@@ -24,8 +24,7 @@ from .support import Daemon, eventually
 
 def test_what_one_engine_saved_another_loads_with_the_same_bytes(make: Make) -> None:
     one, other = make(), make()
-    prompt = tokens(100)
-    one.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = one.save_prompt()
     request = Request(prompt)
     assert other.find(request) == 96
     results = other.load(request, [[11, 12, 13, 14, 15, 16, 17]], 96)
@@ -43,8 +42,7 @@ def test_the_last_token_of_a_prompt_is_left_to_compute(make: Make) -> None:
 
 def test_a_repeated_question_gets_the_same_answer_and_no_second_lease(make: Make) -> None:
     engine = make()
-    prompt = tokens(100)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = engine.save_prompt()
     request = Request(prompt)
     submitted = engine.client.stats().submitted
     assert [engine.find(request) for _ in range(50)] == [96] * 50
@@ -53,8 +51,7 @@ def test_a_repeated_question_gets_the_same_answer_and_no_second_lease(make: Make
 
 def test_only_what_the_engine_has_not_itself_is_loaded(make: Make) -> None:
     engine = make()
-    prompt = tokens(100)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = engine.save_prompt()
     request = Request(prompt)
     assert engine.find(request, computed=32) == 64
     for block in (20, 21):
@@ -147,8 +144,7 @@ def test_a_request_that_ends_before_it_is_scheduled_gives_its_lease_back(
     daemon: Daemon, make: Make
 ) -> None:
     engine = make()
-    prompt = tokens(100)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = engine.save_prompt()
     request = Request(prompt)
     assert engine.find(request) == 96
     eventually(lambda: daemon.leases() == 1, "the lease is shown")
@@ -158,8 +154,7 @@ def test_a_request_that_ends_before_it_is_scheduled_gives_its_lease_back(
 
 def test_a_hit_that_vllm_does_not_take_gives_its_lease_back(daemon: Daemon, make: Make) -> None:
     engine = make()
-    prompt = tokens(100)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = engine.save_prompt()
     request = Request(prompt)
     assert engine.find(request) == 96
     engine.scheduler.allocated(request, [[1, 2, 3, 4, 5, 6, 7]], 0)
@@ -168,8 +163,7 @@ def test_a_hit_that_vllm_does_not_take_gives_its_lease_back(daemon: Daemon, make
 
 def test_a_load_that_fails_names_exactly_its_blocks(daemon: Daemon, make: Make) -> None:
     engine = make()
-    prompt = tokens(100)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = engine.save_prompt()
     request = Request(prompt)
     assert engine.find(request) == 96
     daemon.kill()
@@ -183,8 +177,7 @@ def test_a_request_whose_load_failed_is_computed_and_not_loaded_again(
     daemon: Daemon, make: Make
 ) -> None:
     engine = make()
-    prompt = tokens(100)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = engine.save_prompt()
     request = Request(prompt)
     assert engine.find(request) == 96
     daemon.kill()
@@ -197,8 +190,7 @@ def test_a_request_whose_load_failed_is_computed_and_not_loaded_again(
 
 def test_hits_come_back_with_the_daemon(daemon: Daemon, make: Make) -> None:
     engine = make()
-    prompt = tokens(100)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = engine.save_prompt()
     daemon.kill()
     eventually(lambda: engine.away, "the client notices")
     assert engine.find(Request(prompt)) == 0
@@ -257,8 +249,7 @@ def test_load_only_saves_nothing(make: Make) -> None:
 
 def test_after_a_reset_nothing_of_before_is_found(make: Make) -> None:
     engine, other = make(), make()
-    prompt = tokens(100)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = engine.save_prompt()
     engine.scheduler.reset()
     assert engine.find(Request(prompt)) == 0
     engine.save(Request(prompt), [[11, 12, 13, 14, 15, 16, 17]])
@@ -365,8 +356,7 @@ def test_what_no_hit_can_end_in_is_not_asked_for(make: Make) -> None:
 
 def test_a_question_that_is_not_answered_in_time_is_a_miss(daemon: Daemon, make: Make) -> None:
     engine = make(config=ConnectorConfig(query_timeout_ms=50))
-    prompt = tokens(100)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = engine.save_prompt()
     with daemon.stopped():
         began = time.monotonic()
         assert engine.find(Request(prompt)) == 0
@@ -380,8 +370,7 @@ def test_the_late_answer_to_a_question_given_up_leaves_the_next_ones_lease_alone
     daemon: Daemon, make: Make
 ) -> None:
     engine = make(config=ConnectorConfig(query_timeout_ms=200))
-    prompt = tokens(100)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = engine.save_prompt()
     request = Request(prompt)
     with daemon.stopped():
         assert engine.find(request) == 0
@@ -397,8 +386,7 @@ def test_a_hit_that_cannot_be_asked_for_anew_gives_its_lease_back(
     daemon: Daemon, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make(config=ConnectorConfig(query_timeout_ms=50, lease_ttl_ms=600_000))
-    prompt = tokens(100)
-    engine.save(Request(prompt), [[1, 2, 3, 4, 5, 6, 7]])
+    prompt = engine.save_prompt()
     request = Request(prompt)
     assert engine.find(request) == 96
     eventually(lambda: daemon.leases() == 1, "the lease is shown")

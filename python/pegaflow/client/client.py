@@ -219,17 +219,22 @@ class Client:
 
         Raises UnknownRequestError if it is finished already.
         """
-        own = ctypes.c_uint64()
-        fits("request", request, U64)
-        with self._gate as handle:
-            self._library.check(self._library.pega_cancel(handle, request, ctypes.byref(own)))
-        return own.value
+        return self._submit(self._library.pega_cancel, fits("request", request, U64))
 
     def nop(self) -> int:
         """Does nothing, there and back: is the daemon alive?"""
+        return self._submit(self._library.pega_nop)
+
+    def _submit(self, call: Any, *arguments: Any, bitmap: Bitmap | None = None) -> int:
+        """Makes a call of the library that ends in a request. `bitmap` is what the library will
+        write for it: noted also where Ctrl-C comes as the call returns."""
         request = ctypes.c_uint64()
-        with self._gate as handle:
-            self._library.check(self._library.pega_nop(handle, ctypes.byref(request)))
+        try:
+            with self._gate as handle:
+                self._library.check(call(handle, *arguments, ctypes.byref(request)))
+        finally:
+            if bitmap is not None and request.value:
+                self._bitmaps[request.value] = bitmap
         return request.value
 
     def stream_wait(self, request: int, steps: int, stream: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from pegaflow.client import _abi
@@ -83,17 +84,9 @@ class Registration:
         """
         words = hash_list(hashes)
         hits = ctypes.c_uint32()
+        named = (self.id, _small(group), words.address, words.count)
         with self._client._gate as handle:
-            self._library.check(
-                self._library.pega_probe(
-                    handle,
-                    self.id,
-                    _small(group),
-                    words.address,
-                    words.count,
-                    ctypes.byref(hits),
-                )
-            )
+            self._library.check(self._library.pega_probe(handle, *named, ctypes.byref(hits)))
         return hits.value
 
     def probe_membership(self, hashes: Hashes, *, group: int = 0) -> Bitmap:
@@ -101,19 +94,10 @@ class Registration:
         words = hash_list(hashes)
         bitmap = Bitmap(words.count)
         hits = ctypes.c_uint32()
+        named = (self.id, _small(group), words.address, words.count)
+        answer = (bitmap.address, bitmap.words, ctypes.byref(hits))
         with self._client._gate as handle:
-            self._library.check(
-                self._library.pega_probe_membership(
-                    handle,
-                    self.id,
-                    _small(group),
-                    words.address,
-                    words.count,
-                    bitmap.address,
-                    bitmap.words,
-                    ctypes.byref(hits),
-                )
-            )
+            self._library.check(self._library.pega_probe_membership(handle, *named, *answer))
         return bitmap
 
     # ------------------------------------------------------------ requests
@@ -140,66 +124,20 @@ class Registration:
         completes when they are in, or after `limit_ms` (0: no limit) with those that are.
         """
         words = hash_list(hashes)
-        options = None
-        if fetch != Fetch.POLL or limit_ms:
-            options = _abi.pega_query_options(
-                ctypes.sizeof(_abi.pega_query_options),
-                fetch,
-                fits("ttl_ms", ttl_ms, U64),
-                fits("limit_ms", limit_ms, U64),
-            )
-        if group == 0:
-            return self._query(words.address, words.count, key, group, ttl_ms, None, options)
-        bitmap = Bitmap(words.count)
+        bitmap = Bitmap(words.count) if group else None
+        named = (self.id, _small(group), fits("key", key, U64), words.address, words.count)
+        ttl = fits("ttl_ms", ttl_ms, U64)
+        answer = (None, 0) if bitmap is None else (bitmap.address, bitmap.words)
         # A completion may be there before the call is back: who takes it waits for the note.
-        with self._client._bitmaps_lock:
-            return self._query(words.address, words.count, key, group, ttl_ms, bitmap, options)
-
-    def _query(
-        self,
-        address: object,
-        count: int,
-        key: int,
-        group: int,
-        ttl_ms: int,
-        bitmap: Bitmap | None,
-        options: _abi.pega_query_options | None,
-    ) -> int:
-        request = ctypes.c_uint64()
-        try:
-            with self._client._gate as handle:
-                if options is not None:
-                    status = self._library.pega_query_with(
-                        handle,
-                        self.id,
-                        _small(group),
-                        fits("key", key, U64),
-                        address,
-                        count,
-                        ctypes.byref(options),
-                        None if bitmap is None else bitmap.address,
-                        0 if bitmap is None else bitmap.words,
-                        ctypes.byref(request),
-                    )
-                else:
-                    status = self._library.pega_query(
-                        handle,
-                        self.id,
-                        _small(group),
-                        fits("key", key, U64),
-                        address,
-                        count,
-                        fits("ttl_ms", ttl_ms, U64),
-                        None if bitmap is None else bitmap.address,
-                        0 if bitmap is None else bitmap.words,
-                        ctypes.byref(request),
-                    )
-                self._library.check(status)
-        finally:
-            # Also where Ctrl-C comes as the call returns: the library will write the bitmap.
-            if bitmap is not None and request.value:
-                self._client._bitmaps[request.value] = bitmap
-        return request.value
+        with self._client._bitmaps_lock if bitmap is not None else nullcontext():
+            if fetch == Fetch.POLL and not limit_ms:
+                call = self._library.pega_query
+                return self._client._submit(call, *named, ttl, *answer, bitmap=bitmap)
+            limit = fits("limit_ms", limit_ms, U64)
+            size = ctypes.sizeof(_abi.pega_query_options)
+            options = ctypes.byref(_abi.pega_query_options(size, fetch, ttl, limit))
+            call = self._library.pega_query_with
+            return self._client._submit(call, *named, options, *answer, bitmap=bitmap)
 
     def load(
         self,
@@ -223,26 +161,19 @@ class Registration:
         1, has segments `(n - 1) * segments // steps` up to `n * segments // steps` of all blocks.
         """
         words = block_list(blocks)
-        request = ctypes.c_uint64()
-        with self._client._gate as handle:
-            arguments = (
-                handle,
-                self.id,
-                _small(group),
-                fits("lease", lease, U64),
-                fits("first", first, U32),
-                words.address,
-                words.count,
-                _after(after),
-            )
-            own = ctypes.byref(request)
-            if steps is None:
-                status = self._library.pega_load_after(*arguments, own)
-            else:
-                number = fits("steps", steps, U32)
-                status = self._library.pega_load_in_steps(*arguments, number, own)
-            self._library.check(status)
-        return request.value
+        arguments = (
+            self.id,
+            _small(group),
+            fits("lease", lease, U64),
+            fits("first", first, U32),
+            words.address,
+            words.count,
+            _after(after),
+        )
+        if steps is None:
+            return self._client._submit(self._library.pega_load_after, *arguments)
+        call = self._library.pega_load_in_steps
+        return self._client._submit(call, *arguments, fits("steps", steps, U32))
 
     def save(
         self,
@@ -260,48 +191,29 @@ class Registration:
         names, words = hash_list(hashes), block_list(blocks)
         if names.count != words.count:
             raise ValueError(f"{names.count} hashes for {words.count} blocks")
-        request = ctypes.c_uint64()
-        with self._client._gate as handle:
-            self._library.check(
-                self._library.pega_save_after(
-                    handle,
-                    self.id,
-                    _small(group),
-                    names.address,
-                    words.address,
-                    words.count,
-                    _after(after),
-                    ctypes.byref(request),
-                )
-            )
-        return request.value
+        return self._client._submit(
+            self._library.pega_save_after,
+            self.id,
+            _small(group),
+            names.address,
+            words.address,
+            words.count,
+            _after(after),
+        )
 
     def release(self, lease: int) -> int:
         """Gives a lease back without loading. One that is over completes with that as its status:
         harmless."""
-        request = ctypes.c_uint64()
-        with self._client._gate as handle:
-            self._library.check(
-                self._library.pega_release(
-                    handle, self.id, fits("lease", lease, U64), ctypes.byref(request)
-                )
-            )
-        return request.value
+        return self._client._submit(self._library.pega_release, self.id, fits("lease", lease, U64))
 
     def renew(self, lease: int, *, ttl_ms: int = 0) -> int:
         """Sets a lease's time to live to `ttl_ms` from now; 0 takes the daemon's default."""
-        request = ctypes.c_uint64()
-        with self._client._gate as handle:
-            self._library.check(
-                self._library.pega_renew(
-                    handle,
-                    self.id,
-                    fits("lease", lease, U64),
-                    fits("ttl_ms", ttl_ms, U64),
-                    ctypes.byref(request),
-                )
-            )
-        return request.value
+        return self._client._submit(
+            self._library.pega_renew,
+            self.id,
+            fits("lease", lease, U64),
+            fits("ttl_ms", ttl_ms, U64),
+        )
 
     def __enter__(self) -> Registration:
         return self
