@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod fio;
+mod layouts;
 mod memory;
 mod rig;
 
@@ -81,6 +82,13 @@ pub struct SsdArgs {
     /// thread]
     #[arg(long, value_name = "MS")]
     pub sqpoll_ms: Option<u64>,
+    /// Compare the layouts that a shard could have had instead: a log of segments, as it is, and
+    /// slabs whose slots are reclaimed one by one
+    #[arg(long)]
+    pub layouts: bool,
+    /// A trace as `replay` takes it: what each layout keeps of it, on smaller and smaller drives
+    #[arg(long, value_name = "FILE", requires = "layouts")]
+    pub trace: Option<PathBuf>,
 }
 
 /// One page size in one direction.
@@ -114,6 +122,9 @@ struct Figure {
 /// # Errors
 /// fio is not there, or the file cannot be made.
 pub fn command(args: &SsdArgs, as_json: bool) -> Result<(), ToolError> {
+    if args.layouts {
+        return layouts::command(args, as_json);
+    }
     let fio = fio::version()?;
     let mut rows = Vec::new();
     let (mut engine, mut memory) = ("", String::new());
