@@ -125,8 +125,20 @@ impl World {
         }
     }
 
+    /// Gives up a block and writes it anew, so that segments empty and fill as fast as can be.
+    fn rewrite(&mut self) {
+        let block = self.dice.below(BLOCKS);
+        self.rig.tier.remove(&key(block));
+        self.model.held.remove(&block);
+        self.write_block(block);
+    }
+
     fn write(&mut self) {
         let block = self.dice.below(BLOCKS);
+        self.write_block(block);
+    }
+
+    fn write_block(&mut self, block: u64) {
         let version = self.model.next_version;
         let pages = content(block, version);
         match self.rig.write(&key(block), &pages, &mut self.dice) {
@@ -170,6 +182,11 @@ impl World {
         self.model
             .version_of(block, &found)
             .unwrap_or_else(|| panic!("seed {}: wrong bytes of block {block}", self.seed))
+    }
+
+    fn reclaimed(&self) -> u64 {
+        let stats = self.rig.tier.stats();
+        stats.iter().map(|shard| shard.segments_reclaimed).sum()
     }
 
     /// The blocks that must survive, with their versions.
@@ -237,11 +254,7 @@ fn after_a_power_loss_at_any_moment_what_was_durable_is_there_and_no_byte_is_wro
                 world.step();
             }
             survived += world.durable().len();
-            let stats = world.rig.tier.stats();
-            reclaimed += stats
-                .iter()
-                .map(|shard| shard.segments_reclaimed)
-                .sum::<u64>();
+            reclaimed += world.reclaimed();
             world = world.lose_power();
             done += 1;
         }
@@ -255,6 +268,25 @@ fn after_a_power_loss_at_any_moment_what_was_durable_is_there_and_no_byte_is_wro
         reclaimed > done / 10,
         "the test must see segments used again"
     );
+}
+
+#[test]
+fn no_table_names_pages_of_a_segment_that_is_written_over() {
+    for seed in 0..40 {
+        let mut world = World::new(seed);
+        for _ in 0..LIVES {
+            for _ in 0..20 + world.dice.below(60) {
+                for _ in 0..world.dice.below(12) {
+                    world.rewrite();
+                }
+                world.poll();
+                if world.dice.one_in(8) {
+                    world.rig.pass(Duration::from_millis(400));
+                }
+            }
+            world = world.lose_power();
+        }
+    }
 }
 
 #[test]
