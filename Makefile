@@ -196,11 +196,14 @@ soak: ## kill -9 of clients and daemons at random, SOAK_TRIALS times (hours)
 	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-tests -- --nocapture kill
 	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-shm -- --nocapture kill
 	PEGAFLOW_CYCLES=$(CYCLES) $(CARGO) test --release -p pegaflow-tests -- --nocapture cycles
+	PEGAFLOW_SSD_CRASHES=$(CYCLES) $(CARGO) test --release -p pegaflow-tests -- --nocapture ssd::cr
 
 .PHONY: ssd-crash
-ssd-crash: ## 10,000 simulated power losses and 200 kills of a process that writes SSD shards
+ssd-crash: ## 10,000 simulated power losses, 200 kills of who writes SSD shards, 200 of a daemon
 	PEGAFLOW_SSD_POWER_LOSSES=10000 PEGAFLOW_SSD_KILLS=200 \
 	    $(CARGO) test --release -p pegaflow-ssd -- --nocapture power kill
+	PEGAFLOW_SSD_CRASHES=200 \
+	    $(CARGO) test --release -p pegaflow-tests --test system -- --nocapture ssd::crashes
 
 .PHONY: chaos
 chaos: build ## kill -9 of daemon and engines under load, CHAOS_KILLS=200 times (minutes)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Removes the guards of the design's invariants one by one and demands that a named test fails.
 
-    .ci/mutants.py                  all mutants of tests/mutants/mutants.toml
+    .ci/mutants.py                  all mutants of tests/mutants/*.toml
     .ci/mutants.py --only NAME...   these (names or parts of names)
     .ci/mutants.py --check          no building: texts, tests and docs/verification.md fit the table
     .ci/mutants.py --write-doc      writes the table into docs/verification.md
@@ -23,7 +23,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "tests/mutants/mutants.toml"
+TABLES = ROOT / "tests/mutants"
 DOC = ROOT / "docs/verification.md"
 BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
 FIELDS = {"name", "invariant", "guard", "file", "line", "replacement", "package", "target", "test"}
@@ -38,7 +38,8 @@ class Problem(Exception):
 
 
 def load():
-    mutants = tomllib.loads(TABLE.read_text(encoding="utf-8"))["mutant"]
+    tables = [path.read_text(encoding="utf-8") for path in sorted(TABLES.glob("*.toml"))]
+    mutants = [mutant for table in tables for mutant in tomllib.loads(table)["mutant"]]
     names = set()
     for mutant in mutants:
         name = mutant.get("name", "?")

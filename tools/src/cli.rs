@@ -34,7 +34,7 @@ const AFTER: &str = "\
 Exit status:
   0  done
   1  doctor: a check failed; replay: a loaded byte was wrong or a request failed; ssd: a shard
-     is damaged
+     is damaged or out of order
   2  the command line is wrong
   3  it could not be done (no such node, no daemon, a system call failed): see the message
   128 + N  ended by signal N; own daemons and processes are gone
@@ -157,7 +157,7 @@ fn run(cli: &Cli) -> Result<bool, ToolError> {
             let socket = socket.clone().unwrap_or_else(|| paths::socket_path(node));
             return Ok(doctor(&place, &socket, *json));
         }
-        Command::Ssd(args) => return ssd(args, *json),
+        Command::Ssd(args) => return ssd(args, &place, *json),
         Command::Top(args) => top(args, &place, *json)?,
         Command::Replay(args) => {
             children::clean_up_on_signals();

@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use pegaflow_shm::node::{SsdRow, field_text};
 use pegaflow_ssd::{BadPage, ShardFill, ShardLayout, ShardView, Verified};
 use serde_json::{Value, json};
 
 use crate::error::ToolError;
+use crate::node::{NodePlace, NodeView};
 use crate::output::{age, count, percent, print_json, size, table};
 
 /// Damaged pages that a table shows; JSON has all.
@@ -20,8 +22,9 @@ const STYLE: &str = "{msg} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec},
 /// Flags of `ssd`.
 #[derive(Clone, Debug, Args)]
 pub struct SsdArgs {
-    /// Files of the shards, as the daemon's --ssd names them
-    #[arg(required = true, value_name = "PATH")]
+    /// Files of the shards, as the daemon's --ssd names them [default: those of the daemon of
+    /// --node]
+    #[arg(value_name = "PATH")]
     pub paths: Vec<PathBuf>,
     /// Read every page and compare its checksum; beside a daemon this takes bandwidth from it
     #[arg(long)]
@@ -34,6 +37,13 @@ struct Seen {
     layout: ShardLayout,
     fill: ShardFill,
     verified: Option<Verified>,
+    /// What the daemon that uses it says of it.
+    health: Option<Health>,
+}
+
+struct Health {
+    state: &'static str,
+    reason: String,
 }
 
 impl Seen {
@@ -48,6 +58,13 @@ impl Seen {
                 size(layout.file_bytes),
                 size(layout.expected_bytes)
             ));
+        }
+        if let Some(health) = self
+            .health
+            .as_ref()
+            .filter(|health| !health.reason.is_empty())
+        {
+            problems.push(format!("{}: {}", health.state, health.reason));
         }
         let bad = self
             .verified
@@ -65,11 +82,26 @@ impl Seen {
 ///
 /// # Errors
 /// A file is not a shard, or cannot be read.
-pub fn ssd(args: &SsdArgs, as_json: bool) -> Result<bool, ToolError> {
-    let seen: Vec<Seen> = args
-        .paths
+pub fn ssd(args: &SsdArgs, place: &NodePlace, as_json: bool) -> Result<bool, ToolError> {
+    // Named shards can be looked at without any daemon.
+    let rows = match NodeView::open(place) {
+        Ok(view) => view.reader.ssds(),
+        Err(error) if args.paths.is_empty() => return Err(error),
+        Err(_) => Vec::new(),
+    };
+    let mut paths = args.paths.clone();
+    if paths.is_empty() {
+        paths.extend(rows.iter().map(|row| PathBuf::from(field_text(&row.path))));
+    }
+    if paths.is_empty() {
+        return Err(ToolError::Plan(format!(
+            "the daemon of node {} has no SSD tier: name the files of shards",
+            place.node
+        )));
+    }
+    let seen: Vec<Seen> = paths
         .iter()
-        .map(|path| look(path, args.verify))
+        .map(|path| look(path, &rows, args.verify))
         .collect::<Result<_, _>>()?;
     let fine = seen.iter().all(|shard| shard.problems().is_empty());
     if as_json {
@@ -85,7 +117,10 @@ pub fn ssd(args: &SsdArgs, as_json: bool) -> Result<bool, ToolError> {
         }
         let problems = shard.problems();
         let words = if problems.is_empty() {
-            "fine".to_owned()
+            match &shard.health {
+                Some(health) => format!("fine, {} for the daemon", health.state),
+                None => "fine".to_owned(),
+            }
         } else {
             problems.join("; ")
         };
@@ -94,7 +129,7 @@ pub fn ssd(args: &SsdArgs, as_json: bool) -> Result<bool, ToolError> {
     Ok(fine)
 }
 
-fn look(path: &Path, verify: bool) -> Result<Seen, ToolError> {
+fn look(path: &Path, rows: &[SsdRow], verify: bool) -> Result<Seen, ToolError> {
     let view = ShardView::open(path)?;
     let failed = || ToolError::io(path.display().to_string());
     let fill = view.fill().map_err(failed())?;
@@ -103,8 +138,18 @@ fn look(path: &Path, verify: bool) -> Result<Seen, ToolError> {
     } else {
         None
     };
+    // Of a daemon that died, the node file is the last state: nobody uses the shard then.
+    let used = view.layout().used_by.is_some();
+    let row = rows
+        .iter()
+        .find(|row| used && Path::new(&field_text(&row.path)) == path);
+    let health = row.map(|row| Health {
+        state: row.state_text(),
+        reason: field_text(&row.reason),
+    });
     Ok(Seen {
         path: path.to_owned(),
+        health,
         layout: view.layout(),
         fill,
         verified,
@@ -166,6 +211,9 @@ fn to_json(shard: &Seen) -> Value {
         "bad_chunks": fill.bad_chunks,
         "generation": fill.generation,
         "verified": verified,
+        "health": shard.health.as_ref().map(|health| json!({
+            "state": health.state, "reason": health.reason,
+        })),
         "problems": shard.problems(),
     })
 }
@@ -295,6 +343,14 @@ mod tests {
         assert!(tier.close(Duration::from_secs(60)));
     }
 
+    /// A place without any daemon.
+    fn nowhere(folder: &Path) -> NodePlace {
+        NodePlace {
+            node: "nobody".to_owned(),
+            shm_dir: folder.to_owned(),
+        }
+    }
+
     #[test]
     fn a_shard_is_described_and_every_damaged_page_is_named() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -304,9 +360,9 @@ mod tests {
             paths: vec![path.clone()],
             verify: true,
         };
-        assert!(ssd(&args, true).expect("reads"));
-        assert!(ssd(&args, false).expect("reads"));
-        let seen = look(&path, true).expect("reads");
+        assert!(ssd(&args, &nowhere(folder.path()), true).expect("reads"));
+        assert!(ssd(&args, &nowhere(folder.path()), false).expect("reads"));
+        let seen = look(&path, &[], true).expect("reads");
         assert_eq!((seen.fill.blocks, seen.fill.page_bytes), (10, 40_960));
         let json = to_json(&seen);
         assert_eq!(json["verified"]["good_pages"], 10);
@@ -320,8 +376,11 @@ mod tests {
             .expect("there");
         file[at * 4096] ^= 1;
         std::fs::write(&path, file).expect("written");
-        assert!(!ssd(&args, true).expect("reads"), "the exit status says so");
-        let seen = look(&path, true).expect("reads");
+        assert!(
+            !ssd(&args, &nowhere(folder.path()), true).expect("reads"),
+            "the exit status says so"
+        );
+        let seen = look(&path, &[], true).expect("reads");
         assert_eq!(seen.problems(), ["1 damaged pages"]);
         assert!(bad_pages(&seen).is_some());
         assert_eq!(
@@ -339,7 +398,9 @@ mod tests {
             paths: vec![path],
             verify: false,
         };
-        let error = ssd(&args, true).expect_err("it is no shard").to_string();
+        let error = ssd(&args, &nowhere(folder.path()), true)
+            .expect_err("it is no shard")
+            .to_string();
         assert!(
             error.contains("notes") && error.contains("not an SSD shard"),
             "{error}"

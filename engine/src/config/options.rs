@@ -184,6 +184,9 @@ options! {
     ssd_write_limit: Option<u64>, Rate, Single, None, "",
         "ssd-write-limit", "PEGAFLOW_SSD_WRITE_LIMIT", "RATE",
         "Most bytes a second written to the SSD tier, with or without a unit (500MB), or off";
+    ssd_save_wait: Option<Duration>, MaybeSpan, Single, None, "",
+        "ssd-save-wait", "PEGAFLOW_SSD_SAVE_WAIT", "TIME",
+        "How long the answer to a save may wait for the SSD tier to write what later saves would evict, such as 1s; or off: what was not written in time is lost below";
     ssd_io: SsdIo, Choice<SsdIo>, Single, SsdIo::Auto, "",
         "ssd-io", "PEGAFLOW_SSD_IO", "ENGINE",
         "How bytes get to the drives: uring (io_uring), threads (pread and pwrite), or auto, io_uring where the system allows it; the log says which";

@@ -141,6 +141,7 @@ impl Config {
             admit: self.ssd_admit,
             max_prefetch: self.max_prefetch,
             patience: self.prefetch_timeout,
+            save_wait: self.ssd_save_wait,
         })
     }
 
@@ -216,6 +217,12 @@ pub(super) fn check_ssd(config: &Config, problems: &mut Problems) {
     ] {
         let (low, high) = (Duration::from_millis(10), Duration::from_secs(600));
         problems.range(option, value, low, high, "give 10ms to 10m");
+    }
+    if config
+        .ssd_save_wait
+        .is_some_and(|wait| !(Duration::from_millis(1)..=Duration::from_secs(60)).contains(&wait))
+    {
+        problems.add("ssd-save-wait", "give off, or 1ms to 1m".into());
     }
     if config
         .ssd_sqpoll

@@ -79,8 +79,30 @@ impl<M: Machine> Lane<M> {
             tally: &mut self.tally,
         };
         let any = tier.take_done(&mut self.cache, &mut moment);
-        tier.pump(&mut self.cache, &mut moment);
-        self.resume_waiters() || any
+        let more = tier.pump(&mut self.cache, &mut moment);
+        let answered = self.answer_saves(now);
+        self.resume_waiters() || any || more || answered
+    }
+
+    /// Answers saves that the tier held back.
+    fn answer_saves(&mut self, now: Instant) -> bool {
+        let mut any = false;
+        while let Some(tier) = self.tier.as_mut()
+            && let Some((session, request_id)) = tier.next_save(&self.cache, now)
+        {
+            any = true;
+            self.with_session(session, |lane, session| {
+                match session.requests.remove(&request_id) {
+                    Some(Request::Save(save)) => lane.finish_save(session, *save),
+                    Some(other) => {
+                        session.requests.insert(request_id, other);
+                        Ok(())
+                    }
+                    None => Ok(()),
+                }
+            });
+        }
+        any
     }
 
     /// Answers queries whose blocks are in, or whose time has passed.
@@ -508,11 +530,14 @@ impl<M: Machine> Lane<M> {
         }
     }
 
-    /// Has every query that waits take what is there.
+    /// Has every query that waits take what is there, and answers every save that is over.
     pub(super) fn end_waits(&mut self) {
+        let now = self.clock.now();
         if let Some(tier) = self.tier.as_mut() {
             tier.end_waits();
+            tier.end_saves(now);
         }
+        self.answer_saves(now);
         self.resume_waiters();
     }
 

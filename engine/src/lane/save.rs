@@ -11,6 +11,7 @@ use pegaflow_shm::payload;
 use pegaflow_shm::status::Status;
 
 use crate::cache::store::{Offer, ShardScope};
+use crate::clock::Clock;
 use crate::copy::{BoundLayout, PageCopy};
 use crate::device::AfterEvent;
 use crate::lane::machine::Machine;
@@ -89,7 +90,7 @@ impl<M: Machine> Lane<M> {
             Err(fault) => Err(fault),
         };
         if outcome.is_ok() && save.list.listed && save.copies.running == 0 {
-            return self.finish_save(session, *save);
+            return self.end_save(session, save);
         }
         session
             .requests
@@ -246,13 +247,34 @@ impl<M: Machine> Lane<M> {
         save.copies.failed_pages += failed as u32;
         save.copies.bytes += bytes;
         if save.list.listed && save.copies.running == 0 {
-            return self.finish_save(session, *save);
+            return self.end_save(session, save);
         }
         session.requests.insert(request_id, Request::Save(save));
         Ok(())
     }
 
-    fn finish_save(
+    /// Answers a save that is over, now or when the tier lets it.
+    fn end_save(
+        &mut self,
+        session: &mut LaneSession,
+        save: Box<SaveRequest>,
+    ) -> Result<(), SessionFault> {
+        let may_wait = save.copies.pages > 0
+            && save.list.failed.is_none()
+            && !save.copies.is_cancelled()
+            && self.draining.is_none();
+        let request_id = save.list.head.request_id;
+        let now = self.clock.now();
+        if let (true, Some(tier)) = (may_wait, self.tier.as_mut())
+            && tier.hold_save(session.id, request_id, now)
+        {
+            session.requests.insert(request_id, Request::Save(save));
+            return Ok(());
+        }
+        self.finish_save(session, *save)
+    }
+
+    pub(super) fn finish_save(
         &mut self,
         session: &mut LaneSession,
         save: SaveRequest,

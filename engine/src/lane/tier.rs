@@ -1,13 +1,14 @@
 //! The tier below the pool, as the lane uses it: blocks written before they are evicted, and
 //! blocks fetched for queries.
 //!
-//! Nothing here waits for a drive. A save never waits for a block to be written: the blocks that
-//! the policy will evict next are written ahead of time, and what was not written when its page is
-//! wanted is evicted all the same, and counted.
+//! Nothing here waits for a drive. A save does not wait for a block to be written, unless an
+//! operator asks for it ([`hold`]): the blocks that the policy will evict next are written ahead of
+//! time, and what was not written when its page is wanted is evicted all the same, and counted.
 
 #![forbid(unsafe_code)]
 
 mod down;
+mod hold;
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -24,12 +25,16 @@ use crate::copy::Sampler;
 use crate::lane::api::SessionId;
 use crate::lane::prefetch::{PieceState, PrefetchId, Prefetches, Waiter};
 use crate::lane::tally::Tally;
-use crate::tier::{BlockStore, PageSpan, Refused, StoreDone, StoreKey, StoreOutcome, TierOptions};
+use crate::tier::{
+    BlockStore, PageSpan, Refused, StoreDone, StoreKey, StoreOutcome, TierOptions, ToldHealth,
+};
 
 /// Part of the pool that is kept free or on the tier, so that a burst of saves finds room.
 const AHEAD_SHARE: u64 = 2;
 /// Parts of that which must have been used up before the next look ahead.
 const LOOKS: u64 = 16;
+/// Part of what a look ahead passes of which it asks whether the tier has it still.
+const CHECKED_SHARE: u64 = 16;
 /// Blocks that one look ahead passes, at most: a fraction of a millisecond.
 const LOOK_BLOCKS: u64 = 4096;
 /// Of how many blocks that queries find in the pool one counts as used on the tier.
@@ -40,6 +45,10 @@ const WRITING_SHARE: u64 = 4;
 const FETCHED_SHARE: u64 = 2;
 /// Blocks to be written as soon as the tier takes them; beyond, they wait for the look ahead.
 const MAX_TO_WRITE: usize = 64 * 1024;
+/// Requests to the tier that one turn of the lane takes in, and that it begins, each way, at most:
+/// a few microseconds, after which the lane looks at the rings again.
+const TURN_ENDS: usize = 16;
+const TURN_BEGINS: usize = 16;
 /// How long blocks are spared for a tier that has finished no write: longer than a drive takes to
 /// make a batch durable, shorter than anybody would notice a cache out of order.
 const SPARING: Duration = Duration::from_millis(500);
@@ -119,6 +128,9 @@ pub(super) struct LaneTier {
     /// Bytes that prefetches had brought in and hold.
     fetched_bytes: u64,
     to_write: VecDeque<ToWrite>,
+    held_saves: VecDeque<hold::HeldSave>,
+    /// What the log knows of the shards.
+    pub told_health: ToldHealth,
     /// When the tier took or finished a write last, and whether it takes any.
     wrote: Option<Instant>,
     looked_at: Option<u64>,
@@ -159,6 +171,8 @@ impl LaneTier {
             write_bytes: 0,
             fetched_bytes: 0,
             to_write: VecDeque::new(),
+            held_saves: VecDeque::new(),
+            told_health: ToldHealth::default(),
             wrote: None,
             looked_at: None,
             told_unfit: false,
@@ -234,12 +248,13 @@ impl LaneTier {
         }
     }
 
-    /// Takes what has ended in; true when there was something.
+    /// Takes some of what has ended in; true when there was something.
     pub(super) fn take_done(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) -> bool {
         let mut done = std::mem::take(&mut self.done);
         self.store.poll(moment.now, &mut done);
         let any = !done.is_empty();
-        for ended in done.drain(..) {
+        let some = done.len().min(TURN_ENDS);
+        for ended in done.drain(..some) {
             self.ended(cache, moment, ended);
         }
         self.done = done;
@@ -254,15 +269,21 @@ impl LaneTier {
         !self.done.is_empty()
     }
 
-    /// Begins what can begin.
-    pub(super) fn pump(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) {
+    /// Begins some of what can begin; true when there is more.
+    pub(super) fn pump(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) -> bool {
+        let mut more = false;
         if self.blocked.is_none_or(|until| moment.now >= until) {
             self.blocked = None;
-            self.begin_fetches(cache, moment);
+            more |= self.begin_fetches(cache, moment);
         }
-        self.begin_writes(cache, moment.now);
-        let moves = |at: Instant| moment.now.duration_since(at) < SPARING;
+        more |= self.begin_writes(cache, moment.now);
+        let sparing = self
+            .options
+            .save_wait
+            .map_or(SPARING, |wait| wait.max(SPARING));
+        let moves = |at: Instant| moment.now.duration_since(at) < sparing;
         cache.spare_unwritten(self.wrote.is_some_and(moves));
+        more
     }
 
     fn put(&mut self, moving: Moving) -> usize {
@@ -421,12 +442,17 @@ impl LaneTier {
         self.has_room()
     }
 
-    /// Fetches in turn, a block for each prefetch, as far as the options allow.
-    fn begin_fetches(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) {
-        let mut later = 0;
+    /// Fetches in turn, a block for each prefetch, as far as the options allow; true when there is
+    /// more for the lane's next turn.
+    fn begin_fetches(&mut self, cache: &mut Cache, moment: &mut Moment<'_>) -> bool {
+        let (mut later, mut begun) = (0, 0);
         while self.prefetches.turns() > 0 && self.finds_room(moment.now) {
+            if begun == TURN_BEGINS {
+                return true;
+            }
+            begun += 1;
             let Some(id) = self.prefetches.next_turn() else {
-                return;
+                return false;
             };
             match self.turn(cache, moment, id) {
                 Turn::Again => {
@@ -440,11 +466,12 @@ impl LaneTier {
                     later += 1;
                     if later >= self.prefetches.turns().min(MOST_LATER) {
                         self.blocked = Some(moment.now + RETRY);
-                        return;
+                        return false;
                     }
                 }
             }
         }
+        false
     }
 
     fn turn(&mut self, cache: &mut Cache, moment: &mut Moment<'_>, id: PrefetchId) -> Turn {
@@ -625,10 +652,17 @@ impl LaneTier {
             (until, _) => until,
         };
         let turn = turn.filter(|_| self.prefetches.turns() > 0);
-        [prefetches, turn, self.put_off, self.store.next_deadline()]
-            .into_iter()
-            .flatten()
-            .min()
+        let saves = self.save_deadline();
+        [
+            prefetches,
+            turn,
+            saves,
+            self.put_off,
+            self.store.next_deadline(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 }
 

@@ -164,14 +164,16 @@ impl<M: Machine> Lane<M> {
         node.set(Gauge::InstancesReady, ready as u64);
         node.set(Gauge::CopyTasks, self.tasks.len() as u64);
         node.set(Gauge::CopyTasksStuck, self.stuck_tasks());
-        if let Some(tier) = &self.tier {
+        if let Some(tier) = &mut self.tier {
             let (down, up) = tier.under_way();
             node.set(Gauge::SsdWriting, u64::from(down));
             node.set(Gauge::SsdReading, u64::from(up));
             node.set(Gauge::Prefetches, tier.prefetches.len() as u64);
             if now.duration_since(self.clocks.shards) >= PUBLISH_TICK {
                 self.clocks.shards = now;
-                for (position, shard) in tier.store.shards().iter().enumerate() {
+                let shards = tier.store.shards();
+                tier.told_health.tell(&shards);
+                for (position, shard) in shards.iter().enumerate() {
                     node.write_ssd(position, &ssd_row(shard));
                 }
             }

@@ -6,6 +6,7 @@
 //! | [`options`] | when blocks are written, and how far reading ahead may go |
 //! | [`ssd`] | blocks on drives |
 //! | `row` | a shard in the node file |
+//! | `told` | changes of shards' health in the log |
 //! | `memory` | a store in memory that tests steer |
 
 #[cfg(test)]
@@ -14,7 +15,9 @@ pub mod options;
 mod row;
 pub mod ssd;
 pub mod store;
+mod told;
 
 pub use options::{AdmitWhen, TierOptions};
 pub use row::ssd_row;
 pub use store::{BlockStore, PageSpan, Refused, StoreDone, StoreKey, StoreOutcome};
+pub use told::ToldHealth;

@@ -36,6 +36,8 @@ pub struct TierOptions {
     pub max_prefetch: u32,
     /// How long a query waits for a block on its way up before it goes without.
     pub patience: Duration,
+    /// How long the answer to a save waits for a tier that is behind; `None` for not at all.
+    pub save_wait: Option<Duration>,
 }
 
 impl Default for TierOptions {
@@ -44,6 +46,7 @@ impl Default for TierOptions {
             admit: AdmitWhen::default(),
             max_prefetch: 256,
             patience: Duration::from_secs(5),
+            save_wait: None,
         }
     }
 }

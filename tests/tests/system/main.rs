@@ -26,6 +26,7 @@ mod restart;
 mod saves;
 mod shutdown;
 mod ssd;
+mod ssd_faults;
 mod startup;
 mod upgrade;
 mod users;

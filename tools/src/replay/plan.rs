@@ -102,6 +102,11 @@ pub struct ReplayArgs {
     /// Which blocks the SSD tier is given: evict, seal or hits:N [default: the daemon's]
     #[arg(long, value_name = "WHEN", requires = "ssd")]
     pub ssd_admit: Option<String>,
+    /// How long the answer to a save waits for the SSD tier, or off. A replay saves faster than any
+    /// engine: without this its figures are those of a tier that loses what the drives are too slow
+    /// for
+    #[arg(long, value_name = "TIME", default_value = "2s")]
+    pub ssd_save_wait: String,
     /// Copy threads of the daemon [default: the daemon's]
     #[arg(long, value_name = "N")]
     pub copy_threads: Option<NonZero<u32>>,
@@ -222,6 +227,10 @@ impl Plan {
         }
         if let Some(when) = &args.ssd_admit {
             let further = ["--ssd-admit".to_owned(), when.clone()];
+            daemon.further.extend(further);
+        }
+        if !args.ssd.is_empty() {
+            let further = ["--ssd-save-wait".to_owned(), args.ssd_save_wait.clone()];
             daemon.further.extend(further);
         }
         let fresh = || {

@@ -3,6 +3,7 @@
 mod cancel;
 mod checksums;
 mod hot;
+mod waits;
 
 use std::time::{Duration, Instant};
 

@@ -6,9 +6,10 @@ use std::time::Instant;
 
 use pegaflow_shm::index::EntryId;
 
+use super::hold::mean_block_bytes;
 use super::{
-    AHEAD_SHARE, Attempt, LOOK_BLOCKS, LOOKS, LaneTier, MAX_TO_WRITE, Moving, RETRY, TOUCH_SHARE,
-    ToWrite, WRITING_SHARE,
+    AHEAD_SHARE, Attempt, CHECKED_SHARE, LOOK_BLOCKS, LOOKS, LaneTier, MAX_TO_WRITE, Moving, RETRY,
+    TOUCH_SHARE, TURN_BEGINS, ToWrite, WRITING_SHARE,
 };
 use crate::cache::Cache;
 use crate::cache::block::Block;
@@ -66,15 +67,20 @@ impl LaneTier {
         }
     }
 
-    pub(super) fn begin_writes(&mut self, cache: &mut Cache, now: Instant) {
+    /// Writes in the order in which blocks were listed; true when there is more for the lane's next
+    /// turn.
+    pub(super) fn begin_writes(&mut self, cache: &mut Cache, now: Instant) -> bool {
         if self.put_off.is_some_and(|until| now < until) {
-            return;
+            return false;
         }
         self.put_off = None;
         if self.to_write.is_empty() && self.look_is_due(cache) {
             self.look_ahead(cache);
         }
-        while let Some(next) = self.to_write.front() {
+        for _ in 0..TURN_BEGINS {
+            let Some(next) = self.to_write.front() else {
+                return false;
+            };
             let (domain, entry) = (next.domain, next.entry);
             let block = cache.domain_ref(domain).block(entry);
             let current = block.generation == next.generation
@@ -89,7 +95,7 @@ impl LaneTier {
                 Attempt::Settled => drop(self.to_write.pop_front()),
                 Attempt::Later => {
                     self.put_off = Some(now + RETRY);
-                    return;
+                    return false;
                 }
                 Attempt::Hopeless => {
                     self.wrote = None;
@@ -97,6 +103,7 @@ impl LaneTier {
                 }
             }
         }
+        !self.to_write.is_empty()
     }
 
     /// So much of the pool has been used up since the last look that there may be more to write.
@@ -108,15 +115,10 @@ impl LaneTier {
         if used == 0 {
             return false;
         }
-        let pool = cache.pool();
-        let sealed = cache
-            .domains()
-            .iter()
-            .map(|d| u64::from(d.index.writer.sealed_len()));
-        let taken = pool.pool_bytes() - pool.free_bytes();
-        let block_bytes = taken / sealed.sum::<u64>().max(1);
-        let step = pool.pool_bytes() / AHEAD_SHARE / LOOKS;
-        used >= step.min(LOOK_BLOCKS / LOOKS * block_bytes).max(1)
+        let step = cache.pool().pool_bytes() / AHEAD_SHARE / LOOKS;
+        used >= step
+            .min(LOOK_BLOCKS / LOOKS * mean_block_bytes(cache))
+            .max(1)
     }
 
     /// Lists the blocks that will be evicted next and are not on the tier yet.
@@ -141,7 +143,9 @@ impl LaneTier {
                         let key = seen.store_key(domain, entry);
                         key.is_some_and(|key| store.holds(&key))
                     };
-                    if block.stored && !is_there() {
+                    // What leaves before the next look must be there; of the others there will be
+                    // other looks.
+                    if block.stored && ready < wanted / CHECKED_SHARE && !is_there() {
                         gone.push((domain, entry));
                     }
                     if !block.stored || gone.last() == Some(&(domain, entry)) {

@@ -5,6 +5,7 @@
 //! One commit runs at a time; the openers of empty segments ride along. It writes no more than
 //! [`CHUNKS_MAX`] chunks: records beyond are left to the next one, their pages are durable already.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::table::Plan;
@@ -16,6 +17,9 @@ use crate::stats::ShardFault;
 /// The most chunks and openers under way: with a sync fewer than the port takes.
 const CHUNKS_MAX: usize = 128;
 const _: () = assert!(CHUNKS_MAX < OWN_COMMANDS);
+/// So many of them are made at a time: some ten microseconds, in between of which the shard's owner
+/// does what else it has to do.
+const CHUNKS_AT_A_TIME: usize = 8;
 
 /// A page whose record is not durable.
 #[derive(Clone, Copy, Debug)]
@@ -51,10 +55,13 @@ pub(super) struct Commit {
     /// Covered by the sync under way.
     covered: Vec<Unsettled>,
     /// Their pages are durable, their records are not.
-    synced: Vec<Unsettled>,
+    /// In the order of their segments.
+    synced: VecDeque<Unsettled>,
     /// Their records are in chunks under way.
     recorded: Vec<Unsettled>,
     plans: Vec<(u32, Plan)>,
+    /// Chunks and openers of this commit.
+    chunks: usize,
     openers: Vec<u32>,
 }
 
@@ -70,9 +77,10 @@ impl Commit {
             pending_bytes: 0,
             since: None,
             covered: Vec::new(),
-            synced: Vec::new(),
+            synced: VecDeque::new(),
             recorded: Vec::new(),
             plans: Vec::new(),
+            chunks: 0,
             openers: Vec::new(),
         }
     }
@@ -104,6 +112,19 @@ impl Commit {
         self.phase == Phase::Idle && self.pending.is_empty() && self.synced.is_empty()
     }
 
+    /// These pages are durable.
+    fn add_synced(&mut self, pages: Vec<Unsettled>) {
+        if self.synced.is_empty() {
+            self.synced = pages.into();
+        } else {
+            self.synced.extend(pages);
+        }
+        let pages = self.synced.make_contiguous();
+        if !pages.is_sorted_by_key(|page| page.segment) {
+            pages.sort_by_key(|page| page.segment);
+        }
+    }
+
     fn take_due(&mut self, now: Instant) -> bool {
         if !self.is_due(now) {
             return false;
@@ -133,7 +154,12 @@ impl Shard {
         if self.health.refuses_writes(now).is_none() {
             self.reclaim();
         }
+        let goes_on = matches!(self.commit.phase, Phase::Writing(_)) && !self.commit.failed;
+        if goes_on && !self.health.refuses_tables(now) {
+            self.write_tables(now);
+        }
         while self.commit.phase == Phase::Idle && !self.health.refuses_tables(now) {
+            self.commit.chunks = 0;
             if self.write_tables(now) > 0 {
                 return;
             }
@@ -159,40 +185,26 @@ impl Shard {
         }
     }
 
-    /// Writes the chunks of records whose pages are durable, and openers. Says how many.
+    /// Writes some chunks of records whose pages are durable, and openers. Says how many.
     fn write_tables(&mut self, now: Instant) -> usize {
         let mut count = 0;
-        let mut synced = std::mem::take(&mut self.commit.synced);
-        // Blocks that have left meanwhile need no record.
-        synced.retain(|page| {
-            let wanted = self.is_current(page.block, page.write_id);
-            if !wanted {
-                self.segments.settle(page.segment);
+        let most = CHUNKS_AT_A_TIME.min(CHUNKS_MAX - self.commit.chunks);
+        while count < most {
+            let Some(segment) = self.commit.synced.front().map(|page| page.segment) else {
+                break;
+            };
+            let records = self.records_to_write(segment, most - count);
+            if records.is_empty() {
+                continue;
             }
-            wanted
-        });
-        synced.sort_by_key(|page| page.segment);
-        let mut taken = 0;
-        while taken < synced.len() && count < CHUNKS_MAX {
-            let segment = synced[taken].segment;
-            let table = self.segments.table(segment);
-            let records: Vec<Record> = synced[taken..]
-                .iter()
-                .take_while(|page| page.segment == segment)
-                .take(table.room_in(CHUNKS_MAX - count))
-                .map(|page| page.record)
-                .collect();
-            let plan = table.plan(&records);
-            taken += records.len();
+            let plan = self.segments.table(segment).plan(&records);
             for (slot, records) in &plan.chunks {
                 self.write_chunk(now, Under::Chunk, segment, *slot, records.clone());
                 count += 1;
             }
             self.commit.plans.push((segment, plan));
         }
-        self.commit.synced = synced.split_off(taken);
-        self.commit.recorded = synced;
-        while count < CHUNKS_MAX {
+        while count < most {
             let Some((segment, _)) = self.segments.next_opener() else {
                 break;
             };
@@ -200,9 +212,34 @@ impl Shard {
             count += 1;
         }
         if count > 0 {
-            self.commit.phase = Phase::Writing(count);
+            self.commit.chunks += count;
+            self.commit.phase = match self.commit.phase {
+                Phase::Writing(left) => Phase::Writing(left + count),
+                _ => Phase::Writing(count),
+            };
         }
         count
+    }
+
+    /// The records of a segment that come next, for so many chunks at most.
+    fn records_to_write(&mut self, segment: u32, chunks: usize) -> Vec<Record> {
+        let most = self.segments.table(segment).room_in(chunks);
+        let mut records = Vec::with_capacity(most);
+        while records.len() < most
+            && let Some(page) = self
+                .commit
+                .synced
+                .pop_front_if(|page| page.segment == segment)
+        {
+            if self.is_current(page.block, page.write_id) {
+                records.push(page.record);
+                self.commit.recorded.push(page);
+            } else {
+                // Its block has left meanwhile and needs no record.
+                self.segments.settle(segment);
+            }
+        }
+        records
     }
 
     fn write_chunk(
@@ -264,6 +301,9 @@ impl Shard {
             self.commit_failed();
             return;
         }
+        if self.write_tables(now) > 0 {
+            return;
+        }
         let _ = self.commit.take_due(now);
         self.sync(now);
     }
@@ -285,7 +325,7 @@ impl Shard {
                 .drain(..)
                 .chain(self.commit.covered.drain(..))
                 .collect();
-            self.commit.plans.clear();
+            self.abandon_plans();
             self.lose(lost);
             for segment in std::mem::take(&mut self.commit.openers) {
                 self.segments.opener_failed(segment);
@@ -305,7 +345,14 @@ impl Shard {
         for segment in std::mem::take(&mut self.commit.openers) {
             self.segments.opened(segment);
         }
-        self.commit.synced.append(&mut self.commit.covered);
+        let covered = std::mem::take(&mut self.commit.covered);
+        self.commit.add_synced(covered);
+    }
+
+    fn abandon_plans(&mut self) {
+        for (segment, _) in self.commit.plans.drain(..) {
+            self.segments.table(segment).abandon();
+        }
     }
 
     fn page_is_durable(&mut self, page: &Unsettled) {
@@ -324,8 +371,9 @@ impl Shard {
     fn commit_failed(&mut self) {
         self.commit.failed = false;
         self.commit.phase = Phase::Idle;
-        self.commit.plans.clear();
-        self.commit.synced.append(&mut self.commit.recorded);
+        self.abandon_plans();
+        let recorded = std::mem::take(&mut self.commit.recorded);
+        self.commit.add_synced(recorded);
         for segment in std::mem::take(&mut self.commit.openers) {
             self.segments.opener_failed(segment);
         }

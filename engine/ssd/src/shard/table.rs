@@ -15,6 +15,8 @@ pub(crate) struct TableWriter {
     full: Vec<bool>,
     /// The durable chunk that is not full.
     tail: Option<Tail>,
+    /// Slots of the commit under way; the tail's records are in the first of them.
+    begun: Vec<u32>,
 }
 
 #[derive(Debug)]
@@ -39,32 +41,49 @@ impl TableWriter {
                 slot: 0,
                 records: Vec::new(),
             }),
+            begun: Vec::new(),
+        }
+    }
+
+    /// Records that the next plan writes again.
+    fn kept(&self) -> &[Record] {
+        match &self.tail {
+            Some(tail) if self.begun.is_empty() => &tail.records,
+            _ => &[],
         }
     }
 
     /// How many more records fit that many chunks.
     pub fn room_in(&self, chunks: usize) -> usize {
-        let kept = self.tail.as_ref().map_or(0, |tail| tail.records.len());
-        (chunks * RECORDS_PER_CHUNK).saturating_sub(kept)
+        (chunks * RECORDS_PER_CHUNK).saturating_sub(self.kept().len())
     }
 
-    /// Chooses chunks for `records` more records.
-    pub fn plan(&self, records: &[Record]) -> Plan {
-        let kept = self.tail.as_ref().map_or(&[][..], |tail| &tail.records);
-        let all: Vec<Record> = kept.iter().chain(records).copied().collect();
+    /// Chooses chunks for `records` more records. A commit may do so several times if all plans but
+    /// the last fill their chunks ([`Self::room_in`]).
+    pub fn plan(&mut self, records: &[Record]) -> Plan {
+        let all: Vec<Record> = self.kept().iter().chain(records).copied().collect();
         let tail_slot = self.tail.as_ref().map(|tail| tail.slot);
         let mut slots = (0..).filter(|&slot| {
-            Some(slot) != tail_slot && !self.full.get(slot as usize).copied().unwrap_or(false)
+            Some(slot) != tail_slot
+                && !self.full.get(slot as usize).copied().unwrap_or(false)
+                && !self.begun.contains(&slot)
         });
-        let chunks = all
+        let chunks: Vec<(u32, Vec<Record>)> = all
             .chunks(RECORDS_PER_CHUNK)
             .map(|records| (slots.next().unwrap_or(u32::MAX), records.to_vec()))
             .collect();
+        self.begun.extend(chunks.iter().map(|&(slot, _)| slot));
         Plan { chunks }
+    }
+
+    /// The commit under way has failed: its slots are free again.
+    pub fn abandon(&mut self) {
+        self.begun.clear();
     }
 
     /// Takes in that the chunks of a plan are durable.
     pub fn apply(&mut self, plan: Plan) {
+        self.begun.clear();
         self.tail = None;
         for (slot, records) in plan.chunks {
             if records.len() < RECORDS_PER_CHUNK {

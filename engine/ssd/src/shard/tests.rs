@@ -31,6 +31,8 @@ struct Drive {
     fails_syncs: bool,
     /// Chunks that were written: offset and content.
     chunks: Vec<(u64, Box<[u8]>)>,
+    /// How many there were at each sync.
+    synced: Vec<usize>,
 }
 
 #[derive(Clone, Default)]
@@ -55,6 +57,10 @@ impl Port for Handle {
         let ends = |command: &Command| !(holds && matches!(command.op, Op::Sync));
         let at = drive.under_way.iter().position(ends)?;
         let command = drive.under_way.remove(at)?;
+        if matches!(command.op, Op::Sync) {
+            let chunks = drive.chunks.len();
+            drive.synced.push(chunks);
+        }
         let result = match command.op {
             Op::Sync if drive.fails_syncs => Err(ShardFault::Io(libc::EIO)),
             _ => Ok(Moved::Fine { checksum: 7 }),
@@ -96,9 +102,17 @@ fn shard(drive: &Handle, segments: u32, now: Instant) -> (Shard, Geometry) {
 }
 
 fn shard_over(port: Box<dyn Port>, segments: u32, now: Instant) -> (Shard, Geometry) {
+    shard_of(port, (segments, Geometry::MIN_SEGMENT_BYTES), now)
+}
+
+fn shard_of(
+    port: Box<dyn Port>,
+    (segments, segment_bytes): (u32, u32),
+    now: Instant,
+) -> (Shard, Geometry) {
     let geometry = Geometry {
         segments,
-        ..Geometry::for_file(0, Geometry::MIN_SEGMENT_BYTES)
+        ..Geometry::for_file(1 << 32, segment_bytes)
     };
     let options = Options::new("test", Vec::new());
     let parts = Parts {
@@ -167,6 +181,69 @@ fn a_commit_of_any_number_of_pages_keeps_to_the_commands_that_were_agreed() {
     assert_eq!(recorded.len() as u64, blocks);
     assert_eq!(segments.len(), 600);
     assert!(drive.chunks.iter().all(|(_, c)| c.len() == CHUNK_BYTES));
+}
+
+#[test]
+fn a_table_that_is_written_in_several_turns_names_every_page_once_and_spares_what_counts() {
+    let (drive, now) = (Handle::default(), Instant::now());
+    let segment_bytes = 64 << 20;
+    let (mut shard, geometry) = shard_of(Box::new(drive.clone()), (4, segment_bytes), now);
+    let settle = |shard: &mut Shard| {
+        while !shard.is_clean() || shard.is_busy() {
+            shard.flush(now);
+            shard.poll(now);
+        }
+    };
+    let mut written = 0u64;
+    // More than one turn's chunks, and some that end in the middle of a chunk.
+    for pages in [30, 450, 3, 420] {
+        drive.drive().holds_syncs = true;
+        for _ in 0..pages {
+            write(&mut shard, now, written);
+            written += 1;
+            if written.is_multiple_of(64) {
+                shard.poll(now);
+            }
+        }
+        drive.drive().holds_syncs = false;
+        settle(&mut shard);
+    }
+    let state = drive.drive();
+    let (mut before, mut counts, mut most) = (0, None, 0);
+    for end in &state.synced {
+        let commit = &state.chunks[std::mem::replace(&mut before, *end)..*end];
+        let Some((last, _)) = commit.last() else {
+            continue;
+        };
+        let offsets: HashSet<u64> = commit.iter().map(|(offset, _)| *offset).collect();
+        assert_eq!(offsets.len(), commit.len(), "written over in its commit");
+        assert!(
+            counts.is_none_or(|counts| !offsets.contains(&counts)),
+            "the chunk that counted is written over"
+        );
+        most = most.max(commit.len());
+        // Each commit here ends with a chunk that is not full.
+        counts = Some(*last);
+    }
+    assert!(most > 8, "no commit takes several turns: {most}");
+    // As who opens the shard reads it: of a slot what was written last.
+    let mut table = std::collections::HashMap::new();
+    table.extend(
+        state
+            .chunks
+            .iter()
+            .map(|(offset, content)| (*offset, content)),
+    );
+    let mut named = HashSet::new();
+    for segment in 0..geometry.segments {
+        for slot in 0..geometry.slots() {
+            if let Some(content) = table.get(&geometry.chunk_offset(segment, slot)) {
+                let chunk = Chunk::decode(content, ID, segment, slot, &geometry).expect("whole");
+                named.extend(chunk.records.iter().map(|record| record.write_id));
+            }
+        }
+    }
+    assert_eq!(named.len() as u64, written);
 }
 
 #[test]

@@ -1,0 +1,92 @@
+//! Saves whose answers wait for a tier that is behind.
+
+use super::*;
+
+/// Saves single blocks until one's answer is held back, and gives that request with its number.
+fn save_until_held(
+    below: &mut Below,
+    (client, worker): (&mut Client, u32),
+    memory: &Memory,
+) -> (u64, u64) {
+    for number in POOL_BLOCKS..3 * POOL_BLOCKS {
+        let block = (number % u64::from(BLOCKS)) as u32;
+        memory.fill(block, number as u8);
+        let payload = save_payload(&hashes([number]), &[block]);
+        let save = client.submit_list(0, &payload, list(Op::Save, worker, 0, 1));
+        below.rig.expect_sum(&[Counter::BlocksSealed], number + 1);
+        let nop = client.submit(Submission {
+            op: Op::Nop as u8,
+            ..Submission::zeroed()
+        });
+        let mut answered = false;
+        loop {
+            let completion = client.completion();
+            answered |= completion.request_id == save;
+            if completion.request_id == nop {
+                break;
+            }
+        }
+        if !answered {
+            return (save, number);
+        }
+    }
+    panic!("no save waits for a tier that writes nothing");
+}
+
+fn waits_for(wait: Duration) -> Below {
+    Below::with(tier(|tier| tier.save_wait = Some(wait)))
+}
+
+/// The pool is full, the tier has begun to write, and now writes no more.
+fn behind(wait: Duration) -> (Below, Memory, Client, u32) {
+    let mut below = waits_for(wait);
+    let memory = Memory::new();
+    let (mut client, worker) = below.rig.worker("a", "", &memory);
+    save(&mut client, worker, &memory, 0..POOL_BLOCKS);
+    below.rig.expect_gauge(Gauge::SsdWriting, 0);
+    assert!(below.rig.node.counter(Counter::SsdWritten) > 0);
+    below.store.hold();
+    (below, memory, client, worker)
+}
+
+#[test]
+fn a_save_waits_for_a_tier_that_is_behind_and_no_block_is_lost() {
+    let (mut below, memory, mut client, worker) = behind(Duration::from_secs(600));
+    let (held, last) = save_until_held(&mut below, (&mut client, worker), &memory);
+    below.rig.expect_sum(&[Counter::SsdUnwritten], 0);
+    // Queries of the pool do not wait with it.
+    let answer = client.query_key(worker, 0, 5, &hashes([last]));
+    assert_eq!((answer.status(), answer.count), (Status::Ok, 1));
+    assert_eq!(client.simple(Op::Release, worker, answer.lease), Status::Ok);
+    below.store.release();
+    let answer = client.completion();
+    assert_eq!((answer.request_id, answer.status()), (held, Status::Ok));
+    assert_eq!(answer.count, 1);
+    save(&mut client, worker, &memory, last + 1..6 * POOL_BLOCKS);
+    below.rig.expect_sum(&[Counter::SsdUnwritten], 0);
+}
+
+#[test]
+fn no_save_waits_longer_than_it_may_or_for_a_tier_that_takes_nothing() {
+    let (below, memory, mut client, worker) = behind(Duration::from_millis(20));
+    save(&mut client, worker, &memory, POOL_BLOCKS..4 * POOL_BLOCKS);
+    assert!(below.rig.node.counter(Counter::SsdUnwritten) > 0);
+    below.store.release();
+
+    let (below, memory, mut client, worker) = behind(Duration::from_secs(600));
+    below.store.release();
+    below.store.state().refuse_writes = Some(Refused::Degraded);
+    save(&mut client, worker, &memory, POOL_BLOCKS..4 * POOL_BLOCKS);
+    assert!(below.rig.node.counter(Counter::SsdUnwritten) > 0);
+}
+
+#[test]
+fn a_stop_answers_the_saves_that_wait() {
+    let (mut below, memory, mut client, worker) = behind(Duration::from_secs(600));
+    let (held, _) = save_until_held(&mut below, (&mut client, worker), &memory);
+    let handle = below.rig.lane.handle.clone();
+    below.rig.runtime.block_on(handle.drain()).unwrap();
+    let answer = client.completion();
+    assert_eq!((answer.request_id, answer.status()), (held, Status::Ok));
+    below.store.release();
+}

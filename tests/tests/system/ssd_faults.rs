@@ -1,0 +1,212 @@
+//! Drives that fail under a real daemon, on a file system of their own that is stopped, made
+//! read-only or torn off: the tier degrades and says so, and nothing else happens.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use pegaflow::{Fetch, Status};
+use pegaflow_shm::node::{Counter, Gauge, field_text};
+use pegaflow_tests::content::hashes;
+use pegaflow_tests::daemon::Daemon;
+use pegaflow_tests::worker::{Worker, WorkerSpec};
+use pegaflow_tests::{binaries, eventually, skip};
+
+use crate::ssd::{
+    POOL_BLOCKS, config, fetch_up, query_up, rows, save_all, save_and_write, wait_durable,
+};
+
+/// ext4 over a loop device over a file.
+struct Drive {
+    folder: tempfile::TempDir,
+    /// Such as `loop3`.
+    device: String,
+}
+
+fn runs(program: &str, arguments: &[&str]) -> bool {
+    let status = Command::new(program)
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    status.is_ok_and(|status| status.success())
+}
+
+impl Drive {
+    /// `None` where this process may not mount one.
+    fn mount() -> Option<Drive> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (image, at) = (folder.path().join("image"), folder.path().join("mnt"));
+        fs::create_dir(&at).expect("a folder");
+        let file = fs::File::create(&image).expect("a file");
+        file.set_len(256 << 20).expect("its size");
+        let (image, at) = (image.display().to_string(), at.display().to_string());
+        let mounted = runs("mkfs.ext4", &["-q", "-F", &image])
+            && runs("mount", &["-o", "loop,errors=remount-ro", &image, &at]);
+        if !mounted {
+            return None;
+        }
+        let mounts = fs::read_to_string("/proc/self/mounts").expect("procfs");
+        let line = mounts.lines().find(|line| line.contains(&at));
+        let device = line.expect("it is mounted").split(' ').next();
+        let device = device.and_then(|path| path.strip_prefix("/dev/"));
+        let device = device.expect("a device").to_owned();
+        Some(Drive { folder, device })
+    }
+
+    fn at(&self) -> PathBuf {
+        self.folder.path().join("mnt")
+    }
+
+    /// Nothing that changes the file system goes on until the result is dropped.
+    fn stop(&self) -> Stopped<'_> {
+        assert!(runs("fsfreeze", &["-f", &self.at().display().to_string()]));
+        Stopped(self)
+    }
+
+    /// The kernel finds the file system damaged, and takes no more writes.
+    fn make_read_only(&self) {
+        let trigger = format!("/sys/fs/ext4/{}/trigger_fs_error", self.device);
+        fs::write(&trigger, "as a test wants it").expect("ext4 has it");
+    }
+
+    /// What is on the medium cannot be read any more.
+    fn tear_off(&self) {
+        let image = fs::File::options()
+            .write(true)
+            .open(self.folder.path().join("image"))
+            .expect("the image");
+        image.set_len(0).expect("truncate");
+    }
+}
+
+impl Drop for Drive {
+    fn drop(&mut self) {
+        let at = self.at().display().to_string();
+        assert!(runs("umount", &["-l", &at]), "{at} stays mounted");
+    }
+}
+
+struct Stopped<'a>(&'a Drive);
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        let at = self.0.at().display().to_string();
+        assert!(runs("fsfreeze", &["-u", &at]), "{at} stays frozen");
+    }
+}
+
+/// What `pegactl ssd` says of the daemon's shards, and whether all is fine.
+fn pegactl_ssd(daemon: &Daemon) -> (String, bool) {
+    let output = Command::new(binaries::pegactl())
+        .args(["--node", daemon.node(), "ssd"])
+        .output()
+        .expect("pegactl runs");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    (text, output.status.success())
+}
+
+/// Its state is bad with this reason, everywhere where one may look.
+fn expect_trouble(daemon: &Daemon, reason: &str) {
+    let down = || rows(daemon).iter().any(|row| row.state != 0);
+    assert!(eventually(down), "{:?}", rows(daemon));
+    let row = rows(daemon)[0];
+    assert!(field_text(&row.reason).contains(reason), "{row:?}");
+    assert!(row.degradations > 0);
+    let told = || daemon.log().contains(reason);
+    assert!(eventually(told), "{}", daemon.log());
+}
+
+/// The pool serves saves, queries and loads as if nothing had happened.
+fn expect_service(worker: &Worker, seed: u64) {
+    let fresh = hashes(seed * 100_000, POOL_BLOCKS / 2);
+    save_all(worker, &fresh);
+    let late = &fresh[fresh.len() - 40..];
+    assert_eq!(fetch_up(worker, seed << 8, late), 40);
+}
+
+#[test]
+fn a_drive_that_stands_still_costs_the_tier_and_not_the_pool() {
+    let Some(drive) = Drive::mount() else {
+        return skip(
+            "ssd: a drive that stands still",
+            "mounting needs root and ext4",
+        );
+    };
+    let shard = drive.at().join("shard");
+    let arguments = ["--ssd-admit", "seal", "--ssd-stall-limit", "300ms"];
+    let daemon = Daemon::start_with(config(std::slice::from_ref(&shard), &arguments));
+    let worker = Worker::ready(daemon.options(), WorkerSpec::default());
+    let names = hashes(1, 2 * POOL_BLOCKS);
+    save_and_write(&daemon, &worker, &names);
+    wait_durable(&daemon, names.len() as u64);
+    let stopped = drive.stop();
+    expect_service(&worker, 2);
+    expect_trouble(&daemon, "does not answer");
+    for seed in 3..6 {
+        expect_service(&worker, seed);
+    }
+    // A query that would have to wait for the drive is answered.
+    let early = query_up(&worker, 1, &names[..20], Fetch::Wait(None));
+    assert_eq!((early.status, early.count), (Status::Ok, 0));
+    drop(stopped);
+    let back = || rows(&daemon).iter().all(|row| row.state == 0);
+    assert!(eventually(back), "{:?}", rows(&daemon));
+    assert!(eventually(|| daemon.log().contains("in order again")));
+    assert_eq!(fetch_up(&worker, 2, &names[..40]), 40);
+    assert!(daemon.gauge_becomes(Gauge::SsdWriting, 0));
+    let (text, fine) = pegactl_ssd(&daemon);
+    assert!(fine && text.contains("healthy"), "{text}");
+}
+
+#[test]
+fn a_file_system_that_turns_read_only_serves_on_what_it_has() {
+    let Some(drive) = Drive::mount() else {
+        return skip(
+            "ssd: a read-only file system",
+            "mounting needs root and ext4",
+        );
+    };
+    let shard = drive.at().join("shard");
+    let arguments = ["--ssd-admit", "seal"];
+    let daemon = Daemon::start_with(config(std::slice::from_ref(&shard), &arguments));
+    let worker = Worker::ready(daemon.options(), WorkerSpec::default());
+    let names = hashes(1, 2 * POOL_BLOCKS);
+    save_and_write(&daemon, &worker, &names);
+    wait_durable(&daemon, names.len() as u64);
+    drive.make_read_only();
+    expect_service(&worker, 2);
+    expect_trouble(&daemon, "read-only");
+    assert_eq!(rows(&daemon)[0].state, 1, "it takes no writes, and reads");
+    assert!(rows(&daemon)[0].write_errors > 0);
+    assert_eq!(fetch_up(&worker, 1, &names[..40]), 40);
+    expect_service(&worker, 3);
+    let (text, fine) = pegactl_ssd(&daemon);
+    assert!(!fine && text.contains("reads only"), "{text}");
+}
+
+#[test]
+fn a_drive_that_answers_reads_with_errors_costs_those_hits_and_no_more() {
+    let Some(drive) = Drive::mount() else {
+        return skip("ssd: a drive with errors", "mounting needs root and ext4");
+    };
+    let shard = drive.at().join("shard");
+    let arguments = ["--ssd-admit", "seal"];
+    let daemon = Daemon::start_with(config(std::slice::from_ref(&shard), &arguments));
+    let worker = Worker::ready(daemon.options(), WorkerSpec::default());
+    let names = hashes(1, 2 * POOL_BLOCKS);
+    save_and_write(&daemon, &worker, &names);
+    wait_durable(&daemon, names.len() as u64);
+    drive.tear_off();
+    for (key, from) in (1..).zip((0..POOL_BLOCKS).step_by(POOL_BLOCKS / 4)) {
+        let early = query_up(&worker, key, &names[from..from + 4], Fetch::Wait(None));
+        assert_eq!((early.status, early.count), (Status::Ok, 0));
+    }
+    expect_trouble(&daemon, "Input/output error");
+    assert!(rows(&daemon)[0].read_errors > 0);
+    assert!(daemon.counter(Counter::SsdFetchFailed) > 0);
+    expect_service(&worker, 2);
+    assert!(daemon.gauge_becomes(Gauge::BlocksPinned, 0));
+    let (text, fine) = pegactl_ssd(&daemon);
+    assert!(!fine && text.contains("degraded"), "{text}");
+}
