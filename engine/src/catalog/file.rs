@@ -126,7 +126,6 @@ impl Catalog {
             mapping,
             layout,
             extents: vec![0; layout.extents as usize],
-            cleared: vec![None; layout.extents as usize],
             namespaces: vec![None; MAX_NAMESPACES as usize],
             #[cfg(test)]
             steps: Default::default(),

@@ -72,9 +72,6 @@ pub struct Namespace {
     pub digest: [u8; 32],
 }
 
-/// Records of an extent that take no more than this stay allocated when it empties: a memory page.
-const KEPT_BYTES: u64 = 4096;
-
 /// The catalog file, mapped. One thread of one daemon writes it.
 pub struct Catalog {
     file: NamedFile,
@@ -82,9 +79,6 @@ pub struct Catalog {
     layout: Layout,
     /// Page size of each extent in bytes, 0 for none: the extent table as far as it is valid.
     extents: Vec<u32>,
-    /// Of each extent of no page size: how many bytes at the front of its area are allocated and
-    /// zero, where nothing else is allocated. `None` where another daemon may have left records.
-    cleared: Vec<Option<u64>>,
     /// The namespace table as far as it is valid, each row with the seed of its checksums.
     namespaces: Vec<Option<(NamespaceRow, u32)>>,
     /// What changed the file, in order.
@@ -169,50 +163,31 @@ impl Catalog {
         }
         let bytes = self.layout.used_area_bytes(page_bytes);
         let area = self.layout.area(extent);
-        let cleared = self.cleared[extent as usize];
-        if cleared.is_none() {
-            // A daemon that died while it gave the area back may have left records in it.
-            self.release_bytes(area, self.layout.area_bytes)?;
-        }
-        if cleared.is_none_or(|cleared| cleared < bytes) {
-            self.file
-                .reserve(area, bytes)
-                .map_err(|source| CatalogError::NoSpace {
-                    extent,
-                    bytes,
-                    source,
-                })?;
-        }
+        // A daemon that died while it gave the area back may have left records in it.
+        self.release_bytes(area, self.layout.area_bytes)?;
+        self.file
+            .reserve(area, bytes)
+            .map_err(|source| CatalogError::NoSpace {
+                extent,
+                bytes,
+                source,
+            })?;
         fault::point(CrashPoint::ExtentReserved);
         self.store(Layout::extent_row(extent), file::extent_word(page_bytes))?;
         fault::point(CrashPoint::ExtentOpened);
         self.extents[extent as usize] = page_bytes;
-        self.cleared[extent as usize] = None;
         Ok(())
     }
 
-    /// Gives the memory of an extent's records back, but for little of it, which is cleared: to
-    /// give that back and get it again would cost more than all the rest of an extent's turn.
-    /// Called when the pool's extent is empty.
+    /// Gives the memory of an extent's records back. Called when the pool's extent is empty.
     pub fn release_extent(&mut self, extent: ExtentId) -> Result<(), CatalogError> {
-        let page_bytes = match self.page_bytes(extent) {
-            None | Some(0) => return Ok(()),
-            Some(page_bytes) => page_bytes,
-        };
+        if self.page_bytes(extent).is_none_or(|bytes| bytes == 0) {
+            return Ok(());
+        }
         self.store(Layout::extent_row(extent), 0)?;
         fault::point(CrashPoint::ExtentRowEmptied);
         self.extents[extent as usize] = 0;
-        let area = self.layout.area(extent);
-        let used = self.layout.used_area_bytes(page_bytes);
-        let kept = if used <= KEPT_BYTES { used } else { 0 };
-        for at in (area..area + kept).step_by(size_of::<u64>()) {
-            self.put(at, 0, Ordering::Relaxed)?;
-        }
-        if kept == 0 {
-            self.release_bytes(area, self.layout.area_bytes)?;
-        }
-        self.cleared[extent as usize] = Some(kept);
-        Ok(())
+        self.release_bytes(self.layout.area(extent), self.layout.area_bytes)
     }
 
     /// Records a page whose bytes are complete, as part of a block whose every shard is complete.

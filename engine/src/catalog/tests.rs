@@ -318,28 +318,6 @@ fn an_extent_prepared_anew_has_no_records_of_its_past() {
 }
 
 #[test]
-fn few_records_stay_allocated_and_are_none_when_the_extent_is_prepared_anew() {
-    let fixture = Fixture::new();
-    let mut catalog = fixture.prepared();
-    let before = fixture.allocated_bytes();
-    catalog.write_sealed(at(0), &page(1, 0)).expect("prepared");
-    catalog.release_extent(0).expect("prepared");
-    assert_eq!(fixture.allocated_bytes(), before, "a page of it is kept");
-    catalog.prepare_extent(0, PAGE).expect("free");
-    assert_eq!(adopted(&catalog), AdoptReport::default());
-    catalog.write_sealed(at(0), &page(1, 0)).expect("prepared");
-    catalog.release_extent(0).expect("prepared");
-    // More records than have stayed, all empty.
-    catalog.prepare_extent(0, 512).expect("free");
-    assert_eq!(fixture.allocated_bytes(), before + 4096);
-    assert_eq!(adopted(&catalog), AdoptReport::default());
-    catalog.release_extent(0).expect("prepared");
-    assert_eq!(fixture.allocated_bytes(), before - 4096);
-    drop(catalog);
-    assert_eq!(adopted(&fixture.reopen()), AdoptReport::default());
-}
-
-#[test]
 fn requests_that_do_not_fit_are_refused() {
     let fixture = Fixture::new();
     let mut catalog = fixture.prepared();
