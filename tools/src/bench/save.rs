@@ -3,6 +3,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::Path;
 use std::time::Instant;
 
@@ -229,15 +231,32 @@ fn xxh3_gbps(bytes: u64, page_bytes: u64) -> f64 {
     bytes as f64 / median(&rounds)
 }
 
-/// CPU time of all threads of a process in nanoseconds, by the scheduler's account.
-pub(super) fn cpu_ns(pid: u32) -> Option<u64> {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
-    let mut sum = 0_u64;
-    for task in tasks.flatten() {
-        let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
-        sum += text.split(' ').next()?.parse::<u64>().ok()?;
+/// CPU time of each thread of a process in nanoseconds, by the scheduler's account.
+pub(super) struct ThreadTimes(BTreeMap<OsString, u64>);
+
+impl ThreadTimes {
+    /// As of now; `None` when the process is gone.
+    pub(super) fn of(pid: u32) -> Option<ThreadTimes> {
+        let mut times = BTreeMap::new();
+        for task in std::fs::read_dir(format!("/proc/{pid}/task"))
+            .ok()?
+            .flatten()
+        {
+            // Unless the thread has just ended.
+            if let Ok(text) = std::fs::read_to_string(task.path().join("schedstat")) {
+                times.insert(task.file_name(), text.split(' ').next()?.parse().ok()?);
+            }
+        }
+        Some(ThreadTimes(times))
     }
-    Some(sum)
+
+    /// What has been used since an earlier moment, but for threads that have ended meanwhile.
+    pub(super) fn since(&self, earlier: &ThreadTimes) -> u64 {
+        let used = |(thread, ns): (&OsString, &u64)| {
+            ns.saturating_sub(earlier.0.get(thread).copied().unwrap_or(0))
+        };
+        self.0.iter().map(used).sum()
+    }
 }
 
 fn measure_with(
@@ -263,7 +282,7 @@ fn measure_with(
         counter(Counter::CopySaveNanos),
         counter(Counter::SaveStored),
     );
-    let cpu_before = cpu_ns(view.header.pid);
+    let cpu_before = ThreadTimes::of(view.header.pid);
     let (mut saves, mut loads, mut copies) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..rounds as u64 {
         let first = round * u64::from(blocks);
@@ -276,7 +295,7 @@ fn measure_with(
     let saved_pages = counter(Counter::SaveStored) - copied_before.1;
     let copy_ns = counter(Counter::CopySaveNanos) - copied_before.0;
     let moved_pages = 2 * saved_pages;
-    let cpu = cpu_before.and_then(|before| Some(cpu_ns(view.header.pid)? - before));
+    let cpu = cpu_before.and_then(|before| Some(ThreadTimes::of(view.header.pid)?.since(&before)));
     let us = |nanos: &[f64]| Quantiles {
         p50: quantile(nanos, 0.5) / 1e3,
         p99: quantile(nanos, 0.99) / 1e3,
@@ -348,4 +367,23 @@ fn one_load(
         }
     }
     Ok(elapsed.as_nanos() as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_ends_takes_no_time_from_the_others() {
+        let times = |list: &[(&str, u64)]| {
+            let entry = |(thread, ns): &(&str, u64)| (OsString::from(*thread), *ns);
+            ThreadTimes(list.iter().map(entry).collect())
+        };
+        let before = times(&[("1", 100), ("2", 5000)]);
+        let after = times(&[("1", 130), ("3", 7)]);
+        assert_eq!(after.since(&before), 37);
+        let own = ThreadTimes::of(std::process::id()).expect("this process lives");
+        assert_eq!(own.since(&own), 0);
+        assert!(ThreadTimes::of(u32::MAX).is_none());
+    }
 }

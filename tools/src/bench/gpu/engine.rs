@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::cache::GpuCache;
 use super::case::{Case, Compute, GpuShape, Target};
 use super::compute::ComputeLoop;
-use crate::bench::save::cpu_ns;
+use crate::bench::save::ThreadTimes;
 use crate::children::die_with_parent;
 use crate::error::ToolError;
 use crate::gpu::{DeviceMemory, Gpu, PinnedMemory, Stream};
@@ -323,19 +323,24 @@ impl Prepared {
         self.save(&hashes)?;
         self.load(&hashes, true)?;
         self.cache.verify(self.seed)?;
-        let cpu = || cpu_ns(daemon).unwrap_or(0) as f64;
+        let cpu = || {
+            ThreadTimes::of(daemon).ok_or_else(|| ToolError::Child {
+                process: "the daemon".into(),
+                what: "ended".into(),
+            })
+        };
         let (mut saves, mut loads) = (Vec::new(), Vec::new());
-        let before = cpu();
+        let before = cpu()?;
         for _ in 0..self.case.rounds {
             hashes = self.new_hashes();
             saves.push(self.save(&hashes)?);
         }
-        let between = cpu();
+        let between = cpu()?;
         for _ in 0..self.case.rounds {
             loads.push(self.load(&hashes, false)?);
         }
-        let after = cpu();
-        let share = |cpu: f64, times: &[f64]| cpu / times.iter().sum::<f64>();
+        let after = cpu()?;
+        let share = |cpu: u64, times: &[f64]| cpu as f64 / times.iter().sum::<f64>();
         let both_ns = match self.case.target {
             Target::Ratio(_) if self.blocks.len() > 1 => Some(self.both_ways(&hashes)?),
             _ => None,
@@ -346,8 +351,8 @@ impl Prepared {
             save_ns: median(&saves),
             load_ns: median(&loads),
             both_ns,
-            save_cpu: share(between - before, &saves),
-            load_cpu: share(after - between, &loads),
+            save_cpu: share(between.since(&before), &saves),
+            load_cpu: share(after.since(&between), &loads),
         })
     }
 
