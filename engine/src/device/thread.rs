@@ -88,7 +88,7 @@ fn serve_context(card: &Card, mut worker: Worker) -> bool {
             Wait::For(time) if inbox.is_stopping() => std::thread::sleep(time),
             Wait::For(time) => inbox.wait(Some(time)),
             Wait::ForTask => {
-                if !inbox.look(SPIN) {
+                if !(worker.is_in_haste() && inbox.look(SPIN)) {
                     card.note_stuck(Vec::new());
                     inbox.wait(None);
                 }

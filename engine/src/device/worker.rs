@@ -67,6 +67,8 @@ pub(super) struct Worker {
     /// Loads, then saves.
     sides: [Side; 2],
     taken: VecDeque<CopyTask>,
+    /// The last task that ended was a long one.
+    ended_long: bool,
 }
 
 impl Worker {
@@ -122,6 +124,7 @@ impl Worker {
             free: Vec::new(),
             sides,
             taken: VecDeque::new(),
+            ended_long: false,
         })
     }
 
@@ -137,6 +140,12 @@ impl Worker {
             self.start_chunks(side, now)?;
         }
         Ok(self.how_to_wait(now))
+    }
+
+    /// Whether the next task is worth being looked for without sleeping: behind a long one, a
+    /// wake-up is of no weight.
+    pub(super) fn is_in_haste(&self) -> bool {
+        !self.ended_long
     }
 
     /// No task is left.
@@ -216,6 +225,8 @@ impl Worker {
         if job.task.direction == Direction::Save {
             take_checksums(&self.gear, &mut job);
         }
+        let page_bytes = job.task.target.layout().page_bytes();
+        self.ended_long = job.pages_done() as u64 * page_bytes >= CHUNK_BYTES;
         self.gear.card.counters().task_out();
         self.gear.place.results.put(job.finish());
     }
