@@ -16,8 +16,12 @@ use pegaflow_policy::EvictionPolicy;
 use super::table::TableWriter;
 use crate::format::{Geometry, align_up};
 
-/// Empty segments that are kept ready.
-const SPARES: usize = 2;
+/// Empty segments that are kept ready at least.
+const SPARES_MIN: usize = 2;
+/// So many at most: what is written while one is made ready.
+const SPARES_MAX: usize = 8;
+/// One segment in so many is kept ready.
+const SPARES_PART: usize = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -64,6 +68,8 @@ pub(crate) struct Segments {
     spare: VecDeque<u32>,
     dirty: VecDeque<u32>,
     opening: usize,
+    /// Empty segments that are kept ready.
+    spares: usize,
     /// Segments that a block waits for beyond the spare ones.
     wanted: usize,
 }
@@ -92,6 +98,7 @@ impl Segments {
             spare: VecDeque::new(),
             dirty: VecDeque::new(),
             opening: 0,
+            spares: (geometry.segments as usize / SPARES_PART).clamp(SPARES_MIN, SPARES_MAX),
             wanted: 0,
         }
     }
@@ -245,7 +252,7 @@ impl Segments {
     /// How many empty segments have to be made ready.
     fn shortage(&self) -> usize {
         let have = self.spare.len() + self.blank.len() + self.opening;
-        SPARES.max(self.wanted).saturating_sub(have)
+        self.spares.max(self.wanted).saturating_sub(have)
     }
 
     /// A segment whose opener is to be written now, with its new generation.

@@ -56,7 +56,7 @@ pub struct SsdArgs {
     #[arg(long, value_name = "FOLDER")]
     pub folder: PathBuf,
     /// Size of the file; nearly so much is written and read in each round
-    #[arg(long, value_name = "SIZE", default_value = "2GiB")]
+    #[arg(long, value_name = "SIZE", default_value = "4GiB")]
     pub size: ByteSize,
     /// Bytes of a page, several separated by commas
     #[arg(

@@ -19,9 +19,9 @@ use crate::error::ToolError;
 
 /// Nothing takes that long unless the drive is gone.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// Segments that a round leaves free: those that are being emptied and made ready, and two that
-/// are not full.
-const EMPTY_SEGMENTS: u32 = 5;
+/// Segments that a round leaves free: those that are kept empty, that are being emptied, and two
+/// that are not full.
+const EMPTY_SEGMENTS: u32 = 11;
 
 /// A tier over one shard, driven as the lane drives it.
 pub(super) struct Rig {
