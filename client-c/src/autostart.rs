@@ -56,25 +56,21 @@ fn start(resolved: &Resolved, deadline: Instant) -> Result<Channel, Error> {
     }
     let program = find_program(resolved)?;
     let log = resolved.socket.with_extension("log");
-    let mut child = spawn(resolved, &program, &log)?;
+    let mut starting = Starting(spawn(resolved, &program, &log)?);
     let tried = || format!("autostart of {}, log {}", program.display(), log.display());
     loop {
         match Channel::connect(&resolved.socket, bound) {
-            Ok(channel) => {
-                reap(child);
-                return Ok(channel);
-            }
+            Ok(channel) => return Ok(channel),
             Err(ConnectError::Failed(error)) => return Err(error),
             Err(ConnectError::NobodyListens(_)) => {}
         }
-        if let Ok(Some(status)) = child.try_wait() {
+        if let Ok(Some(status)) = starting.0.try_wait() {
             // A daemon that found another one of its node running leaves; then that one listens.
             return Channel::connect(&resolved.socket, bound)
                 .map_err(|_| no_daemon(resolved, format!("{}: it ended with {status}", tried())));
         }
         if Instant::now() >= deadline {
             let bound = resolved.options.connect_timeout;
-            reap(child);
             return Err(no_daemon(
                 resolved,
                 format!("{}: it runs but does not listen after {bound:?}", tried()),
@@ -84,15 +80,16 @@ fn start(resolved: &Resolved, deadline: Instant) -> Result<Channel, Error> {
     }
 }
 
-/// Collects the daemon's exit status whenever it ends, so that it leaves no zombie in the engine.
-fn reap(mut child: Child) {
-    let wait = move || {
-        // The status is in the daemon's log.
-        let _ = child.wait();
-    };
-    // Without a thread the zombie stays until the engine ends: harmless.
-    let builder = std::thread::Builder::new().name("pega-reaper".to_owned());
-    let _ = crate::shared::process::without_signals(|| builder.spawn(wait));
+/// Stands between this process and a daemon that it starts: see [`detach`]. When it is dropped, the
+/// daemon descends from this process no more.
+struct Starting(Child);
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        // Neither fails for a child that nobody else waits for; the daemon's status is in its log.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 fn lock(resolved: &Resolved, deadline: Instant) -> Result<File, Error> {

@@ -515,6 +515,14 @@ def test_the_daemon_is_started_on_demand(daemon: Daemon) -> None:
         "with connect(node=sys.argv[1], socket=sys.argv[2], daemon=sys.argv[3],"
         " autostart=True, connect_timeout_ms=30000) as client:\n"
         "    client.wait(client.nop(), 30000).check()\n"
+        # Engines that end kill what descends from them.
+        "    import os, pathlib\n"
+        "    def parent(stat):\n"
+        "        try:\n"
+        "            return int(stat.read_text().rpartition(')')[2].split()[1])\n"
+        "        except OSError:\n"
+        "            return 0\n"
+        "    assert os.getpid() not in map(parent, pathlib.Path('/proc').glob('[0-9]*/stat'))\n"
     )
     subprocess.run(
         [

@@ -77,11 +77,18 @@ pub(crate) fn allow_tracer(pid: u32) {
 /// Makes the command the leader of a session of its own, so that it outlives this one's terminal
 /// and gets none of its signals. Of this process's descriptors it gets its standard ones only: a
 /// daemon that outlives the engine must not keep the engine's sockets and files open.
+///
+/// The child of this process is one that waits for the command and ends as it does. Once the child
+/// is killed, the command is nobody's here: engines that end kill all that descends from them.
 pub(crate) fn detach(command: &mut Command) {
     let start = || {
-        // SAFETY: takes nothing, and is async-signal-safe.
-        if unsafe { libc::setsid() } < 0 {
-            return Err(io::Error::last_os_error());
+        own_session()?;
+        // SAFETY: takes nothing; the child of a process with threads makes async-signal-safe calls
+        // only, here and until it executes the command.
+        match unsafe { libc::fork() } {
+            0 => own_session()?,
+            command if command > 0 => wait_in_its_place(command),
+            _ => return Err(io::Error::last_os_error()),
         }
         // SAFETY: the set is plain data that `sigemptyset` fills; both calls are
         // async-signal-safe. A blocked signal would otherwise stay blocked in the daemon.
@@ -97,22 +104,58 @@ pub(crate) fn detach(command: &mut Command) {
     unsafe { command.pre_exec(start) };
 }
 
+/// Leaves the session that this process is in. Async-signal-safe.
+fn own_session() -> io::Result<()> {
+    // SAFETY: takes nothing, and is async-signal-safe.
+    if unsafe { libc::setsid() } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Ends this process when its child does, in the same way. Async-signal-safe.
+fn wait_in_its_place(child: libc::pid_t) -> ! {
+    // The pipe that tells whoever spawns of the `exec` among them: it would never end.
+    for_descriptors(0, |fd| {
+        // SAFETY: this process uses none of its descriptors any more.
+        unsafe { libc::close(fd) };
+    });
+    let mut status = 0;
+    // SAFETY: `status` is a valid place for the call to fill.
+    while unsafe { libc::waitpid(child, &mut status, 0) } < 0 {
+        if io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
+            break;
+        }
+    }
+    let code = if libc::WIFEXITED(status) {
+        libc::WEXITSTATUS(status)
+    } else {
+        128 + libc::WTERMSIG(status)
+    };
+    // SAFETY: ends this process at once, without the engine's handlers.
+    unsafe { libc::_exit(code) }
+}
+
 /// Marks every descriptor but the standard three to be closed by `exec`. Async-signal-safe.
 fn close_on_exec() {
+    for_descriptors(libc::CLOSE_RANGE_CLOEXEC, |fd| {
+        // SAFETY: takes numbers only; a descriptor that is not open gives an error and no more.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    });
+}
+
+/// Does to every descriptor but the standard three what `flag` tells the kernel to, or where it
+/// cannot do all of them, what `one` does to one. Async-signal-safe if that is.
+fn for_descriptors(flag: libc::c_uint, one: impl Fn(libc::c_int)) {
     let (first, last) = (3 as libc::c_uint, libc::c_uint::MAX);
-    // SAFETY: takes numbers and touches no memory of ours; no descriptor is closed before the
-    // `exec`, so that the standard library can still report why it failed.
-    let marked = unsafe {
-        let flag = libc::CLOSE_RANGE_CLOEXEC;
-        libc::syscall(libc::SYS_close_range, first, last, flag)
-    };
-    if marked == 0 {
+    // SAFETY: takes numbers and touches no memory of ours. Descriptors are closed (flag 0) only by
+    // `wait_in_its_place`, which uses none any more.
+    if unsafe { libc::syscall(libc::SYS_close_range, first, last, flag) } == 0 {
         return;
     }
     // A filter on system calls may not know this one yet: one by one then, as far as is sensible.
     for fd in 3..MOST_DESCRIPTORS {
-        // SAFETY: takes numbers only; a descriptor that is not open gives an error and no more.
-        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+        one(fd);
     }
 }
 
