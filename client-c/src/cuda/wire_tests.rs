@@ -2,6 +2,7 @@
 //! it was away; and when a device fails.
 
 use std::path::PathBuf;
+use std::process::{Child, Command};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -10,8 +11,8 @@ use pegaflow_shm::status::Status;
 
 use super::fake::{self as cuda, Kind, allocate};
 use super::order::tests::order;
-use crate::fake::Fake;
 use crate::fake::gpu::Seen;
+use crate::fake::{Fake, Rudeness};
 use crate::{
     Client, Error, GroupMemory, Log, LogLevel, Mode, NamespaceSpec, Options, Order, Registration,
     SegmentMemory,
@@ -69,6 +70,16 @@ impl Rig {
     fn says(&self, word: &str) -> usize {
         let lines = self.lines.lock().unwrap();
         lines.iter().filter(|line| line.contains(word)).count()
+    }
+}
+
+/// Killed when dropped.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
     }
 }
 
@@ -297,6 +308,25 @@ fn a_new_daemon_is_told_everything_anew() {
     until(|| rig.client.stats().reconnects == 1);
     rig.client.wait_ready(id, LONG).unwrap();
     assert_eq!(rig.seen(), before);
+}
+
+#[test]
+fn what_a_killed_daemon_may_still_write_is_not_given_back_before_its_process_is_gone() {
+    let mut rig = Rig::start(|_| {});
+    let base = allocate(0, MIB, Kind::Plain);
+    let id = rig.client.register(&over(&[base])).unwrap();
+    rig.fake().world.set_rudeness(Rudeness::Mute);
+    let request = rig.client.load(id, 0, 1, 0, &[3]).unwrap();
+    let mut process = Process(Command::new("sleep").arg("1000").spawn().unwrap());
+    let session = rig.client.shared().session().unwrap();
+    session.process.pretend(process.0.id());
+    rig.fake.take().unwrap().vanish();
+    let early = rig.client.wait(request, Duration::from_millis(200));
+    assert!(matches!(early, Err(Error::Timeout { .. })), "{early:?}");
+    assert!(!session.is_lost());
+    process.0.kill().unwrap();
+    let answer = rig.client.wait(request, LONG).unwrap();
+    assert_eq!(answer.status, Status::Disconnected);
 }
 
 #[test]

@@ -147,7 +147,11 @@ impl Keeper {
 
     /// The session is over, for the reason that the daemon gave or for this one.
     fn end(&self, session: &Session, error: &Error) {
-        let (status, reason) = session.end_reason(error);
+        let (status, mut reason) = session.end_reason(error);
+        // Nobody said it: the daemon was killed, and what it had queued at a GPU may run on.
+        if session.ending().is_none() && !session.process.await_end() {
+            reason += "; its process is not seen to end, and may still copy to GPU memory";
+        }
         self.shared.lose(session.number, status, &reason);
     }
 

@@ -29,6 +29,8 @@ use crate::shared::timespec;
 
 /// Longest sleep without looking up.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// Between looks at a bell that has no other side any more.
+const PEER_GONE_PAUSE: Duration = Duration::from_millis(1);
 
 impl Shared {
     pub(crate) fn poll(&self, out: &mut [Completion]) -> usize {
@@ -295,6 +297,11 @@ impl Shared {
     /// Takes the bell's rings; a bell that nobody can ring any more ends the session.
     fn drain(&self, session: &Session) {
         if let Err(BellError::PeerGone) = session.pipe.drain() {
+            if session.ending().is_none() && session.process.may_copy() {
+                // The keeper ends the session once the process is gone.
+                std::thread::sleep(PEER_GONE_PAUSE);
+                return;
+            }
             let reason = "the daemon closed the bell";
             self.lose(session.number, Status::Disconnected, reason);
         }

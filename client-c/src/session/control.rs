@@ -82,7 +82,14 @@ impl Control {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self, session: u64, purpose: Purpose, asker: Asker) -> u64 {
+    fn begin(&self, session: &Session, purpose: Purpose, asker: Asker) -> u64 {
+        if purpose == Purpose::Device {
+            session.process.reaches_gpu();
+        }
+        self.note(session.number, purpose, asker)
+    }
+
+    fn note(&self, session: u64, purpose: Purpose, asker: Asker) -> u64 {
         let mut book = self.book();
         book.last_seq += 1;
         let seq = book.last_seq;
@@ -105,7 +112,7 @@ impl Control {
         message: impl FnOnce(u64) -> ClientMessage,
     ) -> Result<Reply, Error> {
         let deadline = Instant::now() + bound;
-        let seq = self.begin(session.number, purpose, Asker::Caller(None));
+        let seq = self.begin(session, purpose, Asker::Caller(None));
         let until = Bound::until(deadline);
         if let Err(error) = session.channel.send(&message(seq), fds, until) {
             self.book().pending.remove(&seq);
@@ -144,7 +151,7 @@ impl Control {
         bound: Bound<'_>,
         message: impl FnOnce(u64) -> ClientMessage,
     ) -> Result<(), Error> {
-        let seq = self.begin(session.number, purpose, Asker::Keeper);
+        let seq = self.begin(session, purpose, Asker::Keeper);
         let sent = session.channel.send(&message(seq), fds, bound);
         if sent.is_err() {
             self.book().pending.remove(&seq);
@@ -235,9 +242,9 @@ mod tests {
     #[test]
     fn the_end_of_a_session_leaves_the_requests_of_the_next_one_alone() {
         let control = Control::default();
-        let old = control.begin(1, Purpose::Register(1), Asker::Keeper);
-        let kept = control.begin(2, Purpose::Register(1), Asker::Keeper);
-        let called = control.begin(2, Purpose::AddRegion(3), Asker::Caller(None));
+        let old = control.note(1, Purpose::Register(1), Asker::Keeper);
+        let kept = control.note(2, Purpose::Register(1), Asker::Keeper);
+        let called = control.note(2, Purpose::AddRegion(3), Asker::Caller(None));
         control.fail_all(1);
         assert_eq!(control.purpose(old), None);
         assert_eq!(control.purpose(kept), Some((Purpose::Register(1), true)));

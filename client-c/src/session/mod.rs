@@ -9,9 +9,11 @@
 mod channel;
 pub(crate) mod control;
 mod open;
+mod process;
 
 pub(crate) use channel::{Bound, Channel, ConnectError, address, check_length};
 pub(crate) use open::kind;
+pub(crate) use process::DaemonProcess;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -38,6 +40,7 @@ pub(crate) struct Session {
     pub(crate) welcome: Welcome,
     /// The daemon's process, as the kernel shows it here; 0 if it shows none.
     pub(crate) daemon_pid: u32,
+    pub(crate) process: DaemonProcess,
     pub(crate) channel: Channel,
     pub(crate) index: IndexReader<IndexMapping>,
     pub(crate) pipe: BellListener,

@@ -23,7 +23,7 @@ use pegaflow_shm::segment::{
 };
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
-use super::{Bound, Channel, Live, Session};
+use super::{Bound, Channel, DaemonProcess, Live, Session};
 use crate::Error;
 use crate::memory::IndexMapping;
 use crate::options::Resolved;
@@ -73,6 +73,7 @@ impl Session {
                 number,
                 channel,
                 daemon_pid,
+                process: DaemonProcess::new(peer_pid),
                 c2d,
                 welcome,
                 gifts,
@@ -120,6 +121,7 @@ struct Parts {
     number: u64,
     channel: Channel,
     daemon_pid: u32,
+    process: DaemonProcess,
     c2d: Mapping,
     welcome: Welcome,
     gifts: Gifts,
@@ -130,6 +132,7 @@ fn assemble(resolved: &Resolved, parts: Parts) -> Result<Live, Error> {
         number,
         channel,
         daemon_pid,
+        process,
         c2d,
         welcome,
         gifts,
@@ -157,6 +160,7 @@ fn assemble(resolved: &Resolved, parts: Parts) -> Result<Live, Error> {
         number,
         welcome,
         daemon_pid,
+        process,
         channel,
         index,
         pipe: BellListener::new(gifts.pipe),

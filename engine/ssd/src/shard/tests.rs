@@ -27,8 +27,12 @@ struct Drive {
     oldest: Option<Instant>,
     /// Syncs do not end.
     holds_syncs: bool,
+    /// Reads do not end.
+    holds_reads: bool,
     /// Syncs fail.
     fails_syncs: bool,
+    /// Where pages were written.
+    writes: Vec<u64>,
     /// Chunks that were written: offset and content.
     chunks: Vec<(u64, Box<[u8]>)>,
     /// How many there were at each sync.
@@ -53,8 +57,12 @@ impl Port for Handle {
 
     fn receive(&mut self) -> Option<Done> {
         let mut drive = self.drive();
-        let holds = drive.holds_syncs;
-        let ends = |command: &Command| !(holds && matches!(command.op, Op::Sync));
+        let (syncs, reads) = (drive.holds_syncs, drive.holds_reads);
+        let ends = |command: &Command| match command.op {
+            Op::Sync => !syncs,
+            Op::Read { .. } => !reads,
+            _ => true,
+        };
         let at = drive.under_way.iter().position(ends)?;
         let command = drive.under_way.remove(at)?;
         if matches!(command.op, Op::Sync) {
@@ -65,6 +73,9 @@ impl Port for Handle {
             Op::Sync if drive.fails_syncs => Err(ShardFault::Io(libc::EIO)),
             _ => Ok(Moved::Fine { checksum: 7 }),
         };
+        if matches!(command.op, Op::Write { .. }) {
+            drive.writes.push(command.offset);
+        }
         if let Op::Table(content) = command.op {
             drive.chunks.push((command.offset, content));
         }
@@ -132,9 +143,21 @@ const PAGE: PageRef = PageRef {
     checksum: NO_CHECKSUM,
 };
 
-fn write(shard: &mut Shard, now: Instant, number: u64) {
+fn write(shard: &mut Shard, now: Instant, number: u64) -> u32 {
     let taken = shard.write(now, number, &key(number), number + 1, &[PAGE]);
-    taken.unwrap_or_else(|why| panic!("block {number}: {why}"));
+    taken.unwrap_or_else(|why| panic!("block {number}: {why}"))
+}
+
+/// Until all is durable.
+fn settle(shard: &mut Shard, now: Instant) {
+    for _ in 0..1_000 {
+        shard.flush(now);
+        shard.poll(now);
+        if shard.is_clean() {
+            return;
+        }
+    }
+    panic!("it does not settle: {:?}", shard.stats());
 }
 
 #[test]
@@ -244,6 +267,46 @@ fn a_table_that_is_written_in_several_turns_names_every_page_once_and_spares_wha
         }
     }
     assert_eq!(named.len() as u64, written);
+}
+
+#[test]
+fn a_segment_that_is_read_from_is_not_written_over_though_all_in_it_has_left() {
+    let (drive, now) = (Handle::default(), Instant::now());
+    let (mut shard, geometry) = shard(&drive, 8, now);
+    // Two segments full, 16 pages each.
+    let blocks: Vec<u32> = (0..32).map(|n| write(&mut shard, now, n)).collect();
+    settle(&mut shard, now);
+    drive.drive().holds_reads = true;
+    shard
+        .read(now, 1_000, blocks[0], &[PAGE])
+        .expect("it is there");
+    let at = drive.drive().under_way[0].offset;
+    for block in blocks {
+        shard.forget(block);
+    }
+    let segment = (0..geometry.segments)
+        .find(|&segment| {
+            let start = geometry.data_offset(segment, 0);
+            (start..start + u64::from(geometry.segment_bytes)).contains(&at)
+        })
+        .expect("pages lie in segments");
+    let written_over = |number: u64, shard: &mut Shard| {
+        drive.drive().writes.clear();
+        let block = write(shard, now, number);
+        settle(shard, now);
+        shard.forget(block);
+        let start = geometry.data_offset(segment, 0);
+        let range = start..start + u64::from(geometry.segment_bytes);
+        drive.drive().writes.iter().any(|at| range.contains(at))
+    };
+    // Enough for all segments three times.
+    let rounds = 3 * 16 * u64::from(geometry.segments);
+    let early = (0..rounds).find(|n| written_over(100 + n, &mut shard));
+    assert_eq!(early, None, "its pages are still on their way");
+    drive.drive().holds_reads = false;
+    shard.poll(now);
+    let then = (0..rounds).find(|n| written_over(5_000 + n, &mut shard));
+    assert!(then.is_some(), "it is used again when the reader has left");
 }
 
 #[test]
@@ -420,7 +483,9 @@ fn a_shard_whose_thread_panics_ends_its_requests_once_nothing_touches_their_memo
         std::thread::sleep(Duration::from_millis(1));
     }
     armed.store(true, Ordering::SeqCst);
-    (0..3).for_each(|number| write(&mut shard, now, number));
+    (0..3).for_each(|number| {
+        write(&mut shard, now, number);
+    });
     let mut ends = Vec::new();
     while ends.len() < 3 {
         assert!(Instant::now() < end, "its requests do not end");
