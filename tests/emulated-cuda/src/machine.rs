@@ -13,6 +13,9 @@ use crate::storage::Storage;
 
 /// Names the folder of the emulated machine; without it there is no device.
 pub const FOLDER_VARIABLE: &str = "EMULATED_CUDA_DIR";
+/// Names, in microseconds, how long after the call that copies them pageable bytes are on their way
+/// to a device, in this process. The driver promises no more than that it has read them by then.
+pub const LATE_VARIABLE: &str = "EMULATED_CUDA_LATE_US";
 /// File of a [`Machine`] in its folder.
 const DESCRIPTION: &str = "machine.json";
 

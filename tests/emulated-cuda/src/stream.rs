@@ -25,6 +25,15 @@ pub enum Work {
         /// Whether it leaves the device.
         way: Way,
     },
+    /// Copies what was read of pageable memory into the device, late.
+    Land {
+        /// Where to.
+        to: Vec<Place>,
+        /// As many bytes.
+        staged: Vec<u8>,
+        /// How late.
+        late: Duration,
+    },
     /// Fills memory with a pattern.
     Fill {
         /// Where.
@@ -184,6 +193,16 @@ impl Work {
                 copy(&to, &from);
                 let bytes: usize = to.iter().map(Place::bytes).sum();
                 account(context.device, way, bytes)
+            }
+            Work::Land { to, staged, late } => {
+                if let Some(code) = control.fault(context.device) {
+                    return Err(code);
+                }
+                std::thread::sleep(late);
+                let address = staged.as_ptr().expose_provenance();
+                let from = Place::in_host(address, staged.len(), &Arc::default());
+                copy(&to, &[from]);
+                account(context.device, Way::In, staged.len())
             }
             Work::Fill { to, pattern } => {
                 to.iter().for_each(|place| place.fill(&pattern));

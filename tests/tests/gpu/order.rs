@@ -2,10 +2,10 @@
 //! nobody else.
 
 use pegaflow_tests::gpu::Gpus;
-use pegaflow_tests::gpu::engine::{After, Task};
+use pegaflow_tests::gpu::engine::{After, Engine, Task};
 use pegaflow_tests::gpu::rank::GpuSpec;
 
-use crate::{daemon, engine, lease, load, own_share, save};
+use crate::{ENGINE, daemon, engine, lease, load, open, own_share, save};
 
 const BLOCKS: [u32; 5] = [1, 7, 0, 6, 2];
 
@@ -16,6 +16,30 @@ fn start_save(first: u64, after: After) -> Task {
         blocks: BLOCKS.to_vec(),
         after,
     }
+}
+
+#[test]
+fn a_save_has_the_bytes_that_the_driver_still_brings_when_a_copy_has_returned() {
+    let gpus = Gpus::emulated(1);
+    let daemon = daemon(&gpus);
+    let spec = GpuSpec {
+        sizes: 8,
+        mapped: true,
+        ..GpuSpec::default()
+    };
+    let mut command = gpus.command(ENGINE);
+    command.env(emulated_cuda::machine::LATE_VARIABLE, "30000");
+    let mut late = Engine::spawn(command);
+    late.must(&open(&daemon, &spec));
+    late.must(&Task::WaitReady);
+    let mut other = engine(&gpus, &daemon, &spec.instance("other", 7));
+    late.must(&start_save(1, After::Stream));
+    let saved = late.must(&Task::Finish);
+    assert_eq!(saved.count, 5, "{saved:?}\n{}", daemon.log());
+    late.must(&Task::Check);
+    let loaded = load(&mut other, 0, 1, &[0, 1, 2, 3, 4]);
+    assert!(loaded.is_ok(), "{loaded:?}");
+    other.must(&Task::Check);
 }
 
 #[test]

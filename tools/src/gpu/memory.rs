@@ -102,7 +102,13 @@ impl DeviceMemory {
     pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), GpuError> {
         let to = self.at(offset, bytes.len());
         // SAFETY: `at` has checked the range; the bytes are borrowed until the call returns.
-        unsafe { cu!(cuMemcpyHtoD_v2(to, bytes.as_ptr().cast(), bytes.len())) }
+        unsafe {
+            cu!(cuMemcpyHtoD_v2(to, bytes.as_ptr().cast(), bytes.len()))?;
+            // The driver returns once pageable bytes are in its own buffers. The way from there
+            // ends in the order of the default stream, for which neither other streams that do not
+            // block nor the copies of other processes wait.
+            cu!(cuStreamSynchronize(null_mut()))
+        }
     }
 
     /// Copies out, and waits.

@@ -1,10 +1,14 @@
 //! Copies and fills.
 
+use std::sync::LazyLock;
+use std::time::Duration;
+
 use super::exported;
 use super::pointers::{In, Out};
 use crate::code::{Code, Outcome};
 use crate::control::Count;
 use crate::driver::{Driver, driver};
+use crate::machine::LATE_VARIABLE;
 use crate::ranges::Resolved;
 use crate::stream::{Stream, Ticket, Way, Work};
 
@@ -32,6 +36,12 @@ fn way(to: &Resolved, from: &Resolved) -> Way {
         _ => Way::Inside,
     }
 }
+
+/// How late bytes of pageable memory come to a device; `None` where they are waited for.
+static LATE: LazyLock<Option<Duration>> = LazyLock::new(|| {
+    let us = std::env::var(LATE_VARIABLE).ok()?.parse().ok()?;
+    Some(Duration::from_micros(us))
+});
 
 /// Submits a copy. The caller may not reuse host memory that the driver does not know before the
 /// copy is done, so that is waited for.
@@ -61,6 +71,17 @@ fn submit(
         return Err(Code::INVALID_VALUE);
     }
     let pinned = to.pinned && from.pinned;
+    if let (Way::In, false, Some(late)) = (way, from.pinned, *LATE) {
+        let mut staged = Vec::with_capacity(bytes);
+        for place in &from.places {
+            let mut part = vec![0; place.bytes()];
+            place.read(&mut part);
+            staged.append(&mut part);
+        }
+        let to = to.places;
+        stream.submit(Work::Land { to, staged, late });
+        return Ok(None);
+    }
     let ticket = stream.submit(Work::Copy {
         to: to.places,
         from: from.places,
