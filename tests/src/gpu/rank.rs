@@ -89,8 +89,8 @@ pub struct Difference {
     pub found: u8,
 }
 
-/// Bytes that no block computes to.
-const BACKGROUND: u8 = 0xA5;
+/// What memory is filled with before anything is written.
+pub const BACKGROUND: u8 = 0xA5;
 
 /// Blocks as they were read.
 pub type Pages = Vec<Vec<u8>>;
@@ -209,6 +209,16 @@ impl Rank {
             self.expected[piece.allocation][at..at + piece.bytes].copy_from_slice(part);
             rest = after;
         }
+    }
+
+    /// What a block should hold by now.
+    pub fn expected(&self, group: u16, block: u32) -> Vec<u8> {
+        let mut page = Vec::with_capacity(self.group(group).page_bytes());
+        for piece in &self.arranged.groups[self.position(group)] {
+            let at = piece.base + block as usize * piece.stride;
+            page.extend_from_slice(&self.expected[piece.allocation][at..at + piece.bytes]);
+        }
+        page
     }
 
     /// Writes a page into a block, as if the engine had computed it.

@@ -11,7 +11,7 @@ use pegaflow::{BlockHash, Completion, Error, Options, RequestId, Status};
 use serde::{Deserialize, Serialize};
 
 use super::engine::options;
-use super::rank::{GpuSpec, Rank};
+use super::rank::{BACKGROUND, GpuSpec, Rank};
 use crate::content::{self, Stream};
 
 /// What an engine of the soak run is told.
@@ -297,14 +297,13 @@ impl Soak {
                     let found = self.rank.page(pending.group, *block)?;
                     if done {
                         let page = self.rank.page_of(pending.group, hash);
+                        if found != page {
+                            let place = (pending.group, *block);
+                            let what = self.autopsy(place, hash, (&found, &page));
+                            let (group, spec) = (pending.group, &self.rank.spec);
+                            anyhow::bail!("block {block} of {group} differs: {what}; {spec:?}");
+                        }
                         self.rank.expect(pending.group, *block, &page);
-                        let same = found == page;
-                        let spec = &self.rank.spec;
-                        anyhow::ensure!(
-                            same,
-                            "block {block} of {} differs: {spec:?}",
-                            pending.group
-                        );
                     } else {
                         // What a load that failed has left is nobody's to say.
                         self.rank.expect(pending.group, *block, &found);
@@ -319,5 +318,88 @@ impl Soak {
         }
         self.give_back(pending.group, pending.blocks);
         Ok(())
+    }
+
+    /// Whatever helps to tell where other bytes came from than those of a load.
+    fn autopsy(
+        &mut self,
+        (group, block): (u16, u32),
+        hash: &BlockHash,
+        (found, page): (&[u8], &[u8]),
+    ) -> String {
+        let first = self.tell_apart((group, block), found, page);
+        std::thread::sleep(Duration::from_millis(100));
+        let later = match self.rank.page(group, block) {
+            Ok(later) if later == found => "the same 100 ms later".into(),
+            Ok(later) if later == page => "as it should be 100 ms later".into(),
+            Ok(later) => self.tell_apart((group, block), &later, page),
+            Err(error) => format!("{error:#}"),
+        };
+        // The pool's bytes, or the way from there?
+        let again = match self.load_again((group, block), hash) {
+            Ok(again) if again == page => "loaded again it is as it should be".into(),
+            Ok(again) if again == found => "loaded again it is the same".into(),
+            Ok(again) => {
+                let what = self.tell_apart((group, block), &again, page);
+                format!("loaded again: {what}")
+            }
+            Err(error) => format!("not loaded again: {error:#}"),
+        };
+        let stats = self.rank.client.stats();
+        let (tally, reconnects) = (self.tally, stats.reconnects);
+        format!("{first}; {later}; {again}; {reconnects} reconnects, {tally:?}")
+    }
+
+    fn load_again(
+        &mut self,
+        (group, block): (u16, u32),
+        hash: &BlockHash,
+    ) -> anyhow::Result<Vec<u8>> {
+        self.key += 1;
+        let (client, registration) = (&self.rank.client, self.rank.registration);
+        // Something else first, so that a load of nothing shows.
+        let blank = vec![0x3C; self.rank.group(group).page_bytes()];
+        let asked = client.query(registration, group, self.key, &[*hash], 0)?;
+        let lease = self.rank.wait(asked)?.lease;
+        anyhow::ensure!(lease != 0, "it is not held any more");
+        self.rank.put(group, block, &blank)?;
+        let client = &self.rank.client;
+        let request = client.load(registration, group, lease, 0, &[block])?;
+        let answer = self.rank.wait(request)?;
+        anyhow::ensure!(answer.is_ok(), "{:?}", answer.status);
+        self.rank.page(group, block)
+    }
+
+    fn tell_apart(&self, (group, block): (u16, u32), found: &[u8], page: &[u8]) -> String {
+        let differs = |at: &usize| found[*at] != page[*at];
+        let Some(first) = (0..page.len()).find(differs) else {
+            return "no byte differs".into();
+        };
+        let last = (0..page.len()).rfind(differs).unwrap_or(first);
+        let count = (0..page.len()).filter(differs).count();
+        let whose = |bytes: &[u8], at: usize| {
+            let end = (at + 16).min(page.len());
+            let (part, before) = (&bytes[at..end], self.rank.expected(group, block));
+            if part.iter().all(|byte| *byte == BACKGROUND) {
+                return "those of memory that nobody has written".to_owned();
+            }
+            if part == &before[at..end] {
+                return "what the block held before".to_owned();
+            }
+            let is_of = |number: &u64| {
+                let other = self.rank.page_of(group, &content::hash(*number));
+                part == &other[at..end]
+            };
+            match (0..self.hashes + 48).find(is_of) {
+                Some(number) => format!("of hash {number}"),
+                None => format!("of nobody ({part:x?})"),
+            }
+        };
+        let (begin, end) = (whose(found, first), whose(found, last.saturating_sub(15)));
+        let bytes = page.len();
+        format!(
+            "{count} bytes from {first} to {last} of {bytes}, which are {begin} at first and {end} \
+             at last"
+        )
     }
 }
