@@ -29,14 +29,16 @@ struct Nobody {
     _folder: tempfile::TempDir,
 }
 
-/// The child that shares its parent's memory.
-extern "C" fn linger(_: *mut libc::c_void) -> i32 {
-    loop {
-        // SAFETY: plain system calls; it ends with its parent.
-        unsafe {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+/// The child that shares its parent's memory; `parent` is the address of nothing, but its number.
+extern "C" fn linger(parent: *mut libc::c_void) -> i32 {
+    // SAFETY: plain system calls; it ends with its parent, also with one that has ended before it
+    // could ask for that.
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        while libc::getppid() as usize == parent.addr() {
             libc::pause();
         }
+        libc::_exit(0)
     }
 }
 
@@ -75,7 +77,8 @@ impl Nobody {
                 while base.add(GO).read_volatile() != 2 {
                     libc::usleep(500);
                 }
-                libc::clone(linger, top.cast(), libc::CLONE_VM, std::ptr::null_mut());
+                let me = std::ptr::without_provenance_mut(libc::getpid() as usize);
+                libc::clone(linger, top.cast(), libc::CLONE_VM, me);
                 libc::execv(path.as_ptr(), arguments.as_ptr());
                 libc::_exit(1);
             }
