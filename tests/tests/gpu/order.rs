@@ -1,6 +1,7 @@
 //! Copies come after the engine's stream or event, and an engine that never gets there holds up
 //! nobody else.
 
+use pegaflow_tests::daemon::Daemon;
 use pegaflow_tests::gpu::Gpus;
 use pegaflow_tests::gpu::engine::{After, Engine, Task};
 use pegaflow_tests::gpu::rank::GpuSpec;
@@ -16,6 +17,16 @@ fn start_save(first: u64, after: After) -> Task {
         blocks: BLOCKS.to_vec(),
         after,
     }
+}
+
+/// The save that is under way stores its five blocks, and another engine gets all their bytes.
+fn expect_saved(daemon: &Daemon, late: &mut Engine, other: &mut Engine) {
+    let saved = late.must(&Task::Finish);
+    assert_eq!(saved.count, 5, "{saved:?}\n{}", daemon.log());
+    late.must(&Task::Check);
+    let loaded = load(other, 0, 1, &[0, 1, 2, 3, 4]);
+    assert!(loaded.is_ok(), "{loaded:?}");
+    other.must(&Task::Check);
 }
 
 #[test]
@@ -34,12 +45,7 @@ fn a_save_has_the_bytes_that_the_driver_still_brings_when_a_copy_has_returned() 
     late.must(&Task::WaitReady);
     let mut other = engine(&gpus, &daemon, &spec.instance("other", 7));
     late.must(&start_save(1, After::Stream));
-    let saved = late.must(&Task::Finish);
-    assert_eq!(saved.count, 5, "{saved:?}\n{}", daemon.log());
-    late.must(&Task::Check);
-    let loaded = load(&mut other, 0, 1, &[0, 1, 2, 3, 4]);
-    assert!(loaded.is_ok(), "{loaded:?}");
-    other.must(&Task::Check);
+    expect_saved(&daemon, &mut late, &mut other);
 }
 
 #[test]
@@ -73,12 +79,7 @@ fn a_save_has_the_bytes_that_the_stream_writes_late() {
             "nothing is visible before its bytes are there"
         );
         late.must(&Task::OpenGate);
-        let saved = late.must(&Task::Finish);
-        assert_eq!(saved.count, 5, "{saved:?}\n{}", daemon.log());
-        late.must(&Task::Check);
-        let loaded = load(&mut other, 0, 1, &[0, 1, 2, 3, 4]);
-        assert!(loaded.is_ok(), "{loaded:?}");
-        other.must(&Task::Check);
+        expect_saved(&daemon, &mut late, &mut other);
     }
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use pegaflow::{Fetch, Status};
+use pegaflow::{BlockHash, Fetch, Status};
 use pegaflow_shm::node::{Counter, Gauge, field_text};
 use pegaflow_tests::content::hashes;
 use pegaflow_tests::daemon::Daemon;
@@ -117,6 +117,19 @@ fn expect_trouble(daemon: &Daemon, reason: &str) {
     assert!(eventually(told), "{}", daemon.log());
 }
 
+/// A daemon over a shard on the drive, an engine of its, and what that has saved: twice what the
+/// pool holds, all of it durable on the shard.
+fn filled(drive: &Drive, further: &[&str]) -> (Daemon, Worker, Vec<BlockHash>) {
+    let shard = drive.at().join("shard");
+    let arguments = [&["--ssd-admit", "seal"], further].concat();
+    let daemon = Daemon::start_with(config(std::slice::from_ref(&shard), &arguments));
+    let worker = Worker::ready(daemon.options(), WorkerSpec::default());
+    let names = hashes(1, 2 * POOL_BLOCKS);
+    save_and_write(&daemon, &worker, &names);
+    wait_durable(&daemon, names.len() as u64);
+    (daemon, worker, names)
+}
+
 /// The pool serves saves, queries and loads as if nothing had happened.
 fn expect_service(worker: &Worker, seed: u64) {
     let fresh = hashes(seed * 100_000, POOL_BLOCKS / 2);
@@ -133,13 +146,7 @@ fn a_drive_that_stands_still_costs_the_tier_and_not_the_pool() {
             "mounting needs root and ext4",
         );
     };
-    let shard = drive.at().join("shard");
-    let arguments = ["--ssd-admit", "seal", "--ssd-stall-limit", "300ms"];
-    let daemon = Daemon::start_with(config(std::slice::from_ref(&shard), &arguments));
-    let worker = Worker::ready(daemon.options(), WorkerSpec::default());
-    let names = hashes(1, 2 * POOL_BLOCKS);
-    save_and_write(&daemon, &worker, &names);
-    wait_durable(&daemon, names.len() as u64);
+    let (daemon, worker, names) = filled(&drive, &["--ssd-stall-limit", "300ms"]);
     let stopped = drive.stop();
     expect_service(&worker, 2);
     expect_trouble(&daemon, "does not answer");
@@ -167,13 +174,7 @@ fn a_file_system_that_turns_read_only_serves_on_what_it_has() {
             "mounting needs root and ext4",
         );
     };
-    let shard = drive.at().join("shard");
-    let arguments = ["--ssd-admit", "seal"];
-    let daemon = Daemon::start_with(config(std::slice::from_ref(&shard), &arguments));
-    let worker = Worker::ready(daemon.options(), WorkerSpec::default());
-    let names = hashes(1, 2 * POOL_BLOCKS);
-    save_and_write(&daemon, &worker, &names);
-    wait_durable(&daemon, names.len() as u64);
+    let (daemon, worker, names) = filled(&drive, &[]);
     drive.make_read_only();
     expect_service(&worker, 2);
     expect_trouble(&daemon, "read-only");
@@ -190,13 +191,7 @@ fn a_drive_that_answers_reads_with_errors_costs_those_hits_and_no_more() {
     let Some(drive) = Drive::mount() else {
         return skip("ssd: a drive with errors", "mounting needs root and ext4");
     };
-    let shard = drive.at().join("shard");
-    let arguments = ["--ssd-admit", "seal"];
-    let daemon = Daemon::start_with(config(std::slice::from_ref(&shard), &arguments));
-    let worker = Worker::ready(daemon.options(), WorkerSpec::default());
-    let names = hashes(1, 2 * POOL_BLOCKS);
-    save_and_write(&daemon, &worker, &names);
-    wait_durable(&daemon, names.len() as u64);
+    let (daemon, worker, names) = filled(&drive, &[]);
     drive.tear_off();
     for (key, from) in (1..).zip((0..POOL_BLOCKS).step_by(POOL_BLOCKS / 4)) {
         let early = query_up(&worker, key, &names[from..from + 4], Fetch::Wait(None));
