@@ -15,7 +15,7 @@ use crate::fake::gpu::Seen;
 use crate::fake::{Fake, Rudeness};
 use crate::{
     Client, Error, GroupMemory, Log, LogLevel, Mode, NamespaceSpec, Options, Order, Registration,
-    SegmentMemory,
+    RequestId, SegmentMemory,
 };
 
 const MIB: u64 = 1 << 20;
@@ -310,23 +310,39 @@ fn a_new_daemon_is_told_everything_anew() {
     assert_eq!(rig.seen(), before);
 }
 
-#[test]
-fn what_a_killed_daemon_may_still_write_is_not_given_back_before_its_process_is_gone() {
-    let mut rig = Rig::start(|_| {});
+/// The client's daemon becomes this process, which goes on, while the session's socket ends with a
+/// load unanswered.
+fn end_before_its_process(rig: &mut Rig) -> (Process, RequestId) {
     let base = allocate(0, MIB, Kind::Plain);
     let id = rig.client.register(&over(&[base])).unwrap();
     rig.fake().world.set_rudeness(Rudeness::Mute);
     let request = rig.client.load(id, 0, 1, 0, &[3]).unwrap();
-    let mut process = Process(Command::new("sleep").arg("1000").spawn().unwrap());
+    let process = Process(Command::new("sleep").arg("1000").spawn().unwrap());
     let session = rig.client.shared().session().unwrap();
     session.process.pretend(process.0.id());
     rig.fake.take().unwrap().vanish();
     let early = rig.client.wait(request, Duration::from_millis(200));
     assert!(matches!(early, Err(Error::Timeout { .. })), "{early:?}");
     assert!(!session.is_lost());
+    (process, request)
+}
+
+#[test]
+fn what_a_killed_daemon_may_still_write_is_not_given_back_before_its_process_is_gone() {
+    let mut rig = Rig::start(|_| {});
+    let (mut process, request) = end_before_its_process(&mut rig);
     process.0.kill().unwrap();
     let answer = rig.client.wait(request, LONG).unwrap();
     assert_eq!(answer.status, Status::Disconnected);
+}
+
+#[test]
+fn a_client_that_disconnects_does_not_wait_for_a_process_that_does_not_end() {
+    let mut rig = Rig::start(|_| {});
+    let (_process, _) = end_before_its_process(&mut rig);
+    let start = Instant::now();
+    drop(rig.client);
+    assert!(start.elapsed() < LONG, "it hangs");
 }
 
 #[test]

@@ -149,7 +149,8 @@ impl Keeper {
     fn end(&self, session: &Session, error: &Error) {
         let (status, mut reason) = session.end_reason(error);
         // Nobody said it: the daemon was killed, and what it had queued at a GPU may run on.
-        if session.ending().is_none() && !session.process.await_end() {
+        let is_closing = || self.shared.is_closing();
+        if session.ending().is_none() && !session.process.await_end(is_closing) {
             reason += "; its process is not seen to end, and may still copy to GPU memory";
         }
         self.shared.lose(session.number, status, &reason);

@@ -21,6 +21,10 @@ use crate::shared::timespec;
 const BOUND: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 5 });
 /// How long it is given where it cannot be watched: in another PID namespace, say.
 const UNSEEN: Duration = Duration::from_millis(500);
+/// How long a client that disconnects waits for it still: it promises half a second.
+const LEAVING: Duration = Duration::from_millis(400);
+/// Between looks whether the client disconnects.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// The process at the other end of a session.
 pub(crate) struct DaemonProcess {
@@ -61,20 +65,27 @@ impl DaemonProcess {
                 .is_some_and(|pidfd| !ends_within(pidfd, Duration::ZERO))
     }
 
-    /// Waits until no copy of GPU memory of a killed daemon can run any more, within a bound. False
-    /// if that is not known then.
-    pub(crate) fn await_end(&self) -> bool {
-        if !self.reaches_gpu.load(Ordering::Relaxed) {
+    /// Waits until no copy of GPU memory of a killed daemon can run any more, within a bound, and
+    /// not for long once the client disconnects. False if that is not known then.
+    pub(crate) fn await_end(&self, is_closing: impl Fn() -> bool) -> bool {
+        let pidfd = self.pidfd();
+        if !self.reaches_gpu.load(Ordering::Relaxed) || (self.is_own && pidfd.is_none()) {
             return true;
         }
-        match self.pidfd() {
-            Some(pidfd) => ends_within(pidfd, BOUND),
-            None if self.is_own => true,
-            None => {
-                std::thread::sleep(UNSEEN);
-                false
+        let bound = if pidfd.is_some() { BOUND } else { UNSEEN };
+        let (mut until, mut leaves) = (Instant::now() + bound, false);
+        while Instant::now() < until {
+            match pidfd {
+                Some(pidfd) if ends_within(pidfd, LOOK) => return true,
+                Some(_) => {}
+                None => std::thread::sleep(LOOK),
+            }
+            if !leaves && is_closing() {
+                leaves = true;
+                until = until.min(Instant::now() + LEAVING);
             }
         }
+        false
     }
 
     fn pidfd(&self) -> Option<&OwnedFd> {
