@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from struct import pack
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,12 +110,60 @@ def namespace(
         {"layout": "1*2x1:16/1"},
         {"groups": ("SlidingWindowSpec:16",)},
         {"release": "0.33.0"},
+        {"model_config__model_weights": "s3://bucket/model"},
+        {"model_config__quantization_config": {"linear": {"weight": "mxfp8"}}},
+        {"model_config__model_class_overrides": {"OneForCausalLM": "other:OneForCausalLM"}},
+        {"model_config__multimodal_config": SimpleNamespace(mm_processor_kwargs={"size": 224})},
+        {"model_config__multimodal_config": SimpleNamespace(video_pruning_rate=0.5)},
+        {"load_config__load_format": "mistral"},
+        {"lora_config": SimpleNamespace(lora_dtype="torch.float16", target_modules=None)},
+        {"lora_config": SimpleNamespace(lora_dtype="auto", target_modules=["o_proj"])},
         {"parallel_config__prefill_context_parallel_size": 2},
     ],
     ids=str,
 )
 def test_what_changes_the_bytes_changes_the_namespace(changes: dict[str, Any]) -> None:
     assert namespace(**changes) != namespace()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"load_config__load_format": "safetensors"},
+        {"model_config__model_weights": ""},
+        {"model_config__multimodal_config": SimpleNamespace(mm_processor_kwargs=None)},
+        {"lora_config": SimpleNamespace(lora_dtype="torch.bfloat16", target_modules=None)},
+    ],
+    ids=str,
+)
+def test_what_changes_no_byte_changes_no_namespace(changes: dict[str, Any]) -> None:
+    assert namespace(**changes) == namespace()
+
+
+def test_where_a_loader_is_told_to_read_changes_the_namespace() -> None:
+    def of(uri: str) -> Namespace:
+        return namespace(
+            load_config__load_format="tensorizer",
+            load_config__model_loader_extra_config={"tensorizer_uri": uri},
+        )
+
+    assert of("s3://bucket/one") != of("s3://bucket/two")
+
+
+@pytest.mark.parametrize("what", ["quantization", "kv_cache_dtype"])
+def test_what_is_made_of_the_draft_model_changes_the_namespace(what: str) -> None:
+    def of(**said: Any) -> Namespace:
+        draft = SimpleNamespace(method="eagle", model="org/draft", **said)
+        return namespace(speculative_config=draft)
+
+    assert of(**{what: "fp8_e5m2"}) != of(**{what: "fp8_e4m3"}) != of()
+
+
+def test_a_set_is_said_alike_in_all_processes() -> None:
+    texts = {f"layer-{at}" for at in range(9)}
+    config = HfConfig(skipped=texts)
+    other = HfConfig(skipped=sorted(texts))
+    assert namespace(model_config__hf_config=config) == namespace(model_config__hf_config=other)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +227,65 @@ def test_two_checkpoints_of_the_same_shape_and_place_are_told_apart(tmp_path: Pa
     assert namespace(model_config__model=str(model)) != before
     assert fingerprint(str(model)) != first
     assert fingerprint("org/no-such-folder") is None
+
+
+def written(path: Path, tensors: dict[str, bytes]) -> None:
+    """A file in the safetensors format."""
+    header, data = {}, b""
+    for name, content in tensors.items():
+        offsets = [len(data), len(data) + len(content)]
+        header[name] = {"dtype": "U8", "shape": [len(content)], "data_offsets": offsets}
+        data += content
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path.write_bytes(pack("<Q", len(text)) + text + data)
+
+
+def test_one_other_byte_of_a_small_checkpoint_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    seen = set()
+    for at in (None, 0, 1_234_567, 2_999_999):
+        weights = bytearray(3_000_000)
+        if at is not None:
+            weights[at] = 1
+        written(file, {"all": bytes(weights)})
+        seen.add(fingerprint(str(tmp_path)))
+    assert len(seen) == 4
+
+
+def test_each_tensor_of_a_large_checkpoint_is_looked_at(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    plain = {f"matrix-{at}": bytes(1 << 20) for at in range(17)} | {
+        f"norm-{at}": bytes(2000) for at in range(17)
+    }
+    seen = {fingerprint(str(tmp_path))}
+    names = ("matrix-0", "matrix-9", "norm-0", "norm-9", "norm-16")
+    for name in (None, *names):
+        changed = plain if name is None else plain | {name: b"\1" * len(plain[name])}
+        written(file, changed)
+        seen.add(fingerprint(str(tmp_path)))
+    assert len(seen) == 2 + len(names)
+
+
+def test_large_files_of_other_formats_are_sampled(tmp_path: Path) -> None:
+    seen = set()
+    for start in (
+        b"",
+        b"PK",
+        pack("<Q", 5) + b"12345",
+        pack("<Q", 1 << 62),
+        pack("<Q", 4) + b"[17]",
+    ):
+        (tmp_path / "model.bin").write_bytes(start.ljust(20_000_000, b"\0"))
+        seen.add(fingerprint(str(tmp_path)))
+    assert len(seen) == 5
+
+
+def test_code_that_comes_with_a_checkpoint_is_part_of_it(tmp_path: Path) -> None:
+    code = tmp_path / "modeling.py"
+    code.write_text("scale = 1")
+    before = fingerprint(str(tmp_path))
+    code.write_text("scale = 2")
+    assert fingerprint(str(tmp_path)) != before
 
 
 def test_no_text_is_longer_than_the_daemon_takes() -> None:

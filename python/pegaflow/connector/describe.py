@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,20 @@ from pegaflow.connector.weights import fingerprint
 
 #: Keys of a model's configuration that do not change what it computes.
 _IDLE_KEYS = ("transformers_version",)
+
+#: Ways of loading that read the same files to the same end.
+_USUAL_LOADERS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+
+#: What the engine does to images, sounds and videos before the model sees them. vLLM's hashes have
+#: what a request says of it, and not what the engine was started with.
+_MEDIA = (
+    "mm_processor_kwargs",
+    "mm_device_do_normalize",
+    "mm_encoder_attn_dtype",
+    "mm_encoder_fp8_scale_path",
+    "video_pruning_rate",
+    "video_pruning_method",
+)
 
 #: Longest prompt up to which vLLM leaves the temperature of Llama 4's attention alone.
 _LLAMA4_TUNED_BEYOND = 32768
@@ -60,19 +75,44 @@ def namespace_of(
 def _revision(config: ConnectorConfig, vllm_config: Any) -> dict[str, object]:
     model = vllm_config.model_config
     hf_config = getattr(model, "hf_config", None)
-    load = getattr(vllm_config, "load_config", None)
-    load_format = _plain(getattr(load, "load_format", None))
+    load_format = _plain(getattr(getattr(vllm_config, "load_config", None), "load_format", None))
+    media = getattr(model, "multimodal_config", None)
     return {
         "revision": getattr(model, "revision", None),
         "commit": getattr(hf_config, "_commit_hash", None),
         # With dummy weights there is nothing on disk; with a name of its own, that name decides.
         "weights": None if config.model or load_format == "dummy" else fingerprint(model.model),
-        "load": "dummy" if load_format == "dummy" else None,
+        # Where they come from if that is no folder.
+        "source": getattr(model, "model_weights", None) or None,
+        "load": _loading(vllm_config, load_format),
         "config": _digest_of_config(hf_config),
+        "classes": _digest(getattr(model, "model_class_overrides", None)),
         "length": _length(hf_config, getattr(model, "max_model_len", None)),
         "quantization": getattr(model, "quantization", None),
+        "quantized": _digest(getattr(model, "quantization_config", None)),
+        "media": _digest(
+            {name: said for name in _MEDIA if (said := getattr(media, name, None)) is not None}
+        ),
+        "lora": _adapters(getattr(vllm_config, "lora_config", None), model),
         "draft": _draft(getattr(vllm_config, "speculative_config", None)),
     }
+
+
+def _loading(vllm_config: Any, load_format: str) -> str | None:
+    """What is read, where it may be something else than the usual files in the model's folder."""
+    if load_format in (*_USUAL_LOADERS, "None"):
+        return None
+    more = _digest(getattr(vllm_config.load_config, "model_loader_extra_config", None))
+    return load_format if more is None else f"{load_format}/{more}"
+
+
+def _adapters(lora: Any, model: Any) -> str | None:
+    """What this engine makes of an adapter, if not all of it as it is."""
+    if lora is None:
+        return None
+    dtype, modules = _plain(lora.lora_dtype), _listed(getattr(lora, "target_modules", None))
+    said = [None if dtype in ("auto", _plain(model.dtype)) else dtype, modules]
+    return "/".join(part for part in said if part is not None) or None
 
 
 def _draft(speculative: Any) -> str | None:
@@ -88,6 +128,8 @@ def _draft(speculative: Any) -> str | None:
             getattr(speculative, "method", None),
             path,
             getattr(speculative, "revision", None),
+            getattr(speculative, "quantization", None),
+            getattr(speculative, "kv_cache_dtype", None),
             fingerprint(path) if isinstance(path, str) else None,
             _digest_of_config(getattr(draft, "hf_config", None)),
         )
@@ -113,13 +155,28 @@ def _digest_of_config(hf_config: Any) -> str | None:
     to_dict = getattr(hf_config, "to_dict", None)
     if to_dict is None:
         return None
-    said = {
-        key: value
-        for key, value in to_dict().items()
-        if not key.startswith("_") and key not in _IDLE_KEYS
-    }
-    text = json.dumps(said, sort_keys=True, default=str)
+    return _digest(
+        {
+            key: value
+            for key, value in to_dict().items()
+            if not key.startswith("_") and key not in _IDLE_KEYS
+        }
+    )
+
+
+def _digest(said: Any) -> str | None:
+    """None if nothing was said."""
+    if not said:
+        return None
+    text = json.dumps(said, sort_keys=True, default=_sayable)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _sayable(value: Any) -> Any:
+    """What JSON has no word for, said alike in all processes."""
+    if dataclasses.is_dataclass(value):
+        return {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _length(hf_config: Any, longest: int | None) -> str | None:

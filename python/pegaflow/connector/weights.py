@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
-#: What holds weights or says how to read them.
-_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*config.json", "*quant*.json")
-#: Places of a file that are read, and how many bytes at each: a checkpoint of any size costs
-#: milliseconds, and training changes nearly all of its bytes.
+#: What holds weights, says how to read them, or computes with them.
+_PATTERNS = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"),
+    *("*config.json", "*quant*.json", "*.py"),
+)
+#: Files up to this size are read whole. Of a larger one so many places are, with so many bytes at
+#: each, and so many in the middle of each tensor, as far as the file says where those are: training
+#: changes nearly all bytes of a tensor, but not always all tensors.
+_WHOLE_BYTES = 16 << 20
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
+_TENSOR_BYTES = 512
+#: Longest header of the safetensors format.
+_MAX_HEADER = 100_000_000
 
 
 def fingerprint(model: str) -> str | None:
     """Of the checkpoint in the folder or file `model`; None if there is none on this machine.
 
     It depends on names, sizes and samples of the content, not on where the files are: copies of one
-    checkpoint share their blocks. Raises OSError if a file cannot be read.
+    checkpoint are the same. Raises OSError if a file cannot be read.
     """
     files = _files(model)
     if files is None:
@@ -28,9 +39,9 @@ def fingerprint(model: str) -> str | None:
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())
         with file.open("rb") as content:
-            for at in _places(size):
+            for at, length in _places(content, size):
                 content.seek(at)
-                digest.update(content.read(_SAMPLE_BYTES))
+                digest.update(content.read(length))
     return digest.hexdigest()[:32]
 
 
@@ -50,8 +61,26 @@ def _files(model: str) -> list[Path] | None:
     return None
 
 
-def _places(size: int) -> list[int]:
-    if size <= _SAMPLES * _SAMPLE_BYTES:
-        return list(range(0, size, _SAMPLE_BYTES))
+def _places(content: BinaryIO, size: int) -> Iterable[tuple[int, int]]:
+    if size <= _WHOLE_BYTES:
+        yield 0, size
+        return
     last = size - _SAMPLE_BYTES
-    return [last * at // (_SAMPLES - 1) for at in range(_SAMPLES)]
+    yield from ((last * at // (_SAMPLES - 1), _SAMPLE_BYTES) for at in range(_SAMPLES))
+    for begin, end in _tensors(content, size):
+        yield max(begin, (begin + end - _TENSOR_BYTES) // 2), min(end - begin, _TENSOR_BYTES)
+
+
+def _tensors(content: BinaryIO, size: int) -> list[tuple[int, int]]:
+    """Where the tensors of a safetensors file lie; none if it is none."""
+    content.seek(0)
+    length = int.from_bytes(content.read(8), "little")
+    if not 2 <= length <= min(_MAX_HEADER, size - 8):
+        return []
+    try:
+        said = json.loads(content.read(length))
+        places = [one["data_offsets"] for name, one in said.items() if name != "__metadata__"]
+        found = sorted((8 + length + int(begin), 8 + length + int(end)) for begin, end in places)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []
+    return [(begin, end) for begin, end in found if 0 <= begin <= end <= size]
