@@ -53,6 +53,10 @@ def test_settings_are_read_with_their_types() -> None:
         ("pegaflow.sockets", "'pegaflow.socket'"),
         ("pegaflow.crosslayer_blocks", "'pegaflow.cross_layer_blocks'"),
         ("pegaflow.zzzzzz", "known are pegaflow.mode"),
+        ("pegaflow.Mode", "'pegaflow.mode'"),
+        ("PegaFlow.mode", "'pegaflow.mode'"),
+        ("pegaflow_salt", "'pegaflow.salt'"),
+        ("pegaflow", "known are pegaflow.mode"),
     ],
 )
 def test_an_unknown_key_is_an_error_that_names_the_nearest_known_one(key: str, near: str) -> None:

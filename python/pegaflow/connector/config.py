@@ -141,7 +141,8 @@ def parse(
 ) -> tuple[ConnectorConfig, list[str]]:
     """The settings, and lines for the log about those that have no effect.
 
-    Keys without the prefix belong to others and are left alone, unless the prefix was forgotten.
+    Keys without the prefix belong to others and are left alone, unless the prefix was forgotten or
+    is written otherwise.
     Raises ConfigError.
     """
     found: dict[str, Any] = {}
@@ -153,6 +154,8 @@ def parse(
         if not key.startswith(PREFIX):
             if key in _PARSERS:
                 raise ConfigError(f"kv_connector_extra_config: {key!r} is written {PREFIX + key!r}")
+            if key.lower().startswith(PREFIX[:-1]):
+                raise ConfigError(_unknown(key))
             continue
         name = key[len(PREFIX) :]
         if name in _PARSERS:
@@ -183,7 +186,7 @@ def _value(key: str, parser: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key[len(PREFIX) :], _PARSERS, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key[len(PREFIX) :].lower(), _PARSERS, n=1, cutoff=0.6)
     known = ", ".join(PREFIX + name for name in _PARSERS)
     hint = f"did you mean {PREFIX + near[0]!r}?" if near else f"known are {known}"
     return f"kv_connector_extra_config: unknown key {key!r}; {hint}"
