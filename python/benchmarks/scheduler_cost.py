@@ -13,6 +13,7 @@ sample after the other, medians:
     probe      the longest cached prefix, by reading shared memory
     connector  get_num_new_matched_tokens of the vLLM connector's scheduler side, a new request
     repeat     the same request again, as vLLM asks in each step until it has room
+    adapter    get_num_new_matched_tokens of a new request with a LoRA adapter
     copy       copying as many bytes as the hashes have, for comparison
 
 Usage: python benchmarks/scheduler_cost.py [--blocks N] [--samples N]
@@ -41,6 +42,7 @@ from pegaflow.client import Client, Group, Namespace, Options, Registration, _ab
 from pegaflow.connector.config import ConnectorConfig
 from pegaflow.connector.groups import CacheGroup
 from pegaflow.connector.lookup import Lookup
+from pegaflow.connector.names import Adapters, packed
 from pegaflow.connector.scheduler import Scheduler
 
 PAGE_BYTES = 512
@@ -182,12 +184,29 @@ class Request:
     num_computed_tokens: int = 0
 
 
-def connector(cost: Cost, samples: int) -> tuple[float, float, int]:
+class OneAdapter(Adapters):
+    """Every request has the same adapter."""
+
+    MASK = sha256(b"adapter").digest()
+
+    def mask(self, request: object) -> bytes:  # noqa: ARG002
+        return self.MASK
+
+    @classmethod
+    def hashes(cls, names: list[bytes]) -> list[bytes]:
+        """vLLM's hashes of blocks that have these names at the daemon."""
+        hashes = packed(names, cls.MASK)
+        return [hashes[at : at + 32] for at in range(0, len(hashes), 32)]
+
+
+def connector(
+    cost: Cost, hashes: list[bytes], adapters: Adapters, samples: int
+) -> tuple[float, float, int]:
     """Medians of the connector's first question about a request and of the next ones, and how many
     first questions a busy machine had answered with "ask again": they are left out."""
     logger = logging.getLogger("pegaflow.cost")
     config, groups = ConnectorConfig(), [CacheGroup(0, 0, BLOCK_TOKENS, 1)]
-    scheduler = Scheduler(config, groups, 1, logger)
+    scheduler = Scheduler(config, groups, 1, logger, adapters=adapters)
     lookup = Lookup(cost.client, cost.worker, groups, config, scheduler.counters, logger)
     scheduler.attach(lookup)
     tokens = BLOCK_TOKENS * len(cost.hashes)
@@ -198,7 +217,7 @@ def connector(cost: Cost, samples: int) -> tuple[float, float, int]:
         if later > 10 * samples:
             raise SystemExit(f'{later} questions were answered with "ask again": too busy')
         # vLLM asks about prompts of which at least one token is left to compute.
-        request = Request(f"request-{next(cost.keys)}", cost.hashes, tokens + 1)
+        request = Request(f"request-{next(cost.keys)}", hashes, tokens + 1)
         for times in (first, *[repeat] * 5):
             start = time.perf_counter_ns()
             found, _between_steps = scheduler.matched(request, 0)
@@ -242,7 +261,8 @@ def main() -> None:
         again = median_us(samples, lambda _: cost.ask(cost.packed, key))
         probe = median_us(samples, lambda _: worker.probe(cost.packed))
         # Another object each time: `bytes(bytes)` would copy nothing.
-        matched, repeat, later = connector(cost, samples)
+        matched, repeat, later = connector(cost, hashes, Adapters(), samples)
+        masked, _, _ = connector(cost, OneAdapter.hashes(hashes), OneAdapter(), samples)
         copy = median_us(samples, lambda _: bytearray(cost.packed))
 
     print(f"query of {blocks} blocks, medians of {samples}, microseconds")
@@ -259,6 +279,7 @@ def main() -> None:
         + (f" ({later} asked again)" if later else "")
     )
     print(f"  repeat   {repeat:9.1f}   the same request again")
+    print(f"  adapter  {masked:9.1f}   a new request with a LoRA adapter")
     print(f"  copy     {copy:9.1f}   {32 * blocks} bytes, for comparison")
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pegaflow.client import pack_hashes
 from pegaflow.connector.weights import fingerprint
 from pegaflow.connector.weights import signature as signature_of
@@ -23,9 +25,8 @@ def packed(hashes: Sequence[bytes], mask: bytes | None) -> bytes:
     plain = pack_hashes(hashes, len(hashes[0]))
     if mask is None:
         return plain
-    full = mask * len(hashes)
-    number = int.from_bytes(plain, "little") ^ int.from_bytes(full, "little")
-    return number.to_bytes(len(plain), "little")
+    words = np.frombuffer(plain, np.uint64).reshape(len(hashes), -1)
+    return (words ^ np.frombuffer(mask, np.uint64)).tobytes()
 
 
 def combined(*masks: bytes | None) -> bytes | None:
