@@ -111,6 +111,8 @@ pub struct LeaseTable {
     deadlines: BinaryHeap<Reverse<(Instant, u64)>>,
     max_leases: usize,
     live: usize,
+    /// Of these, those that are promised.
+    promised: usize,
     /// Live leases of each domain.
     by_domain: [u32; MAX_DOMAINS],
     /// What the session at each place of the lane's list holds. A lease that outlives its session
@@ -137,14 +139,20 @@ impl LeaseTable {
             deadlines: BinaryHeap::new(),
             max_leases,
             live: 0,
+            promised: 0,
             by_domain: [0; MAX_DOMAINS],
             by_place: Box::new([Holding::default(); SESSION_ROWS]),
         }
     }
 
-    /// Live leases, those that only wait for copies included.
+    /// Live leases, those that are promised or only wait for copies included.
     pub fn len(&self) -> usize {
         self.live
+    }
+
+    /// Leases that were given and have not ended.
+    pub fn given(&self) -> usize {
+        self.live - self.promised
     }
 
     /// True when there is none.
@@ -166,6 +174,7 @@ impl LeaseTable {
     /// one that was given, until [`Self::take_back`].
     pub fn promise(&mut self, place: usize, domain: DomainId, pins: u64) {
         self.live += 1;
+        self.promised += 1;
         self.by_domain[domain] += 1;
         let holding = &mut self.by_place[place];
         holding.leases += 1;
@@ -175,6 +184,7 @@ impl LeaseTable {
     /// Takes a promise back: kept by a lease, or not wanted any more.
     pub fn take_back(&mut self, place: usize, domain: DomainId, pins: u64) {
         self.live -= 1;
+        self.promised -= 1;
         self.by_domain[domain] -= 1;
         let holding = &mut self.by_place[place];
         holding.leases -= 1;

@@ -253,8 +253,15 @@ impl Prefetches {
         self.turns.push_back(id);
     }
 
+    /// Their names, in an order that the past alone decides.
     pub(super) fn ids(&self) -> Vec<PrefetchId> {
-        self.by_request.values().copied().collect()
+        let slots = (0..).zip(&self.slots);
+        let used = slots.filter(|(_, slot)| slot.prefetch.is_some());
+        let ids = used.map(|(at, slot)| PrefetchId {
+            slot: at,
+            generation: slot.generation,
+        });
+        ids.collect()
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Prefetch> {

@@ -15,10 +15,12 @@ use crate::copy::{Direction, PageCopy, PoolMemory};
 use crate::lane::api::{LaneEvent, LaneHandle};
 use crate::lane::machine::Machine;
 use crate::lane::options::LaneOptions;
+use crate::lane::prefetch::PieceState;
 use crate::lane::request::Request;
 use crate::lane::run::{Lane, Round, Woken};
 use crate::lane::start::{BuiltLane, LaneStartError, MachineParts, build};
 use crate::lane::wake::LaneWake;
+use crate::tier::BlockStore;
 
 /// A lane without a thread.
 pub(crate) struct SimLane<M: Machine> {
@@ -60,14 +62,15 @@ impl<M: Machine> SimLane<M> {
         clock: M::Clock,
         wake: Arc<LaneWake>,
         task_bytes: u64,
-        copies: impl FnOnce(PoolMemory) -> M::Copies,
+        machine: impl FnOnce(PoolMemory) -> (M::Copies, Option<Box<dyn BlockStore>>),
     ) -> Result<SimLane<M>, LaneStartError> {
         let opened = open_cache(&options, std::num::NonZeroUsize::MIN, &|_| {})?;
+        let (workers, store) = machine(opened.pool_memory.clone());
         let parts = MachineParts {
             clock,
-            workers: copies(opened.pool_memory.clone()),
+            workers,
             wake,
-            store: None,
+            store,
             crowded: false,
         };
         let BuiltLane {
@@ -162,6 +165,27 @@ impl<M: Machine> SimLane<M> {
             .collect()
     }
 
+    /// What it calls the requests that the tier below the pool has not ended, as far as it knows.
+    pub(crate) fn tickets(&self) -> Vec<u64> {
+        self.lane.tier.as_ref().map_or(Vec::new(), |t| t.tickets())
+    }
+
+    /// Queries and saves that wait for the tier although their time had passed by then.
+    pub(crate) fn overdue(&self, by: Instant) -> usize {
+        self.lane.tier.as_ref().map_or(0, |tier| tier.overdue(by))
+    }
+
+    /// Fetches that count no more towards the maximum.
+    pub(crate) fn late_fetches(&self) -> usize {
+        self.lane.tier.as_ref().map_or(0, |tier| tier.late())
+    }
+
+    /// Queries whose blocks are on their way up.
+    pub(crate) fn prefetches(&self) -> usize {
+        let tier = self.lane.tier.as_ref();
+        tier.map_or(0, |tier| tier.prefetches.len())
+    }
+
     /// Lists kept for reuse: of entries, of pages.
     pub(crate) fn spare_lists(&self) -> (usize, usize) {
         (self.lane.entry_lists.len(), self.lane.page_lists.len())
@@ -185,10 +209,17 @@ impl<M: Machine> SimLane<M> {
         let requests = sessions.flat_map(|session| session.requests.values());
         requests
             .filter_map(|request| match request {
-                Request::Query(query) => query.scope.map(|scope| (scope.domain, &query.entries)),
+                Request::Query(query) => query.scope.map(|scope| (scope.domain, query)),
                 Request::Load(_) | Request::Save(_) => None,
             })
-            .flat_map(|(domain, entries)| entries.iter().map(move |entry| (domain, *entry)))
+            .flat_map(|(domain, query)| {
+                let held = query.pieces.iter().filter_map(|piece| match piece.state {
+                    PieceState::Held { entry, .. } => Some(entry),
+                    _ => None,
+                });
+                let entries = query.entries.iter().copied().chain(held);
+                entries.map(move |entry| (domain, entry))
+            })
             .chain(self.lane.tier.iter().flat_map(|tier| tier.pins()))
             .collect()
     }

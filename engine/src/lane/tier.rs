@@ -199,6 +199,29 @@ impl LaneTier {
         })
     }
 
+    /// What the store knows the requests by that have not ended.
+    #[cfg(test)]
+    pub(super) fn tickets(&self) -> Vec<u64> {
+        let moving = (0..).zip(&self.moving);
+        let taken = moving.filter(|(_, moving)| moving.is_some());
+        taken.map(|(at, _)| at).collect()
+    }
+
+    /// Those that should have been answered by then.
+    #[cfg(test)]
+    pub(super) fn overdue(&self, by: Instant) -> usize {
+        let waiters = self.prefetches.iter().flat_map(|one| &one.waiters);
+        let queries = waiters.filter(|waiter| waiter.until.is_some_and(|until| until < by));
+        let saves = self.held_saves.iter().filter(|save| save.until < by);
+        queries.count() + saves.count()
+    }
+
+    /// Fetches that are late.
+    #[cfg(test)]
+    pub(super) fn late(&self) -> usize {
+        self.late as usize
+    }
+
     /// Blocks that prefetches hold, with repetitions.
     #[cfg(test)]
     pub(super) fn pins(&self) -> Vec<(DomainId, u32)> {

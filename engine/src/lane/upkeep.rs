@@ -153,7 +153,7 @@ impl<M: Machine> Lane<M> {
         node.set(Gauge::BlocksHeld, figures.sealed);
         node.set(Gauge::BlocksUnfinished, figures.unfinished);
         node.set(Gauge::BlocksPinned, figures.pinned);
-        node.set(Gauge::Leases, self.leases.len() as u64);
+        node.set(Gauge::Leases, self.leases.given() as u64);
         node.set(Gauge::Sessions, self.by_id.len() as u64);
         node.set(Gauge::Instances, self.registry.iter().count() as u64);
         let ready = self

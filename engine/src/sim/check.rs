@@ -9,6 +9,7 @@ use crate::cache::block::Shard;
 use crate::cache::inspect::BlockView;
 use crate::clock::Clock;
 use crate::copy::{Direction, PageCopy};
+use crate::sim::drives::DriveRequest;
 use crate::sim::kv::Content;
 use crate::sim::truth::{Checked, ensure};
 use crate::sim::world::{Daemon, World};
@@ -25,6 +26,8 @@ pub struct Picture {
     pages: BTreeMap<u64, (usize, u16)>,
     /// Tasks that have not drained.
     tasks: Vec<(Direction, Vec<PageCopy>)>,
+    /// Requests to drives whose end the lane has not heard of.
+    unheard: Vec<DriveRequest>,
 }
 
 impl World {
@@ -43,6 +46,7 @@ impl World {
             self.inv_4_every_lease_ends(daemon)?;
         }
         self.inv_7_the_catalog_names_sealed_blocks_alone(daemon, &picture)?;
+        self.inv_8_the_tier_is_within_its_bounds(daemon, &picture.unheard)?;
         self.inv_8_nothing_is_above_its_maximum(daemon)
     }
 
@@ -148,10 +152,13 @@ impl World {
             .map(|task| (task.direction, task.pages))
             .collect();
         tasks.extend(daemon.lane.waiting_tasks());
+        let unheard = self.unheard_of_drives(daemon);
+        tasks.extend(unheard.iter().map(DriveRequest::as_task));
         Ok(Picture {
             blocks,
             pages,
             tasks,
+            unheard,
         })
     }
 
@@ -258,6 +265,12 @@ impl World {
 
     pub fn inv_4_every_lease_ends(&self, daemon: &Daemon) -> Checked {
         let now = self.clock.now();
+        if now.duration_since(daemon.started) > LATE {
+            let overdue = daemon.lane.overdue(now - LATE);
+            ensure(overdue == 0, "inv_6_nobody_waits_beyond_his_time", || {
+                format!("{overdue} requests wait for the tier, and should not any more")
+            })?;
+        }
         for (id, lease) in daemon.lane.leases().iter() {
             ensure(
                 lease.copies() > 0 || lease.deadline + LATE >= now,

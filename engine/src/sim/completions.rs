@@ -102,8 +102,21 @@ impl World {
         match &request.asked {
             Asked::Query {
                 group,
+                key,
+                flags,
+                hashes,
+                ..
+            } if status == Status::Loading => {
+                ensure(*flags == 0, "inv_6_who_does_not_poll_is_answered", || {
+                    format!("{request:?} is answered as loading")
+                })?;
+                self.is_loading(process, completion, (*group, *key, hashes))
+            }
+            Asked::Query {
+                group,
                 hashes,
                 result_offset,
+                ..
             } if ok => self.queried(process, completion, *group, hashes, *result_offset),
             Asked::Load { .. } => self.loaded(process, &request, status),
             Asked::Release(lease) | Asked::Renew(lease) => {

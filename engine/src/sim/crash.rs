@@ -131,6 +131,10 @@ impl World {
     /// The daemon and everything that was said to it are gone.
     fn forget_daemon(&mut self) {
         self.daemon = None;
+        if let Some(drives) = &self.drives {
+            drives.crash(&mut self.rng);
+        }
+        self.polled.clear();
         self.truth.old_leases = self.truth.leases.keys().copied().collect();
         self.truth.leases.clear();
         self.truth.rows.clear();

@@ -14,11 +14,13 @@
 //! | `rng`, `time` | chance and time |
 //! | `world` | daemon, processes, truth |
 //! | `copies` | the copy threads |
+//! | `drives` | what is below the pool |
 //! | `kv` | memory whose bytes tell what they are |
 //! | `session` | a client's end of rings, bells and arena |
 //! | `steps` | the steps |
 //! | `requests`, `completions` | what clients ask, and what they are answered |
 //! | `control` | sessions and registrations come and go |
+//! | `below` | drives go on, fail and stall, and what must hold of them |
 //! | `hostile` | a client that writes anything anywhere |
 //! | `crash` | daemons die and start |
 //! | `quiet` | everything completes once the faults stop |
@@ -28,11 +30,13 @@
 
 #![forbid(unsafe_code)]
 
+mod below;
 mod check;
 mod completions;
 mod control;
 mod copies;
 mod crash;
+mod drives;
 mod hostile;
 mod kv;
 mod plan;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::policy::{AdmissionKind, PolicyKind};
 use crate::sim::rng::Rng;
+use crate::tier::{AdmitWhen, TierOptions};
 
 /// A namespace: a user's, with a salt of its own and the pages that its ranks hold.
 #[derive(Clone, Debug)]
@@ -51,6 +52,50 @@ pub struct ProcessPlan {
     pub save_only: bool,
 }
 
+/// What lies below the pool.
+#[derive(Clone, Debug)]
+pub struct TierPlan {
+    pub options: TierOptions,
+    pub drives: usize,
+    /// Requests that a drive has at a time.
+    pub depth: usize,
+    /// Blocks that all of them keep.
+    pub most: usize,
+    /// Percent of requests that are refused because too much is under way.
+    pub busy: usize,
+    /// Percent of writes that are refused because of the limit for writing.
+    pub limited: usize,
+    /// Percent of requests that fail.
+    pub failures: usize,
+}
+
+impl TierPlan {
+    /// By a chance of its own: the rest of a seed means what it means without a tier.
+    fn draw(rng: &mut Rng) -> TierPlan {
+        let ms = Duration::from_millis;
+        let admit = [
+            AdmitWhen::Evict,
+            AdmitWhen::Evict,
+            AdmitWhen::Seal,
+            AdmitWhen::Hits(2),
+        ];
+        TierPlan {
+            options: TierOptions {
+                admit: rng.pick(&admit),
+                max_prefetch: rng.pick(&[1, 2, 4, 256]),
+                patience: ms(rng.between(5, 3000) as u64),
+                save_wait: rng.pick(&[None, None, Some(ms(1)), Some(ms(200)), Some(ms(2_000))]),
+            },
+            drives: rng.between(1, 3),
+            depth: rng.pick(&[1, 2, 8, 64]),
+            most: rng.pick(&[8, 40, 10_000]),
+            busy: rng.pick(&[0, 0, 5, 40]),
+            limited: rng.pick(&[0, 0, 20]),
+            failures: rng.pick(&[0, 2, 20]),
+        }
+    }
+}
+
 /// Kinds of steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StepKind {
@@ -69,10 +114,12 @@ pub enum StepKind {
     Restart,
     Hostile,
     Quiet,
+    Drive,
+    DriveFault,
 }
 
 impl StepKind {
-    pub const ALL: [StepKind; 15] = [
+    pub const ALL: [StepKind; 17] = [
         StepKind::Turn,
         StepKind::Request,
         StepKind::Continue,
@@ -88,6 +135,8 @@ impl StepKind {
         StepKind::Restart,
         StepKind::Hostile,
         StepKind::Quiet,
+        StepKind::Drive,
+        StepKind::DriveFault,
     ];
 }
 
@@ -121,6 +170,8 @@ pub struct Plan {
     /// Percent of requests with a wrong argument.
     pub wrong_arguments: usize,
     pub steps: usize,
+    /// Every other seed has one.
+    pub tier: Option<TierPlan>,
 }
 
 const PAGES: [u64; 5] = [512, 576, 1024, 1536, 2048];
@@ -159,7 +210,31 @@ impl Plan {
             lost_bells: rng.pick(&[0, 0, 5, 50, 100]),
             wrong_arguments: rng.pick(&[0, 3, 15]),
             steps: rng.between(200, 1600),
+            tier: None,
         }
+    }
+
+    /// Puts drives below the pool, given a chance of their own.
+    pub fn add_tier(&mut self, rng: &mut Rng) {
+        self.tier = Some(TierPlan::draw(rng));
+        self.weights[StepKind::Drive as usize] = 200 * rng.pick(&[1, 2, 4]);
+        self.weights[StepKind::DriveFault as usize] = rng.pick(&[0, 4, 20]);
+        // Seldom anew, so that there is time for blocks to leave and come back.
+        for kind in [
+            StepKind::Leave,
+            StepKind::Crash,
+            StepKind::CrashPoint,
+            StepKind::Restart,
+        ] {
+            let weight = &mut self.weights[kind as usize];
+            *weight = weight.div_ceil(5);
+        }
+        self.weights[StepKind::Request as usize] *= 2;
+        self.steps *= 2;
+        // A pool so small that much is below it.
+        self.extents = rng.between(2, 4) as u64;
+        self.extent_bytes = rng.pick(&[4096, 4096, 8192]);
+        self.hashes = rng.between(10, 40) as u64;
     }
 }
 
@@ -169,6 +244,7 @@ fn weights(rng: &mut Rng) -> Vec<u32> {
     ];
     let scaled = base.map(|weight| weight * rng.pick(&[1, 2, 2, 4]));
     let mut weights = scaled.to_vec();
+    weights.resize(StepKind::ALL.len(), 0);
     // Each run does without some of the faults, so that others get further.
     for kind in [
         StepKind::Time,

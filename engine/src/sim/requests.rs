@@ -151,7 +151,12 @@ impl World {
         let mut group = self.some_group(process);
         let mut registration = self.registration(process);
         let mut result_offset = self.result_place(process);
-        let hashes = self.some_hashes();
+        let mut hashes = self.some_hashes();
+        let mut key = None;
+        if let Some(polled) = self.draw_polled(process) {
+            (group, hashes) = (polled.group, polled.hashes);
+            key = Some(polled.key);
+        }
         if wrong {
             match self.rng.below(3) {
                 0 => group = 9,
@@ -160,15 +165,20 @@ impl World {
             }
         }
         let ttl = self.plan.lease_ttl.as_millis() as usize;
+        let any = self.rng.below(6) as u64;
+        let ttl_ms = if self.rng.percent(50) {
+            0
+        } else {
+            self.rng.between(1, 3 * ttl) as u64
+        };
+        let (flags, arg2) = self.draw_reach(ttl_ms);
+        let key = key.unwrap_or(any);
         let head = Submission {
             total: hashes.len() as u32,
-            arg0: self.rng.below(6) as u64,
+            arg0: key,
             arg1: result_offset,
-            arg2: if self.rng.percent(50) {
-                0
-            } else {
-                self.rng.between(1, 3 * ttl) as u64
-            },
+            arg2,
+            flags,
             ..submission(Op::Query, registration, group)
         };
         let parts = self.cut(hashes.len(), head, |part, _| {
@@ -180,6 +190,8 @@ impl World {
         });
         let asked = Asked::Query {
             group,
+            key,
+            flags,
             hashes,
             result_offset,
         };
@@ -380,7 +392,7 @@ impl World {
             let more = if part < wanted { flags::MORE } else { 0 };
             let submission = Submission {
                 count: (to - from) as u32,
-                flags: runs | more,
+                flags: head.flags | runs | more,
                 ..head
             };
             parts.push((bytes, submission));

@@ -42,6 +42,9 @@ pub enum Asked {
     Nop,
     Query {
         group: u16,
+        key: u64,
+        /// Of the submission.
+        flags: u8,
         hashes: Vec<u64>,
         result_offset: u64,
     },

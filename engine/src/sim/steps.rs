@@ -51,6 +51,8 @@ impl World {
             StepKind::Restart => self.step_restart()?,
             StepKind::Hostile => self.step_hostile(),
             StepKind::Quiet => self.quiet()?,
+            StepKind::Drive => self.step_drive()?,
+            StepKind::DriveFault => self.step_drive_fault(),
         }
         self.check(turned)
     }
@@ -235,7 +237,8 @@ impl World {
             (Gauge::BlocksHeld, sealed),
             (Gauge::BlocksUnfinished, blocks.len() - sealed),
             (Gauge::BlocksPinned, pinned),
-            (Gauge::Leases, lane.leases().len()),
+            (Gauge::Leases, lane.leases().given()),
+            (Gauge::Prefetches, lane.prefetches()),
             (Gauge::Sessions, sessions.len()),
             (Gauge::Instances, lane.instances()),
             (Gauge::CopyTasks, lane.tasks()),
@@ -256,9 +259,10 @@ impl World {
             format!("{shown} rows for {} sessions", sessions.len())
         })?;
         let leases = node.leases().iter().filter(|row| row.lease != 0).count();
-        ensure(leases == lane.leases().len(), "gauges_are_true", || {
-            format!("{leases} rows for {} leases", lane.leases().len())
-        })
+        ensure(leases == lane.leases().given(), "gauges_are_true", || {
+            format!("{leases} rows for {} leases", lane.leases().given())
+        })?;
+        self.tier_gauges_are_true()
     }
 
     /// A client reads the index: it sees the sealed blocks of its user, and no others.

@@ -53,3 +53,13 @@ pub struct Truth {
     pub rows: BTreeMap<u32, usize>,
     pub last_version: u64,
 }
+
+impl Truth {
+    /// A page holds this from now on; `None` for what nobody can tell.
+    pub fn set_page(&mut self, offset: u64, content: Option<Content>) {
+        match content {
+            Some(content) => self.pages.insert(offset, content),
+            None => self.pages.remove(&offset),
+        };
+    }
+}

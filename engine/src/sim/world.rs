@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;
 use pegaflow_shm::control::{Mode, RegisterSpec};
@@ -14,13 +14,16 @@ use pegaflow_shm::mapping::{Access, NamedFile};
 use pegaflow_shm::namespace::{NamespaceSpec, PackedGroup};
 use pegaflow_shm::node::{NodeHeader, NodeReader, NodeWriter};
 
+use crate::clock::Clock;
 use crate::config::PoolStart;
 use crate::copy::{BoundLayout, Direction};
 use crate::fault::Arming;
 use crate::isolation::DomainRules;
 use crate::lane::{LaneOptions, LaneStartError, LaneWake, SimLane};
+use crate::sim::below::Polled;
 use crate::sim::copies::{CopyEvent, SimCopies, SimMachine, TaskView};
 use crate::sim::crash::{BlockName, Survivors};
+use crate::sim::drives::SimDrives;
 use crate::sim::kv::{Content, KvMemory, hash_of};
 use crate::sim::plan::{NamespacePlan, Plan};
 use crate::sim::rng::{Rng, mix};
@@ -34,6 +37,7 @@ pub struct Daemon {
     pub copies: SimCopies,
     pub node: NodeReader,
     pub sessions: u64,
+    pub started: Instant,
 }
 
 /// A process of an engine.
@@ -71,6 +75,10 @@ pub struct World {
     pub focus: u64,
     /// Since when the lane has been sleeping over a submission.
     pub unseen_since: Option<Duration>,
+    /// What is below the pool.
+    pub drives: Option<SimDrives>,
+    /// Queries that were answered `loading`.
+    pub polled: VecDeque<Polled>,
     pub trace: VecDeque<String>,
     pub verbose: bool,
     pub step: usize,
@@ -80,7 +88,12 @@ pub struct World {
 impl World {
     pub fn new(seed: u64, verbose: bool) -> World {
         let mut rng = Rng::new(seed);
-        let plan = Plan::draw(&mut rng);
+        let mut plan = Plan::draw(&mut rng);
+        let mut chance = Rng::new(mix(seed));
+        if seed % 2 == 1 {
+            plan.add_tier(&mut chance);
+        }
+        let drives = plan.tier.clone().map(|tier| SimDrives::new(tier, chance));
         let processes = plan.processes.iter().enumerate().map(|(number, process)| {
             let namespace = &plan.namespaces[process.namespace];
             let memory = process.rank.map(|rank| {
@@ -117,6 +130,8 @@ impl World {
             last_completion: None,
             focus: 0,
             unseen_since: None,
+            drives,
+            polled: VecDeque::new(),
             trace: VecDeque::new(),
             verbose,
             step: 0,
@@ -180,7 +195,7 @@ impl World {
             max_instances: 8,
             spin: Duration::ZERO,
             pool: PoolStart::Adopt,
-            tier: None,
+            tier: plan.tier.as_ref().map(|tier| tier.options),
         }
     }
 
@@ -207,15 +222,17 @@ impl World {
         let wake = Arc::new(LaneWake::new()?);
         let mut copies = None;
         let max_tasks = self.plan.max_copy_tasks;
+        let drives = self.drives.clone();
         let lane = SimLane::open(
             options,
             self.clock.clone(),
             wake.clone(),
             self.plan.task_bytes,
             |pool| {
+                let store = drives.map(|drives| drives.open(&pool, wake.clone()));
                 let made = SimCopies::new(pool, max_tasks, wake);
                 copies = Some(made.clone());
-                made
+                (made, store)
             },
         )?;
         self.daemon = Some(Daemon {
@@ -223,6 +240,7 @@ impl World {
             copies: copies.expect("made with the lane"),
             node: reader,
             sessions: 0,
+            started: self.clock.now(),
         });
         Ok(())
     }
@@ -269,7 +287,7 @@ impl World {
                 CopyEvent::Copied(view) => self.pages_copied(&view),
             }
         }
-        Ok(())
+        self.absorb_drives()
     }
 
     fn task_started(&mut self, number: u64, view: &TaskView) -> Checked {
@@ -282,13 +300,17 @@ impl World {
         }
         let daemon = self.daemon.as_ref().expect("tasks come from a daemon");
         let others = daemon.copies.views_but(number);
+        let at_drives = self.pages_at_drives();
         for page in &view.pages {
             let offset = page.pool_offset;
-            let taken = others
+            let copied = others
                 .iter()
                 .any(|other| other.pages.iter().any(|page| page.pool_offset == offset));
+            let taken = copied || at_drives.contains(&offset);
             ensure(!taken, "inv_2_no_page_is_reused_under_a_copy", || {
-                format!("page {offset:#x} is given to a save while another copy touches it")
+                format!(
+                    "page {offset:#x} is given to a save while another copy or a drive touches it"
+                )
             })?;
         }
         Ok(())

@@ -18,6 +18,8 @@ pub struct State {
     pub blocks: BTreeMap<StoreKey, Vec<Vec<u8>>>,
     /// Requests do not end.
     pub held: bool,
+    /// But for so many.
+    pub ends: usize,
     /// Requests for these do not end, as if on a drive of their own.
     pub held_keys: BTreeSet<BlockHash>,
     /// Reads of these are refused, as if their drive's queue were full.
@@ -93,6 +95,15 @@ impl Handle {
         }
     }
 
+    /// Lets one request end, whatever becomes of the others.
+    pub fn end_one(&self) {
+        let mut state = self.state();
+        state.ends += 1;
+        if let Some(wake) = &state.wake {
+            wake.wake();
+        }
+    }
+
     /// Lets requests end but those for these blocks.
     pub fn hold_only(&self, keys: impl IntoIterator<Item = BlockHash>) {
         let mut state = self.state();
@@ -103,12 +114,16 @@ impl Handle {
         }
     }
 
-    /// One bit of a block that was read changes in the pool.
+    /// One bit of a block that was read, or is to be written, changes in the pool.
     pub fn change(&self, hash: &BlockHash) {
         let state = self.state();
-        let filled = state.filled.iter().rev();
-        let mut filled = filled.filter(|(key, _)| key.hash == *hash);
-        let (_, span) = filled.next().expect("it was read");
+        let filled = state.filled.iter().map(|(key, span)| (key, span));
+        let pending = state.pending.iter().map(|one| (&one.key, &one.pages[0]));
+        let span = filled
+            .chain(pending)
+            .rev()
+            .find(|(key, _)| key.hash == *hash);
+        let (_, span) = span.expect("it was read, or is to be written");
         flip(state.pool.as_ref().expect("opened"), span);
     }
 
@@ -127,10 +142,30 @@ impl Handle {
 
 /// Memory changes by itself.
 fn flip(pool: &PoolMemory, span: &PageSpan) {
-    assert!(span.offset + u64::from(span.bytes) <= pool.bytes());
-    let byte = pool.base().as_ptr().wrapping_add(span.offset as usize + 99);
+    let byte = place(pool, span).wrapping_add(99);
     // SAFETY: the span lies in the pool, which `pool` keeps mapped, and no copy of it runs.
     unsafe { byte.write(byte.read() ^ 1) };
+}
+
+fn place(pool: &PoolMemory, span: &PageSpan) -> *mut u8 {
+    assert!(span.offset + u64::from(span.bytes) <= pool.bytes());
+    pool.base().as_ptr().wrapping_add(span.offset as usize)
+}
+
+/// The bytes of a page of the pool that belongs to a store.
+pub fn read_page(pool: &PoolMemory, span: &PageSpan) -> Vec<u8> {
+    let mut bytes = vec![0; span.bytes as usize];
+    // SAFETY: the span lies in the pool, which `pool` keeps mapped; the lane leaves its pages alone
+    // until the request has ended.
+    unsafe { std::ptr::copy(place(pool, span), bytes.as_mut_ptr(), bytes.len()) };
+    bytes
+}
+
+/// Fills the beginning of a page of the pool that belongs to a store.
+pub fn fill_page(pool: &PoolMemory, span: &PageSpan, bytes: &[u8]) {
+    assert!(bytes.len() <= span.bytes as usize);
+    // SAFETY: as in `read_page`.
+    unsafe { std::ptr::copy(bytes.as_ptr(), place(pool, span), bytes.len()) };
 }
 
 struct MemoryStore {
@@ -160,19 +195,6 @@ impl MemoryStore {
             wake.wake();
         }
         Ok(())
-    }
-
-    fn page(&self, span: &PageSpan) -> *mut u8 {
-        assert!(span.offset + u64::from(span.bytes) <= self.pool.bytes());
-        self.pool.base().as_ptr().wrapping_add(span.offset as usize)
-    }
-
-    fn bytes(&self, span: &PageSpan) -> Vec<u8> {
-        let mut bytes = vec![0; span.bytes as usize];
-        // SAFETY: the span lies in the pool, which stays mapped while `self.pool` lives; the lane
-        // leaves its pages alone until the request has ended.
-        unsafe { std::ptr::copy(self.page(span), bytes.as_mut_ptr(), bytes.len()) };
-        bytes
     }
 }
 
@@ -225,21 +247,20 @@ impl BlockStore for MemoryStore {
 
     fn poll(&mut self, _: Instant, done: &mut Vec<StoreDone>) {
         let mut state = self.lock();
-        if state.held {
-            return;
-        }
         for request in std::mem::take(&mut state.pending) {
-            if state.held_keys.contains(&request.key.hash) {
+            let held = state.held && state.ends == 0;
+            if held || state.held_keys.contains(&request.key.hash) {
                 state.pending.push(request);
                 continue;
             }
+            state.ends -= usize::from(state.held);
             if request.write && state.changes.contains(&request.key.hash) {
                 flip(&self.pool, &request.pages[0]);
             }
             let wrong = request.write
                 && request.pages.iter().any(|span| {
                     span.checksum != NO_CHECKSUM
-                        && page_checksum(&self.bytes(span)) != span.checksum
+                        && page_checksum(&read_page(&self.pool, span)) != span.checksum
                 });
             let mut checksums = Vec::new();
             let mut outcome = match request.write {
@@ -257,7 +278,8 @@ impl BlockStore for MemoryStore {
             } else if wrong {
                 outcome = StoreOutcome::Bad;
             } else if request.write {
-                let pages = request.pages.iter().map(|span| self.bytes(span)).collect();
+                let read = |span: &PageSpan| read_page(&self.pool, span);
+                let pages = request.pages.iter().map(read).collect();
                 state.blocks.insert(request.key, pages);
                 state.used(&request.key);
                 if state.most > 0 && state.blocks.len() > state.most {
@@ -269,8 +291,7 @@ impl BlockStore for MemoryStore {
                 state.filled.push(place);
                 for (span, bytes) in request.pages.iter().zip(&pages) {
                     assert_eq!(span.bytes as usize, bytes.len());
-                    // SAFETY: as in `bytes`.
-                    unsafe { std::ptr::copy(bytes.as_ptr(), self.page(span), bytes.len()) };
+                    fill_page(&self.pool, span, bytes);
                     checksums.push(match span.checksum {
                         NO_CHECKSUM => NO_CHECKSUM,
                         _ => page_checksum(bytes),

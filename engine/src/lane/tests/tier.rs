@@ -3,7 +3,9 @@
 mod cancel;
 mod checksums;
 mod hot;
+mod late;
 mod waits;
+mod withdrawn;
 
 use std::time::{Duration, Instant};
 
@@ -156,6 +158,8 @@ fn blocks_come_up_in_the_order_of_the_keys_and_no_further_than_allowed() {
     assert_eq!(answer.status(), Status::Loading);
     client.flush();
     below.rig.expect_gauge(Gauge::SsdReading, 2);
+    // Leases that were given, not those that are set aside.
+    below.rig.expect_gauge(Gauge::Leases, 0);
     below.store.release();
     settled(&mut client, worker, 7, 0..6);
     let read: Vec<_> = below
@@ -210,7 +214,7 @@ fn a_query_that_waits_is_answered_when_its_blocks_are_in() {
 
 #[test]
 fn a_deadline_gives_what_is_there() {
-    let mut below = Below::start();
+    let mut below = Below::with(tier(|tier| tier.patience = Duration::from_secs(600)));
     let memory = Memory::new();
     let (mut client, worker) = below.rig.worker("a", "", &memory);
     let last = 2 * POOL_BLOCKS;

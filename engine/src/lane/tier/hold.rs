@@ -20,7 +20,7 @@ pub(super) struct HeldSave {
     session: SessionId,
     request_id: u64,
     /// When it is answered in any case.
-    until: Instant,
+    pub(super) until: Instant,
 }
 
 impl LaneTier {

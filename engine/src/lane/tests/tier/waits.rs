@@ -81,6 +81,33 @@ fn no_save_waits_longer_than_it_may_or_for_a_tier_that_takes_nothing() {
 }
 
 #[test]
+fn no_save_waits_longer_than_it_may_for_a_tier_that_goes_on_slowly() {
+    let (mut below, memory, mut client, worker) = behind(Duration::from_millis(1000));
+    let (held, last) = save_until_held(&mut below, (&mut client, worker), &memory);
+    // So much more is saved that the tier is behind for long.
+    for number in last + 1..last + POOL_BLOCKS / 4 {
+        let payload = save_payload(&hashes([number]), &[0]);
+        client.submit_list(0, &payload, list(Op::Save, worker, 0, 1));
+        below.rig.expect_sum(&[Counter::BlocksSealed], number + 1);
+        if number % 8 == 0 {
+            below.store.end_one();
+        }
+    }
+    let mut answer = None;
+    for _ in 0..POOL_BLOCKS / 6 {
+        std::thread::sleep(Duration::from_millis(50));
+        below.store.end_one();
+        answer = client.try_completion();
+        if answer.is_some() {
+            break;
+        }
+    }
+    let answer = answer.expect("an answer although the tier is behind");
+    assert_eq!((answer.request_id, answer.status()), (held, Status::Ok));
+    below.store.release();
+}
+
+#[test]
 fn a_stop_answers_the_saves_that_wait() {
     let (mut below, memory, mut client, worker) = behind(Duration::from_secs(600));
     let (held, _) = save_until_held(&mut below, (&mut client, worker), &memory);
