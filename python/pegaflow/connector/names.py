@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from pegaflow.client import pack_hashes
 from pegaflow.connector.weights import fingerprint
 from pegaflow.connector.weights import signature as signature_of
@@ -25,6 +23,9 @@ def packed(hashes: Sequence[bytes], mask: bytes | None) -> bytes:
     plain = pack_hashes(hashes, len(hashes[0]))
     if mask is None:
         return plain
+    # vLLM has it; without vLLM nothing but this needs it.
+    import numpy as np
+
     words = np.frombuffer(plain, np.uint64).reshape(len(hashes), -1)
     return (words ^ np.frombuffer(mask, np.uint64)).tobytes()
 
