@@ -13,9 +13,9 @@ import pytest
 
 from pegaflow.client import Namespace
 from pegaflow.connector.config import ConnectorConfig
-from pegaflow.connector.describe import namespace_of
+from pegaflow.connector.describe import known_by_name_alone, namespace_of
 from pegaflow.connector.namespace import MAX_TEXT, HashSeed, facts_text, from_wire, to_wire
-from pegaflow.connector.weights import fingerprint
+from pegaflow.connector.weights import fingerprint, snapshot_of
 
 
 class HfConfig:
@@ -88,6 +88,7 @@ def namespace(
     [
         {"model_config__model": "org/other"},
         {"model_config__revision": "v2"},
+        {"model_config__code_revision": "v2"},
         {"model_config__dtype": "torch.float16"},
         {"model_config__quantization": "fp8"},
         {"model_config__hf_config": HfConfig(rope_theta=1e6)},
@@ -278,6 +279,97 @@ def test_large_files_of_other_formats_are_sampled(tmp_path: Path) -> None:
         (tmp_path / "model.bin").write_bytes(start.ljust(20_000_000, b"\0"))
         seen.add(fingerprint(str(tmp_path)))
     assert len(seen) == 5
+
+
+ONE, TWO = "1" * 40, "2" * 40
+
+
+def in_cache(cache: Path, commit: str, name: str = "org--model", ref: str = "main") -> Path:
+    """A snapshot in the hub's cache, to which a branch or tag points now."""
+    repository = cache / f"models--{name}"
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_model.safetensors").write_text(commit)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / ref).write_text(commit)
+    return folder
+
+
+def test_a_model_of_the_hub_is_told_by_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    unknown = namespace()
+    in_cache(tmp_path, ONE)
+    one = namespace()
+    assert one == namespace() != unknown
+    assert ONE in str(one.revision)
+    in_cache(tmp_path, TWO)
+    assert namespace() != one
+    in_cache(tmp_path, ONE, ref="v1")
+    assert ONE in str(namespace(model_config__revision="v1").revision)
+    assert TWO in str(namespace(model_config__revision=TWO).revision)
+    # The weights may lie in another place than the rest.
+    other = tmp_path / "other"
+    in_cache(other, ONE)
+    assert namespace(load_config__download_dir=str(other)) == one
+
+
+def test_a_name_that_stands_for_any_weights_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    plain = ConnectorConfig()
+    assert known_by_name_alone(plain, vllm())
+    assert not known_by_name_alone(ConnectorConfig(model="mine"), vllm())
+    assert not known_by_name_alone(plain, vllm(load_config__load_format="dummy"))
+    assert not known_by_name_alone(plain, vllm(model_config__model=str(tmp_path)))
+    in_cache(tmp_path, ONE)
+    assert not known_by_name_alone(plain, vllm())
+
+
+def test_a_draft_model_of_the_hub_is_told_by_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    draft = SimpleNamespace(method="eagle", model="org/draft")
+    seen = {namespace(speculative_config=draft).revision}
+    for commit in (ONE, TWO):
+        in_cache(tmp_path, commit, "org--draft")
+        seen.add(namespace(speculative_config=draft).revision)
+    assert len(seen) == 3
+
+
+def test_the_hubs_cache_is_where_its_library_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert snapshot_of("org/model") is None
+    below = tmp_path / ".cache" / "huggingface" / "hub"
+    assert in_cache(below, ONE) == snapshot_of("org/model")
+    for name, folder, cache in (
+        ("XDG_CACHE_HOME", "xdg", "xdg/huggingface/hub"),
+        ("HF_HOME", "home", "home/hub"),
+        ("HF_HUB_CACHE", "cache", "cache"),
+    ):
+        monkeypatch.setenv(name, str(tmp_path / folder))
+        wanted = in_cache(tmp_path / cache, TWO)
+        assert snapshot_of("org/model") == wanted
+
+
+def test_what_is_no_name_of_the_hub_is_not_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    in_cache(tmp_path, ONE)
+    for name in ("/org/model", "../model", "a/b/c", "s3://bucket/model", "m" * 4000, ""):
+        assert snapshot_of(name) is None
+    # A folder of that name goes first.
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert snapshot_of("org/model") is None
 
 
 def test_code_that_comes_with_a_checkpoint_is_part_of_it(tmp_path: Path) -> None:

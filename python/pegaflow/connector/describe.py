@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pegaflow.client import Namespace
 from pegaflow.connector.config import ConnectorConfig
 from pegaflow.connector.namespace import HashSeed, facts_text, hash_text
-from pegaflow.connector.weights import fingerprint
+from pegaflow.connector.weights import fingerprint, snapshot_of
 
 #: Keys of a model's configuration that do not change what it computes.
 _IDLE_KEYS = ("transformers_version",)
@@ -79,7 +81,8 @@ def _revision(config: ConnectorConfig, vllm_config: Any) -> dict[str, object]:
     media = getattr(model, "multimodal_config", None)
     return {
         "revision": getattr(model, "revision", None),
-        "commit": getattr(hf_config, "_commit_hash", None),
+        "code": getattr(model, "code_revision", None),
+        "commit": commit_of(vllm_config),
         # With dummy weights there is nothing on disk; with a name of its own, that name decides.
         "weights": None if config.model or load_format == "dummy" else fingerprint(model.model),
         # Where they come from if that is no folder.
@@ -96,6 +99,28 @@ def _revision(config: ConnectorConfig, vllm_config: Any) -> dict[str, object]:
         "lora": _adapters(getattr(vllm_config, "lora_config", None), model),
         "draft": _draft(getattr(vllm_config, "speculative_config", None)),
     }
+
+
+def commit_of(vllm_config: Any) -> str | None:
+    """Of a model from the hub. None for one with a path, and if nothing tells."""
+    model = vllm_config.model_config
+    # Newer releases of transformers do not say it any more.
+    said = getattr(getattr(model, "hf_config", None), "_commit_hash", None)
+    cache = getattr(getattr(vllm_config, "load_config", None), "download_dir", None)
+    return said or _name(snapshot_of(model.model, getattr(model, "revision", None), cache))
+
+
+def known_by_name_alone(config: ConnectorConfig, vllm_config: Any) -> bool:
+    """Nothing tells the model's weights from others that come under its name."""
+    model, load = vllm_config.model_config, getattr(vllm_config, "load_config", None)
+    usual = _plain(getattr(load, "load_format", None)) in (*_USUAL_LOADERS, "None")
+    elsewhere = config.model or getattr(model, "model_weights", None) or not usual
+    here = os.path.exists(model.model)  # noqa: PTH110
+    return not (elsewhere or here) and commit_of(vllm_config) is None
+
+
+def _name(folder: Path | None) -> str | None:
+    return None if folder is None else folder.name
 
 
 def _loading(vllm_config: Any, load_format: str) -> str | None:
@@ -119,18 +144,19 @@ def _draft(speculative: Any) -> str | None:
     """The draft model's layers are in the cache too."""
     if speculative is None:
         return None
-    model = getattr(speculative, "model", None)
     draft = getattr(speculative, "draft_model_config", None)
-    path = getattr(draft, "model", None) or model
+    path = str(getattr(draft, "model", None) or getattr(speculative, "model", None) or "")
+    revision = getattr(speculative, "revision", None)
+    weights = (_name(snapshot_of(path, revision)), fingerprint(path)) if path else ()
     return "/".join(
         str(part)
         for part in (
             getattr(speculative, "method", None),
-            path,
-            getattr(speculative, "revision", None),
+            path or None,
+            revision,
             getattr(speculative, "quantization", None),
             getattr(speculative, "kv_cache_dtype", None),
-            fingerprint(path) if isinstance(path, str) else None,
+            *weights,
             _digest_of_config(getattr(draft, "hf_config", None)),
         )
         if part is not None

@@ -10,7 +10,7 @@ from pegaflow.client import Client, Group, Memory, Mode, Order, StatusError
 from pegaflow.connector import compat, handover
 from pegaflow.connector.blocks import PoolHolder
 from pegaflow.connector.config import ConnectorConfig, ConnectorMode
-from pegaflow.connector.describe import namespace_of
+from pegaflow.connector.describe import known_by_name_alone, namespace_of
 from pegaflow.connector.events import Stored
 from pegaflow.connector.layout import GroupLayout, Layer, LayoutError, group_layout, to_group
 from pegaflow.connector.lookup import Lookup
@@ -242,6 +242,12 @@ class WorkerEnd:
             texts,
             compat.release(),
         )
+        if rank == 0 and known_by_name_alone(self._config, self._vllm_config):
+            self._logger.warning(
+                "nothing tells which weights %s stands for: blocks that others compute under this"
+                " name are found. Name the version with pegaflow.model, or serve a folder.",
+                self._vllm_config.model_config.model,
+            )
         client = connect(self._config, f"vllm worker {rank} {os.getpid()}", self._logger)
         worker = Worker(client, self._logger)
         try:

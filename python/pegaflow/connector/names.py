@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pegaflow.client import pack_hashes
-from pegaflow.connector.weights import fingerprint
+from pegaflow.connector.weights import fingerprint, snapshot_of
 from pegaflow.connector.weights import signature as signature_of
 
 
@@ -41,8 +41,8 @@ def combined(*masks: bytes | None) -> bytes | None:
 @dataclass
 class _Adapter:
     mask: bytes
-    #: Of its files when they were read.
-    signature: object
+    #: Of its files when they were read; None while they are not on this machine.
+    signature: object | None
     #: Others have come in their place since.
     unsure: bool = False
 
@@ -74,6 +74,9 @@ class Adapters:
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = _read(name, path)
+        elif known.signature is None:
+            # By now vLLM may have them from the hub.
+            known.signature = _signature(path)
         elif known.signature != _signature(path):
             known.unsure = True
         return secrets.token_bytes(32) if known.unsure else known.mask
@@ -82,16 +85,23 @@ class Adapters:
 def _read(name: str, path: str) -> _Adapter:
     signature = _signature(path)
     try:
-        content = fingerprint(path)
+        content = fingerprint(_place(path))
     except OSError:
-        # Gone, or going: nobody else's blocks are certain to be of the same adapter.
-        content = secrets.token_hex()
-    mask = hashlib.sha256(f"{name}\0{content or path}".encode()).digest()
+        content = None
+    # Not here yet, gone, or going: nobody else's blocks are certain to be of the same adapter.
+    mask = hashlib.sha256(f"{name}\0{content or secrets.token_hex()}".encode()).digest()
     return _Adapter(mask, signature)
 
 
-def _signature(path: str) -> object:
+def _signature(path: str) -> object | None:
+    place = _place(path)
     try:
-        return path, signature_of(path)
+        files = signature_of(place)
     except OSError:
-        return path, None
+        return place, None
+    return (place, files) if files else None
+
+
+def _place(path: str) -> str:
+    """Of the files of an adapter that has a path, or a name on the hub."""
+    return str(snapshot_of(path) or path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -21,8 +23,34 @@ _WHOLE_BYTES = 16 << 20
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 _TENSOR_BYTES = 512
+#: What the hub calls its repositories.
+_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 #: Longest header of the safetensors format.
 _MAX_HEADER = 100_000_000
+
+
+def snapshot_of(name: str, revision: str | None = None, cache: str | None = None) -> Path | None:
+    """The folder with what a name on the Hugging Face hub stands for, if that is in the hub's cache
+    (or in another one, `cache`) on this machine; it is called after the commit. None for a path."""
+    if os.path.exists(name) or not _HUB_NAME.fullmatch(name):  # noqa: PTH110
+        return None
+    repository = Path(cache or _hub_cache()) / f"models--{name.replace('/', '--')}"
+    commit = revision or "main"
+    with contextlib.suppress(OSError, ValueError):
+        commit = (repository / "refs" / commit).read_text(encoding="utf-8").strip()
+    folder = repository / "snapshots" / commit
+    return folder if folder.is_dir() else None
+
+
+def _hub_cache() -> Path:
+    """Where `huggingface_hub` keeps what it has downloaded."""
+    said = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if said:
+        return Path(said).expanduser()
+    home = os.environ.get("HF_HOME")
+    if not home:
+        home = str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return Path(home).expanduser() / "hub"
 
 
 def fingerprint(model: str) -> str | None:
@@ -53,6 +81,8 @@ def signature(model: str) -> object:
 
 
 def _files(model: str) -> list[Path] | None:
+    # As vLLM does with an adapter's.
+    model = os.path.expanduser(model)  # noqa: PTH111
     # Not Path.is_file, which fails for a name that no file can have.
     if os.path.isfile(model):  # noqa: PTH113
         return [Path(model)]
