@@ -36,7 +36,7 @@ UNSAFE_ALLOWED = (
     "engine/ssd/src/io/",
     "engine/src/tier/memory.rs",
     "engine/ssd/src/memory.rs",
-    "engine/ssd/src/mover.rs",
+    "engine/ssd/src/mover/",
     "engine/ssd/tests/",
     "shm-protocol/src/index/raw.rs",
     "shm-protocol/src/mapping/",

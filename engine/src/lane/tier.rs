@@ -300,6 +300,7 @@ impl LaneTier {
             more |= self.begin_fetches(cache, moment);
         }
         more |= self.begin_writes(cache, moment.now);
+        self.store.start();
         let sparing = self
             .options
             .save_wait

@@ -145,6 +145,10 @@ impl BlockStore for SsdStore {
         taken.map_err(|why| refused(&why))
     }
 
+    fn start(&mut self) {
+        self.tier.start();
+    }
+
     fn poll(&mut self, now: Instant, done: &mut Vec<StoreDone>) {
         self.tier.poll(now, &mut self.ended);
         done.extend(self.ended.drain(..).map(|ended| StoreDone {

@@ -111,6 +111,10 @@ pub trait BlockStore: Send {
         pages: &[PageSpan],
     ) -> Result<(), Refused>;
 
+    /// Has the requests begin that were taken since, if they have not: called behind the last of
+    /// several.
+    fn start(&mut self) {}
+
     /// Appends the requests that have ended.
     fn poll(&mut self, now: Instant, done: &mut Vec<StoreDone>);
 

@@ -1,19 +1,27 @@
-//! Moves pages and tables of one shard: cuts them into pieces for the engine, takes checksums, and
-//! bounces what direct I/O does not take as it lies.
+//! Moves pages and tables of one shard: cuts them into pieces for the engine, gathers small pages
+//! that follow one another in the file into one, takes checksums, and bounces what direct I/O does
+//! not take as it lies.
 //!
 //! A mover belongs to the shard's thread. It knows nothing of segments and blocks.
+
+mod check;
+mod command;
+mod part;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::block::{NO_CHECKSUM, page_checksum};
-use crate::format::Record;
-use crate::io::{Ended, Engine, Kind, Piece};
+use crate::io::{Ended, Engine, Kind};
 use crate::memory::{Area, aligned};
 use crate::oldest::Oldest;
 use crate::stats::ShardFault;
+
+pub(crate) use command::{Alignment, Command, Done, Moved, Op};
+use part::{Part, Task};
 
 /// The largest piece. Larger pages are moved in several at a time.
 const PIECE_BYTES: u32 = 4 << 20;
@@ -23,100 +31,6 @@ pub(crate) const BOUNCE_BYTES: u32 = 128 << 10;
 const STEP_BYTES: u64 = 1 << 20;
 /// After so many the results go out.
 const TURN_BYTES: u64 = 8 << 20;
-
-/// What a shard's thread is asked to do.
-#[derive(Debug)]
-pub(crate) struct Command {
-    /// Comes back with the result.
-    pub id: u32,
-    /// When it was asked for.
-    pub at: Instant,
-    /// Where in the file.
-    pub offset: u64,
-    /// What.
-    pub op: Op,
-}
-
-/// What is to be moved.
-#[derive(Debug)]
-pub(crate) enum Op {
-    /// A page from the pool, at `page` and of `bytes` bytes, to be compared with `plain` unless
-    /// that is [`NO_CHECKSUM`]. Its checksum is the result.
-    Write {
-        page: u64,
-        bytes: u32,
-        seed: u64,
-        plain: u64,
-    },
-    /// A page to the pool, to be compared with `checksum`. If `plain` is not [`NO_CHECKSUM`], what
-    /// [`page_checksum`] says of it is the result.
-    Read {
-        page: u64,
-        bytes: u32,
-        seed: u64,
-        checksum: u64,
-        plain: u64,
-    },
-    /// Bytes of the shard itself, at most [`BOUNCE_BYTES`].
-    Table(Box<[u8]>),
-    /// Makes durable what ended before.
-    Sync,
-}
-
-/// The end of a command.
-#[derive(Debug)]
-pub(crate) struct Done {
-    /// The command's id.
-    pub id: u32,
-    /// How it ended.
-    pub result: Result<Moved, ShardFault>,
-    /// How long it took since it was asked for.
-    pub took: Duration,
-    /// How much of that were checksums.
-    pub checksums: Duration,
-}
-
-/// What a command that did not fail found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Moved {
-    /// It was done; for a page, with the checksum that was asked for.
-    Fine { checksum: u64 },
-    /// A page has another checksum.
-    Different,
-}
-
-/// What direct I/O asks of addresses, and of offsets and lengths. Ones for buffered I/O.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Alignment {
-    pub memory: u32,
-    pub offset: u32,
-}
-
-struct Task {
-    command: Command,
-    /// Bytes for which pieces exist or existed.
-    issued: u32,
-    /// Pieces that wait or are at the engine.
-    open: u32,
-    fault: Option<ShardFault>,
-}
-
-/// A part of a task.
-#[derive(Clone, Copy)]
-struct Part {
-    task: u32,
-    /// Where in the page or table.
-    start: u32,
-    /// How much of it is wanted.
-    bytes: u32,
-    /// How much is moved: more than wanted where the end is padded.
-    padded: u32,
-    /// How much of `padded` has been moved.
-    moved: u32,
-    bounce: Option<u32>,
-    /// When the engine was given it, or the rest of it.
-    given: Option<Instant>,
-}
 
 /// Moves pages and tables.
 pub(crate) struct Mover<E> {
@@ -128,6 +42,8 @@ pub(crate) struct Mover<E> {
     tasks: Vec<Option<Task>>,
     tasks_free: Vec<u32>,
     parts: Vec<Option<Part>>,
+    /// Tasks whose pages a part moves behind its first one's, by part.
+    joined: Vec<Vec<u32>>,
     parts_free: Vec<u32>,
     /// Tasks that still need pieces, most urgent first.
     urgent: VecDeque<u32>,
@@ -163,6 +79,7 @@ impl<E: Engine> Mover<E> {
             tasks: Vec::new(),
             tasks_free: Vec::new(),
             parts: (0..depth).map(|_| None).collect(),
+            joined: (0..depth).map(|_| Vec::new()).collect(),
             parts_free: (0..depth).collect(),
             urgent: VecDeque::new(),
             reads: VecDeque::new(),
@@ -204,12 +121,7 @@ impl<E: Engine> Mover<E> {
             Op::Read { .. } => &mut self.reads,
             Op::Table(_) | Op::Sync => &mut self.urgent,
         };
-        let task = Task {
-            command,
-            issued: 0,
-            open: 0,
-            fault: None,
-        };
+        let task = Task::new(command);
         let index = self.tasks_free.pop().unwrap_or_else(|| {
             self.tasks.push(None);
             self.tasks.len() as u32 - 1
@@ -307,12 +219,9 @@ impl<E: Engine> Mover<E> {
                 self.queue(kind).pop_front();
                 continue;
             }
-            let Some((part, last)) = self.cut(index) else {
+            let Some(part) = self.next_part(kind) else {
                 break;
             };
-            if last {
-                self.queue(kind).pop_front();
-            }
             self.give(part);
         }
     }
@@ -331,85 +240,6 @@ impl<E: Engine> Mover<E> {
             .expect("it has open parts or is queued")
     }
 
-    /// The next part of a task, and whether it is the last one. None if no bounce buffer is free.
-    fn cut(&mut self, index: u32) -> Option<(u32, bool)> {
-        let alignment = self.alignment;
-        let task = self.tasks[index as usize]
-            .as_ref()
-            .expect("queued tasks exist");
-        let (total, page) = match &task.command.op {
-            Op::Write { bytes, page, .. } | Op::Read { bytes, page, .. } => (*bytes, Some(*page)),
-            Op::Table(content) => (content.len() as u32, None),
-            Op::Sync => (0, None),
-        };
-        let (start, left) = (task.issued, total - task.issued);
-        let (mut bytes, mut bounced) = (left.min(PIECE_BYTES), false);
-        if left > 0 {
-            let fits = page.is_some_and(|page| {
-                let address = self.pool.at(page, u64::from(total)).as_ptr() as usize;
-                address.is_multiple_of(alignment.memory as usize)
-            });
-            let even = bytes - bytes % alignment.offset;
-            bounced = !fits || even == 0;
-            bytes = if bounced {
-                left.min(BOUNCE_BYTES)
-            } else {
-                even
-            };
-        }
-        let bounce = if bounced {
-            Some(self.bounce_free.pop()?)
-        } else {
-            None
-        };
-        let part = Part {
-            task: index,
-            start,
-            bytes,
-            padded: bytes.next_multiple_of(alignment.offset),
-            moved: 0,
-            bounce,
-            given: None,
-        };
-        if let Some(bounce) = bounce {
-            self.fill(index, &part, bounce);
-        }
-        let task = self.task(index);
-        task.issued += bytes;
-        task.open += 1;
-        let slot = self.parts_free.pop().expect("the caller looked");
-        self.parts[slot as usize] = Some(part);
-        Some((slot, start + bytes == total))
-    }
-
-    /// Copies what is to be written into a bounce buffer, padded with zeroes.
-    fn fill(&mut self, index: u32, part: &Part, bounce: u32) {
-        let at = u64::from(bounce) * u64::from(BOUNCE_BYTES);
-        let target = self.bounce.at(at, u64::from(BOUNCE_BYTES)).as_ptr();
-        let task = self.tasks[index as usize]
-            .as_ref()
-            .expect("it is being issued");
-        let source = match &task.command.op {
-            Op::Write { page, .. } => {
-                let from = page + u64::from(part.start);
-                self.pool
-                    .at(from, u64::from(part.bytes))
-                    .as_ptr()
-                    .cast_const()
-            }
-            Op::Table(content) => content[part.start as usize..][..part.bytes as usize].as_ptr(),
-            Op::Read { .. } | Op::Sync => return,
-        };
-        // SAFETY: `source` has `part.bytes` bytes that nobody writes meanwhile. The buffer is this
-        // part's alone and as large as the padded part; pool and buffers are apart.
-        unsafe {
-            target.copy_from_nonoverlapping(source, part.bytes as usize);
-            target
-                .add(part.bytes as usize)
-                .write_bytes(0, (part.padded - part.bytes) as usize);
-        }
-    }
-
     /// Gives a part, or the rest of one, to the engine.
     fn give(&mut self, slot: u32) {
         let now = Instant::now();
@@ -418,32 +248,8 @@ impl<E: Engine> Mover<E> {
         part.given = Some(now);
         let part = *part;
         self.order.push_back((slot, now));
-        let task = self.tasks[part.task as usize]
-            .as_ref()
-            .expect("it has an open part");
-        let (kind, page) = match task.command.op {
-            Op::Write { page, .. } => (Kind::Write, page),
-            Op::Read { page, .. } => (Kind::Read, page),
-            Op::Table(_) => (Kind::Write, 0),
-            Op::Sync => (Kind::Sync, 0),
-        };
-        let (left, skip) = (part.padded - part.moved, u64::from(part.moved));
-        let address = match part.bounce {
-            Some(bounce) => {
-                let at = u64::from(bounce) * u64::from(BOUNCE_BYTES) + skip;
-                self.bounce.at(at, u64::from(left))
-            }
-            None => self
-                .pool
-                .at(page + u64::from(part.start) + skip, u64::from(left)),
-        };
-        let piece = Piece {
-            id: u64::from(slot),
-            kind,
-            offset: task.command.offset + u64::from(part.start) + skip,
-            address,
-            bytes: left,
-        };
+        let piece = self.piece(slot, &part);
+        let kind = piece.kind;
         self.running += 1;
         self.running_writes += u32::from(kind == Kind::Write);
         if self.engine.submit(piece).is_err() {
@@ -460,10 +266,7 @@ impl<E: Engine> Mover<E> {
         let slot = end.id as u32;
         let mut part = self.parts[slot as usize].expect("the engine ends what was given to it");
         let alignment = self.alignment.offset;
-        let task = self.tasks[part.task as usize]
-            .as_mut()
-            .expect("it has an open part");
-        let (is_write, is_sync) = match task.command.op {
+        let (is_write, is_sync) = match self.task(part.task).command.op {
             Op::Write { .. } | Op::Table(_) => (true, false),
             Op::Read { .. } => (false, false),
             Op::Sync => (false, true),
@@ -471,139 +274,81 @@ impl<E: Engine> Mover<E> {
         self.running -= 1;
         self.running_writes -= u32::from(is_write);
         let left = part.padded - part.moved;
-        match end.result {
-            Err(errno) => task.fault = Some(ShardFault::from_errno(errno)),
-            Ok(_) if is_sync => {}
-            Ok(moved) if moved >= left => {}
+        let fault = match end.result {
+            Err(errno) => Some(ShardFault::from_errno(errno)),
+            Ok(_) if is_sync => None,
+            Ok(moved) if moved >= left => None,
             // A read that stops short of padding at the file's end has what was wanted.
-            Ok(moved) if !is_write && part.moved + moved >= part.bytes => {}
-            Ok(0) if !is_write => task.fault = Some(ShardFault::Truncated),
+            Ok(moved) if !is_write && part.moved + moved >= part.bytes => None,
+            Ok(0) if !is_write => Some(ShardFault::Truncated),
             Ok(moved) => {
                 let even = moved - moved % alignment;
-                if even == 0 {
-                    task.fault = Some(ShardFault::Io(libc::EIO));
-                } else {
+                if even > 0 {
                     part.moved += even;
                     part.given = None;
                     self.parts[slot as usize] = Some(part);
                     self.again.push(slot);
                     return;
                 }
+                Some(ShardFault::Io(libc::EIO))
             }
+        };
+        if fault.is_some() && !self.joined[slot as usize].is_empty() {
+            self.part_company(slot, &part);
+            return;
         }
-        self.finish_part(slot, part);
+        if fault.is_some() {
+            self.task(part.task).fault = fault;
+        }
+        self.finish_part(slot, &part);
     }
 
-    fn finish_part(&mut self, slot: u32, part: Part) {
+    /// The engine has moved what it was to move of a part.
+    fn finish_part(&mut self, slot: u32, part: &Part) {
+        self.take_out(slot, part);
+        let joined = std::mem::take(&mut self.joined[slot as usize]);
+        self.free_part(slot, part);
+        for &index in std::iter::once(&part.task).chain(&joined) {
+            let task = self.task(index);
+            task.open -= 1;
+            let is_queued = task.issued < task.command.op.bytes();
+            if task.open > 0 || (is_queued && task.fault.is_none()) {
+                continue;
+            }
+            if is_queued {
+                self.unqueue(index);
+            }
+            self.moved.push_back(index);
+        }
+        self.joined[slot as usize] = joined;
+        self.joined[slot as usize].clear();
+    }
+
+    fn free_part(&mut self, slot: u32, part: &Part) {
         self.parts[slot as usize] = None;
         self.parts_free.push(slot);
-        if let Some(bounce) = part.bounce {
-            let task = self.tasks[part.task as usize]
-                .as_ref()
-                .expect("it has an open part");
-            if let (Op::Read { page, .. }, None) = (&task.command.op, &task.fault) {
-                let at = u64::from(bounce) * u64::from(BOUNCE_BYTES);
-                let source = self.bounce.at(at, u64::from(part.bytes));
-                let target = self
-                    .pool
-                    .at(page + u64::from(part.start), u64::from(part.bytes));
-                // SAFETY: the buffer is this part's alone and its piece has ended; the page is
-                // nobody else's until the command has ended; pool and buffers are apart.
-                unsafe {
-                    target
-                        .as_ptr()
-                        .copy_from_nonoverlapping(source.as_ptr(), part.bytes as usize);
-                }
-            }
-            self.bounce_free.push(bounce);
+        self.bounce_free.extend(part.bounce);
+    }
+
+    /// Pages that were moved together and came to grief are moved one by one, so that one bad
+    /// sector costs one page.
+    fn part_company(&mut self, slot: u32, part: &Part) {
+        self.free_part(slot, part);
+        let mut pages = std::mem::take(&mut self.joined[slot as usize]);
+        let kind = self.task(part.task).kind();
+        for &index in pages.iter().rev().chain([&part.task]) {
+            let task = self.task(index);
+            (task.issued, task.open, task.alone) = (0, 0, true);
+            self.queue(kind).push_front(index);
         }
-        let task = self.task(part.task);
-        task.open -= 1;
-        let total = match &task.command.op {
-            Op::Write { bytes, .. } | Op::Read { bytes, .. } => *bytes,
-            Op::Table(content) => content.len() as u32,
-            Op::Sync => 0,
-        };
-        if task.open == 0 && (task.issued == total || task.fault.is_some()) {
-            self.unqueue(part.task);
-            self.moved.push_back(part.task);
-        }
+        pages.clear();
+        self.joined[slot as usize] = pages;
     }
 
     /// A task that failed early may still be queued for more pieces.
     fn unqueue(&mut self, index: u32) {
         for queue in [&mut self.urgent, &mut self.reads, &mut self.writes] {
-            if queue.front() == Some(&index) {
-                queue.pop_front();
-            }
-        }
-    }
-
-    /// Takes or compares the checksum of what was moved. Says how many bytes that were.
-    fn finish(&mut self, index: u32, out: &mut Vec<Done>) -> u64 {
-        let task = self.tasks[index as usize]
-            .take()
-            .expect("all of it is moved");
-        self.tasks_free.push(index);
-        let started = Instant::now();
-        let result = match (task.fault, &task.command.op) {
-            (Some(fault), _) => Err(fault),
-            (
-                None,
-                &Op::Read {
-                    page,
-                    bytes,
-                    seed,
-                    checksum,
-                    plain,
-                },
-            ) => {
-                // SAFETY: until the command has ended the page is nobody else's.
-                let content = unsafe { self.pool.bytes_at(page, bytes) };
-                // The plain one first: what changes before it is found by the one below, and what
-                // changes after it is found by whoever compares it.
-                let plain = match plain {
-                    NO_CHECKSUM => NO_CHECKSUM,
-                    _ => page_checksum(content),
-                };
-                if Record::checksum_of(seed, content) == checksum {
-                    Ok(Moved::Fine { checksum: plain })
-                } else {
-                    Ok(Moved::Different)
-                }
-            }
-            (
-                None,
-                &Op::Write {
-                    page,
-                    bytes,
-                    seed,
-                    plain,
-                },
-            ) => {
-                // SAFETY: until the command has ended nobody writes to the page
-                // (`PoolMemory::new`), so these are the bytes that were written.
-                let content = unsafe { self.pool.bytes_at(page, bytes) };
-                // In this order: what changes in between is wrong for the drive's checksum.
-                if plain == NO_CHECKSUM || page_checksum(content) == plain {
-                    let checksum = Record::checksum_of(seed, content);
-                    Ok(Moved::Fine { checksum })
-                } else {
-                    Ok(Moved::Different)
-                }
-            }
-            (None, Op::Table(_) | Op::Sync) => Ok(Moved::Fine { checksum: 0 }),
-        };
-        let ended = Instant::now();
-        out.push(Done {
-            id: task.command.id,
-            result,
-            took: ended.saturating_duration_since(task.command.at),
-            checksums: ended.saturating_duration_since(started),
-        });
-        match task.command.op {
-            Op::Write { bytes, .. } | Op::Read { bytes, .. } => u64::from(bytes),
-            Op::Table(_) | Op::Sync => 0,
+            queue.retain(|&queued| queued != index);
         }
     }
 }

@@ -2,6 +2,9 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod tests;
+
 use std::fs::File;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,8 +22,13 @@ use crate::stats::ShardFault;
 
 /// Takes commands to a mover.
 pub(crate) trait Port: Send {
-    /// Hands a command over. Whoever sends keeps to the agreed number of commands.
+    /// Hands a command over. Whoever sends keeps to the agreed number of commands, and rings behind
+    /// the last one.
     fn send(&mut self, command: Command);
+
+    /// Wakes the other side, if it waits, for what was sent: once for many, so that it is not woken
+    /// for each and finds together what can be moved together.
+    fn ring(&mut self) {}
 
     /// What has ended next.
     fn receive(&mut self) -> Option<Done>;
@@ -61,6 +69,8 @@ pub(crate) struct ThreadPort {
     bell: Arc<dyn Bell>,
     oldest: Arc<Oldest>,
     thread: JoinHandle<()>,
+    /// Something was sent since the bell was last looked after.
+    sent: bool,
 }
 
 impl ThreadPort {
@@ -101,6 +111,7 @@ impl ThreadPort {
             bell,
             oldest,
             thread,
+            sent: false,
         })
     }
 }
@@ -113,6 +124,13 @@ impl Port for ThreadPort {
         }
         let sent = self.shared.commands.push(command);
         assert!(sent.is_ok(), "more commands than agreed");
+        self.sent = true;
+    }
+
+    fn ring(&mut self) {
+        if !std::mem::take(&mut self.sent) {
+            return;
+        }
         // SYNC: ssd-wait. Either the thread sees the command before it waits, or we see that it
         // waits.
         fence(Ordering::SeqCst);

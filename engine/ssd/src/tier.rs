@@ -118,7 +118,7 @@ impl Tier {
     }
 
     /// Queues the writing of a block from the pool. Its memory must not change until the
-    /// completion of `ticket`.
+    /// completion of `ticket`. It begins with the next [`Tier::start`] or [`Tier::poll`].
     ///
     /// # Errors
     /// Why the block is not taken; nothing follows then.
@@ -201,7 +201,7 @@ impl Tier {
     }
 
     /// Queues the reading of a block into the pool. Its memory must not be looked at or changed
-    /// until the completion of `ticket`, however long the drive takes.
+    /// until the completion of `ticket`, however long the drive takes. It begins as a write does.
     ///
     /// # Errors
     /// Why the block is not read; nothing follows then.
@@ -217,6 +217,12 @@ impl Tier {
         self.shards[usize::from(shard)].read(now, ticket, block, pages)
     }
 
+    /// Has what was queued begin: to be called behind the last of several requests, so that the
+    /// shards' threads are woken once, and find together what lies together on the drive.
+    pub fn start(&mut self) {
+        self.shards.iter_mut().for_each(Shard::ring);
+    }
+
     /// Brings what has ended, and moves on what has to happen behind it (commits, reclaiming).
     /// Never waits.
     pub fn poll(&mut self, now: Instant, out: &mut Vec<Completion>) {
@@ -227,6 +233,7 @@ impl Tier {
                 out.push(completion);
             }
         }
+        self.start();
     }
 
     fn forget_gone(&mut self, index: usize) {
@@ -292,6 +299,7 @@ impl Tier {
         for shard in &mut self.shards {
             shard.flush(now);
         }
+        self.start();
     }
 
     /// Ends all requests and makes everything durable, but waits no longer than `limit`. True if

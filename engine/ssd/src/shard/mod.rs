@@ -327,6 +327,11 @@ impl Shard {
         self.taken_bytes as f64 / self.stats.capacity_bytes.max(1) as f64
     }
 
+    /// Wakes the port's thread for what was sent.
+    pub fn ring(&mut self) {
+        self.port.ring();
+    }
+
     /// Whether the port's thread has ended.
     pub fn has_stopped(&self) -> bool {
         self.port.has_stopped()

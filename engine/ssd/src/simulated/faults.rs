@@ -271,13 +271,13 @@ fn when_a_sync_fails_what_it_should_have_covered_is_not_offered() {
 #[test]
 fn with_faults_at_random_every_request_ends_and_no_byte_is_wrong() {
     let mut failed = 0;
-    for seed in 0..40 {
+    for seed in 0..80 {
         let mut world = World::new(Setup { shards: 2, ..SETUP });
         world.dice = Dice::new(seed);
         for disk in &world.rig.disks {
             let mut disk = lock(disk);
             disk.faults = vec![libc::EIO, libc::ENOSPC, libc::EROFS];
-            disk.fault_one_in = 12;
+            disk.fault_one_in = 6;
             disk.short_one_in = 5;
             disk.unit = 512;
         }
@@ -290,7 +290,7 @@ fn with_faults_at_random_every_request_ends_and_no_byte_is_wrong() {
             };
             failed += u32::from(matches!(outcome, Ok(Outcome::Failed(_))));
             assert_ne!(outcome, Ok(Outcome::Bad), "a fault is told, not found");
-            world.rig.pass(Duration::from_secs(world.dice.below(20)));
+            world.rig.pass(Duration::from_secs(world.dice.below(60)));
         }
         assert_eq!(world.rig.tier.in_flight(), 0);
         world.fail(None);
