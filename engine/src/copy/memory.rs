@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::fs::File;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -25,6 +26,7 @@ pub enum ClientMemory {
 pub struct PoolMemory {
     base: NonNull<u8>,
     bytes: u64,
+    lock: Option<Arc<File>>,
     _keep_alive: Arc<dyn Any + Send + Sync>,
 }
 
@@ -49,8 +51,17 @@ impl PoolMemory {
         Self {
             base,
             bytes,
+            lock: None,
             _keep_alive: keep_alive,
         }
+    }
+
+    /// Names the file whose lock says that the memory is in use, for those who may still use it
+    /// when this process is gone.
+    #[must_use]
+    pub fn locked_by(mut self, file: Arc<File>) -> Self {
+        self.lock = Some(file);
+        self
     }
 
     /// The pool's size in bytes.
@@ -68,7 +79,11 @@ impl PoolMemory {
         let keep_alive = Arc::new(self.clone());
         // SAFETY: `new` demands of this handle what is demanded here, and the handle itself is
         // what is kept alive.
-        unsafe { pegaflow_ssd::PoolMemory::new(self.base, self.bytes, keep_alive) }
+        let memory = unsafe { pegaflow_ssd::PoolMemory::new(self.base, self.bytes, keep_alive) };
+        match &self.lock {
+            Some(lock) => memory.locked_by(lock.clone()),
+            None => memory,
+        }
     }
 }
 

@@ -146,7 +146,8 @@ pub enum PoolFileError {
     /// Another process has the file open as its pool.
     #[error(
         "the pool file {name} is in use by another pegaflowd (its folder or lock file was moved or \
-         removed under it): stop that one first"
+         removed under it: stop that one first), or a drive of the SSD tier has not ended yet what \
+         a killed one asked of it (wait for the drive, or start with --pool fresh)"
     )]
     InUse {
         /// The file.

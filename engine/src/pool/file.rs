@@ -28,8 +28,8 @@ use super::{HugepageReport, PoolFileError, PoolUnusable, hugepages, nodes};
 use crate::fault::{self, CrashPoint};
 
 /// How long the pool of a daemon that has just died may stay locked: whoever looks at a dead
-/// process's memory keeps its mappings for that moment.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// process's memory keeps its mappings for that moment, and drives may still be filling pages.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// Bytes that are mapped at a time while others are served: the address space is locked that long.
@@ -82,7 +82,7 @@ pub enum OpenedPool {
 /// The pool file, mapped.
 pub struct PoolFile {
     mapping: PoolMapping,
-    file: File,
+    file: Arc<File>,
     identity: PoolIdentity,
 }
 
@@ -252,6 +252,11 @@ impl PoolFile {
         })
     }
 
+    /// The file whose lock says that the pool is in use.
+    pub fn lock_file(&self) -> Arc<File> {
+        self.file.clone()
+    }
+
     /// How much of the pool lies on which memory node, in bytes.
     pub fn bytes_by_node(&self) -> io::Result<BTreeMap<u32, u64>> {
         let start = self.base().as_ptr().addr() as u64;
@@ -266,7 +271,7 @@ impl PoolFile {
         let mapping = PoolMapping::new(file.as_fd(), len).map_err(failed("mapping"))?;
         Ok(Self {
             mapping,
-            file,
+            file: Arc::new(file),
             identity,
         })
     }

@@ -79,7 +79,10 @@ pub enum OpenError {
         path.display(), other.display()
     )]
     SameShard { path: PathBuf, other: PathBuf },
-    #[error("{}: another process uses it as its SSD shard", path.display())]
+    #[error(
+        "{}: another process uses it as its SSD shard, or its drive has not ended yet what a \
+         killed one asked of it", path.display()
+    )]
     InUse { path: PathBuf },
     #[error(
         "{}: io_uring cannot be used ({source}); allow it (kernel.io_uring_disabled, the \

@@ -22,7 +22,7 @@ const DIO_ALIGN: StatxFlags = StatxFlags::from_bits_retain(0x2000);
 
 /// How long a lock is waited for: the kernel takes a dead process's io_uring apart, and with it
 /// what holds the lock, only after the process is gone.
-const LOCK_WAIT: Duration = Duration::from_secs(2);
+const LOCK_WAIT: Duration = Duration::from_secs(5);
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// A file that is ours: locked as long as it is open.

@@ -15,6 +15,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mun
 #[derive(Clone)]
 pub struct PoolMemory {
     area: Area,
+    lock: Option<Arc<File>>,
 }
 
 /// Mapped memory and what keeps it so.
@@ -52,7 +53,21 @@ impl PoolMemory {
                 bytes,
                 _keep_alive: keep_alive,
             },
+            lock: None,
         }
+    }
+
+    /// Names the file whose lock (`flock`, taken on this very description) says that the memory is
+    /// in use. It stays locked until no drive touches the memory any more, also when the process is
+    /// killed before: whoever uses the memory next takes the lock first.
+    #[must_use]
+    pub fn locked_by(mut self, file: Arc<File>) -> Self {
+        self.lock = Some(file);
+        self
+    }
+
+    pub(crate) fn lock(&self) -> Option<&Arc<File>> {
+        self.lock.as_ref()
     }
 
     /// Memory with that content, at a page's boundary, for programs that have no pool.
@@ -62,7 +77,7 @@ impl PoolMemory {
     pub fn with_content(content: &[u8]) -> Self {
         let area = aligned(content.len());
         area.fill(0, content);
-        Self { area }
+        Self { area, lock: None }
     }
 
     /// Memory with that content in a file that other processes can map, as the daemon's pool is.
@@ -77,7 +92,7 @@ impl PoolMemory {
         file.set_len(content.len() as u64)?;
         let area = Mapping::of(Some(&file), content.len())?.area(content.len(), 1);
         area.fill(0, content);
-        Ok((Self { area }, file))
+        Ok((Self { area, lock: None }, file))
     }
 
     /// Memory with that content in huge pages, as far as the system has any.
@@ -101,7 +116,7 @@ impl PoolMemory {
         };
         let area = mapping.area(content.len(), HUGE);
         area.fill(0, content);
-        Ok(Self { area })
+        Ok(Self { area, lock: None })
     }
 
     /// The size in bytes.
@@ -262,6 +277,6 @@ impl Area {
 #[cfg(test)]
 impl From<Area> for PoolMemory {
     fn from(area: Area) -> Self {
-        Self { area }
+        Self { area, lock: None }
     }
 }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -311,6 +312,10 @@ fn start(
     let depth = options.queue_depth.clamp(1, DEPTH_MAX);
     let bounce = bounce_area(depth);
     let areas = vec![pool.area(), bounce.clone()];
+    let locks: Vec<&File> = std::iter::once(&file.plain)
+        .chain(pool.lock())
+        .map(AsRef::as_ref)
+        .collect();
     let uring = match options.io {
         IoChoice::Threads => Err(None),
         IoChoice::Auto | IoChoice::Uring => Uring::new(
@@ -319,6 +324,10 @@ fn start(
             options.sqpoll_idle,
             areas.clone(),
         )
+        .and_then(|(engine, shortfall)| {
+            engine.keep_open(&locks)?;
+            Ok((engine, shortfall))
+        })
         .map_err(Some),
     };
     let commands = (options.max_pending as usize).max(Options::MAX_PAGES) + OWN_COMMANDS;

@@ -2,12 +2,14 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Pool, Rig, bytes_for, key, options, page};
-use pegaflow_ssd::{IoChoice, OpenError, Options, Outcome, ShardSpec, ShardView};
+use pegaflow_ssd::{IoChoice, OpenError, Options, Outcome, ShardSpec, ShardView, Tier};
+use rustix::fs::{FlockOperation, flock};
 
 const MIB: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -334,4 +336,21 @@ fn looking_from_outside_finds_what_is_there_and_what_is_damaged() {
     assert_eq!(bad.bad_pages[0].hash, key(77).hash);
     assert_eq!(bad.bad_pages[0].file_offset, start as u64);
     assert!(ShardView::open(&place.path("nothing")).is_err());
+}
+
+#[test]
+fn the_pools_lock_is_the_rings_until_no_drive_can_touch_the_memory() {
+    let place = Place::new();
+    let (shard, name) = (place.path("a"), place.path("lock"));
+    let lock = |file: &File| flock(file, FlockOperation::NonBlockingLockExclusive).is_ok();
+    let file = File::create(&name).expect("a file");
+    assert!(lock(&file));
+    let memory = place.pool.memory().locked_by(Arc::new(file));
+    let options = options(IoChoice::Uring, &[(&shard, 64 * MIB)]);
+    let (tier, _) = Tier::open(options, memory, || {}).expect("opens");
+    // As after a kill, no descriptor of the file is open any more.
+    let next = File::open(&name).expect("the file");
+    assert!(!lock(&next), "the ring may still touch the memory");
+    assert!(tier.close(LIMIT));
+    assert!(lock(&next), "the ring is gone");
 }

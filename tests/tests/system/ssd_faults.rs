@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use pegaflow::{BlockHash, Fetch, Status};
+use pegaflow::{BlockHash, Fetch, State, Status};
 use pegaflow_shm::node::{Counter, Gauge, field_text};
 use pegaflow_tests::content::hashes;
 use pegaflow_tests::daemon::Daemon;
@@ -136,6 +136,89 @@ fn expect_service(worker: &Worker, seed: u64) {
     save_all(worker, &fresh);
     let late = &fresh[fresh.len() - 40..];
     assert_eq!(fetch_up(worker, seed << 8, late), 40);
+}
+
+/// What a process reads from a drive takes for ever, until this is dropped.
+struct Throttle {
+    folder: PathBuf,
+    file: &'static str,
+    lifted: String,
+}
+
+impl Throttle {
+    /// `None` where the block I/O controller is not to be had.
+    fn reads(drive: &Drive, pid: u32) -> Option<Throttle> {
+        let device = fs::read_to_string(format!("/sys/block/{}/dev", drive.device)).ok()?;
+        let device = device.trim();
+        let root = PathBuf::from("/sys/fs/cgroup");
+        let name = format!("pegaflow-test-{pid}");
+        let (folder, file, limit, lifted) = if root.join("blkio").is_dir() {
+            let file = "blkio.throttle.read_bps_device";
+            let folder = root.join("blkio").join(name);
+            (folder, file, format!("{device} 1"), format!("{device} 0"))
+        } else {
+            fs::write(root.join("cgroup.subtree_control"), "+io").ok()?;
+            let limit = format!("{device} rbps=1");
+            (
+                root.join(name),
+                "io.max",
+                limit,
+                format!("{device} rbps=max"),
+            )
+        };
+        fs::create_dir(&folder).ok()?;
+        let throttle = Throttle {
+            folder,
+            file,
+            lifted,
+        };
+        fs::write(throttle.folder.join("cgroup.procs"), pid.to_string()).ok()?;
+        fs::write(throttle.folder.join(file), limit).ok()?;
+        Some(throttle)
+    }
+}
+
+impl Drop for Throttle {
+    fn drop(&mut self) {
+        // Where it could not be set there is nothing to lift.
+        let _ = fs::write(self.folder.join(self.file), &self.lifted);
+        // It stays while somebody is in it.
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+#[test]
+fn what_a_killed_daemon_left_at_a_drive_touches_no_page_of_its_successor() {
+    let Some(drive) = Drive::mount() else {
+        return skip("ssd: reads that outlive", "mounting needs root and ext4");
+    };
+    let quick = ["--pool", "adopt", "--prefetch-timeout", "300ms"];
+    let (mut daemon, worker, names) = filled(&drive, &quick);
+    let Some(throttle) = Throttle::reads(&drive, daemon.pid()) else {
+        return skip("ssd: reads that outlive", "no block I/O controller");
+    };
+    let early = query_up(&worker, 1, &names[..40], Fetch::Wait(None));
+    assert_eq!((early.status, early.count), (Status::Ok, 0));
+    assert!(daemon.gauge(Gauge::SsdReading) > 0, "the drive has them");
+    daemon.kill();
+    // Its memory may be written to: nobody else gets it, nor the shard.
+    for (start, told) in [("adopt", "has not ended yet"), ("fresh", "not ended yet")] {
+        daemon.set_argument("--pool", start);
+        daemon.spawn();
+        assert!(!daemon.wait().success());
+        let log = daemon.log();
+        let told = log.lines().last().is_some_and(|line| line.contains(told));
+        assert!(told, "{log}");
+    }
+    drop(throttle);
+    daemon.set_argument("--pool", "adopt");
+    daemon.launch();
+    assert!(eventually(|| worker.client.state() == State::Connected));
+    worker.wait_ready();
+    for (key, part) in (2..).zip(names.chunks(40)) {
+        assert_eq!(fetch_up(&worker, key, part), part.len());
+    }
+    assert!(daemon.gauge_becomes(Gauge::BlocksPinned, 0));
 }
 
 #[test]

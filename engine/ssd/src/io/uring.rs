@@ -18,6 +18,9 @@ const BELL: u64 = u64::MAX;
 /// The kernel registers at most that many bytes as one buffer.
 const BUFFER_BYTES: u64 = 1 << 30;
 
+/// Files beside the shard's that a ring keeps open.
+const MOST_LOCKS: usize = 2;
+
 /// So many ends one wake-up waits for at most.
 const FEW: u32 = 4;
 /// It waits no longer than that for more than one.
@@ -67,7 +70,9 @@ impl Uring {
                 "this kernel's io_uring cannot wait with a limit (Linux 5.11 can)",
             ));
         }
-        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        let mut files = [-1; 1 + MOST_LOCKS];
+        files[0] = file.as_raw_fd();
+        ring.submitter().register_files(&files)?;
         let buffers = split(&areas);
         let vectors: Vec<libc::iovec> = buffers
             .iter()
@@ -104,6 +109,16 @@ impl Uring {
             bell_armed: false,
         };
         Ok((engine, shortfall))
+    }
+
+    /// Keeps these files open, and their locks with them, until the kernel has ended every piece.
+    /// A killed process's descriptors are closed at once, but what it has asked of a drive may go
+    /// on long after, and reads and writes the same pages.
+    pub fn keep_open(&self, locks: &[&File]) -> io::Result<()> {
+        assert!(locks.len() <= MOST_LOCKS);
+        let files: Vec<_> = locks.iter().map(|file| file.as_raw_fd()).collect();
+        self.ring.submitter().register_files_update(1, &files)?;
+        Ok(())
     }
 
     fn buffer_of(&self, address: usize, bytes: usize) -> Option<u16> {
@@ -302,5 +317,7 @@ impl Drop for Uring {
                 std::thread::sleep(Duration::from_millis(100));
             }
         }
+        // The kernel takes the ring apart later. If this fails, locks are free only then.
+        let _ = self.ring.submitter().unregister_files();
     }
 }
