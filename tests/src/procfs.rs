@@ -75,6 +75,13 @@ pub fn threads(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
 }
 
+/// Threads that the process has started itself: the kernel adds some to an io_uring when it likes.
+pub fn own_threads(pid: u32) -> Option<u64> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let names = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    Some(names.filter(|name| !name.starts_with("iou-")).count() as u64)
+}
+
 /// Mappings of shared memory in a process: segments, regions, files of a node. Threads that have
 /// been leave anonymous ones, which the allocator uses again.
 pub fn shared_mappings(pid: u32) -> usize {

@@ -16,7 +16,8 @@ Kills daemon and engines at random and checks that nothing is lost, wrong or hun
 Environment:
   CHAOS_KILLS     kills of the daemon in all scenes together [200]
   CHAOS_SEED      of every random choice [the time]
-  CHAOS_MODES     scenes: daemon,engines,both,stops,startup,small-pool [all]
+  CHAOS_MODES     scenes: daemon,engines,both,stops,startup,small-pool,
+                  both-tiers [all]
   CHAOS_BOUND_MS  longest time from the daemon's return to the first query with a hit [1000]
   CHAOS_SLACK_MS  what a call may take beyond its bound on a busy machine [2000]
   CHAOS_POOL_MIB  pool of the scenes that evict nothing [512]";

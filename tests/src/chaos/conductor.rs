@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use nix::sys::signal::Signal;
+use pegaflow_shm::node::Counter;
 
 use super::Settings;
 use super::fleet::Fleet;
@@ -31,6 +32,8 @@ const LISTEN: Duration = Duration::from_millis(10);
 pub struct Scene {
     fleet: Fleet,
     daemon: Daemon,
+    /// Where its SSD shards lie.
+    _drives: tempfile::TempDir,
     plan: Plan,
     mode: Mode,
     kills: u32,
@@ -48,20 +51,27 @@ impl Scene {
     /// # Errors
     /// The daemon cannot be looked at.
     pub fn new(settings: &Settings, mode: Mode, kills: u32) -> anyhow::Result<Scene> {
-        let evicts = mode == Mode::SmallPool;
+        let evicts = mode.evicts();
         let pool_mib = if evicts {
             SMALL_POOL_MIB
         } else {
             settings.pool_mib
         };
         let ttl = format!("{}s", shape::INCOMPLETE_TTL.as_secs());
-        let options = ["--incomplete-ttl", &ttl, "--lease-ttl", "5s"];
+        let mut options = vec!["--incomplete-ttl", &ttl, "--lease-ttl", "5s"];
+        let drives = tempfile::tempdir().context("a folder for SSD shards")?;
+        let shard = |name: &str| format!("{}:128MiB", drives.path().join(name).display());
+        let shards = [shard("a"), shard("b")];
+        if mode == Mode::BothTiers {
+            options.extend(["--ssd-admit", "seal"]);
+            options.extend(shards.iter().flat_map(|shard| ["--ssd", shard]));
+        }
         let daemon = Daemon::start_with(Config {
             pool: format!("{pool_mib}MiB"),
             extent: if evicts { "1MiB" } else { "4MiB" }.into(),
             ..Config::with(&options)
         });
-        let shapes = shape::instances(pool_mib << 20, evicts);
+        let shapes = shape::instances(pool_mib << 20, mode);
         let starts = shapes
             .iter()
             .flat_map(|shape| engine_starts(settings, &daemon, shape, kills))
@@ -72,6 +82,7 @@ impl Scene {
             plan: Plan::new(settings.seed, mode, fleet.len()),
             fleet,
             daemon,
+            _drives: drives,
             mode,
             kills,
             engine_rounds: settings.kills.div_ceil(KILLS_PER_ENGINE_ROUND),
@@ -133,6 +144,7 @@ impl Scene {
                 Step::Work { us } => self.fleet.listen(Duration::from_micros(us))?,
                 Step::KillDaemon => {
                     self.check_daemon()?;
+                    self.figures.ssd_hits += self.daemon.counter(Counter::QueryHitSsd);
                     self.daemon.kill();
                     self.figures.daemon_kills += 1;
                 }
@@ -222,7 +234,7 @@ impl Scene {
             }
             let instance = [engine / 2 * 2, engine / 2 * 2 + 1];
             // A query over a pool that evicts may have to wait for blocks to be saved again.
-            let measured = self.mode != Mode::SmallPool;
+            let measured = !self.mode.evicts();
             let whole = measured && !killed.iter().any(|engine| instance.contains(engine));
             if let (true, Some(returned), Some(back)) =
                 (whole, returned, self.fleet.back(engine, &boot))
@@ -253,6 +265,11 @@ impl Scene {
         } = self;
         figures.tally = fleet.finish()?;
         check_empty(&daemon)?;
+        figures.ssd_hits += daemon.counter(Counter::QueryHitSsd);
+        ensure!(
+            figures.mode != Mode::BothTiers || figures.ssd_hits > 0,
+            "nothing came back from the SSD tier"
+        );
         let used = Usage::settled(&daemon, first_usage.threads)?;
         ensure!(
             daemon.stop().success(),

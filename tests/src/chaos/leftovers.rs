@@ -18,7 +18,7 @@ pub struct Usage {
     pub memory_kib: u64,
     /// Descriptors.
     pub descriptors: usize,
-    /// Threads.
+    /// Threads of its own.
     pub threads: u64,
 }
 
@@ -30,10 +30,7 @@ impl Usage {
     pub fn of(daemon: &Daemon) -> anyhow::Result<Usage> {
         let pid = daemon.pid();
         let descriptors = procfs::settled_descriptors(pid);
-        let (memory, threads) = (
-            procfs::status_kib(pid, "RssAnon"),
-            procfs::status_number(pid, "Threads"),
-        );
+        let (memory, threads) = (procfs::status_kib(pid, "RssAnon"), procfs::own_threads(pid));
         let (Some(memory_kib), Some(threads)) = (memory, threads) else {
             bail!("process {pid} cannot be looked at");
         };
@@ -52,7 +49,7 @@ impl Usage {
     pub fn settled(daemon: &Daemon, threads: u64) -> anyhow::Result<Usage> {
         let pid = daemon.pid();
         // What does not settle shows in the comparison.
-        eventually(|| procfs::status_number(pid, "Threads").is_none_or(|now| now <= threads));
+        eventually(|| procfs::own_threads(pid).is_none_or(|now| now <= threads));
         Usage::of(daemon)
     }
 
@@ -72,7 +69,7 @@ impl Usage {
 }
 
 /// Gauges that are 0 once all engines are gone.
-const EMPTY: [Gauge; 7] = [
+const EMPTY: [Gauge; 10] = [
     Gauge::Sessions,
     Gauge::Instances,
     Gauge::Leases,
@@ -80,6 +77,9 @@ const EMPTY: [Gauge; 7] = [
     Gauge::BlocksUnfinished,
     Gauge::CopyTasks,
     Gauge::Requests,
+    Gauge::Prefetches,
+    Gauge::SsdReading,
+    Gauge::SsdWriting,
 ];
 
 /// Waits until nothing of the engines is left in the daemon.

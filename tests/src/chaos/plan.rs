@@ -19,17 +19,20 @@ pub enum Mode {
     Startup,
     /// All of it over a pool that is too small, so that blocks are evicted; only bytes are checked.
     SmallPool,
+    /// The same with SSD shards below the pool, from which blocks come back.
+    BothTiers,
 }
 
 impl Mode {
     /// Every mode.
-    pub const ALL: [Mode; 6] = [
+    pub const ALL: [Mode; 7] = [
         Mode::Daemon,
         Mode::Engines,
         Mode::Both,
         Mode::Stops,
         Mode::Startup,
         Mode::SmallPool,
+        Mode::BothTiers,
     ];
 
     /// Label in tables.
@@ -41,6 +44,7 @@ impl Mode {
             Mode::Stops => "stops",
             Mode::Startup => "startup",
             Mode::SmallPool => "small-pool",
+            Mode::BothTiers => "both-tiers",
         }
     }
 
@@ -55,8 +59,13 @@ impl Mode {
             Mode::Daemon => 6,
             Mode::Engines => 0,
             Mode::Both => 4,
-            Mode::Stops | Mode::Startup | Mode::SmallPool => 3,
+            Mode::Stops | Mode::Startup | Mode::SmallPool | Mode::BothTiers => 3,
         }
+    }
+
+    /// Blocks leave the pool.
+    pub fn evicts(self) -> bool {
+        matches!(self, Mode::SmallPool | Mode::BothTiers)
     }
 }
 
@@ -143,14 +152,14 @@ impl Plan {
         let work = 20_000 + self.random.below(480_000);
         let mut steps = vec![Step::Work { us: work }];
         let mode = match self.mode {
-            Mode::SmallPool => {
+            Mode::SmallPool | Mode::BothTiers => {
                 let any = [Mode::Daemon, Mode::Both, Mode::Stops, Mode::Startup];
                 any[self.random.below(4) as usize]
             }
             mode => mode,
         };
         match mode {
-            Mode::Daemon | Mode::SmallPool => steps.push(Step::KillDaemon),
+            Mode::Daemon | Mode::SmallPool | Mode::BothTiers => steps.push(Step::KillDaemon),
             Mode::Engines => steps.extend(self.engine_kills()),
             Mode::Both => {
                 let mut both = self.engine_kills();

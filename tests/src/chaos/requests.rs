@@ -120,6 +120,7 @@ fn may_come(op: Op, status: Status) -> bool {
         Status::Cancelled => matches!(op, Op::Load | Op::Save),
         Status::UnknownRequest => op == Op::Cancel,
         Status::NoSpace => op == Op::Save,
+        Status::Loading => op == Op::Query,
         _ => lease && matches!(op, Op::Load | Op::Release | Op::Renew),
     }
 }

@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use pegaflow::{BlockHash, Completion, Op, Status};
+use pegaflow::{BlockHash, Completion, Fetch, Op, Status};
 
 use super::crew::{Crew, Job, line_path};
 use super::engine::{Engine, boot_of, close};
 use super::ledger::Ledger;
 use super::message::{Event, fault, say};
-use super::requests::Door;
+use super::requests::{Door, REQUEST_BOUND};
 use super::shape::{INCOMPLETE_TTL, InstanceShape, THREADS};
 use super::timed::Call;
 use crate::content::{self, Stream};
@@ -182,10 +182,25 @@ impl<'a> Desk<'a> {
         let boot = boot_of(&mut self.door);
         let hashes: Vec<BlockHash> = wish.numbers.iter().map(|n| content::hash(*n)).collect();
         let key = self.head.keys.fetch_add(1, Ordering::Relaxed);
+        let fetch = self.draw_fetch();
         let registration = self.head.worker.registration;
-        let answer = self.door.finish(Op::Query, |client| {
-            client.query(registration, 0, key, &hashes, ttl_ms)
-        })?;
+        let asked = Instant::now();
+        let answer = loop {
+            let answer = self.door.finish(Op::Query, |client| {
+                client.query_with(registration, 0, key, &hashes, ttl_ms, fetch)
+            });
+            match answer {
+                Err(Status::Loading) if fetch != Fetch::Poll || !self.has_below() => {
+                    fault(format!("a query with {fetch:?} is answered `loading`"))
+                }
+                Err(Status::Loading) if asked.elapsed() > REQUEST_BOUND => {
+                    fault(format!("hang: a query is loading for {REQUEST_BOUND:?}"))
+                }
+                // Some change their mind.
+                Err(Status::Loading) if self.random.below(8) > 0 => std::thread::sleep(PAUSE),
+                answer => break answer?,
+            }
+        };
         let hits = answer.count as usize;
         if hits < wish.known {
             let (number, reason) = (wish.numbers[hits], answer.reason);
@@ -201,6 +216,23 @@ impl<'a> Desk<'a> {
             self.head.engine.tally(|tally| tally.hits += 1);
         }
         Ok(answer)
+    }
+
+    fn has_below(&self) -> bool {
+        self.head.engine.start.instance.below
+    }
+
+    /// What a query does about blocks below the pool, where there may be some.
+    fn draw_fetch(&mut self) -> Fetch {
+        if !self.has_below() {
+            return Fetch::Poll;
+        }
+        match self.random.below(6) {
+            0 => Fetch::Never,
+            1 => Fetch::Wait(None),
+            2 => Fetch::Wait(Some(Duration::from_millis(self.random.below(20)))),
+            _ => Fetch::Poll,
+        }
     }
 
     fn note_sealed(&mut self, numbers: &[u64]) {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::plan::Mode;
 use crate::layout::Arrangement;
 use crate::memory::MemoryKind;
 use crate::worker::WorkerSpec;
@@ -29,6 +30,8 @@ pub struct InstanceShape {
     pub most_blocks: u64,
     /// Blocks may be evicted: any number may be a hit or a miss.
     pub evicts: bool,
+    /// They come back from below the pool.
+    pub below: bool,
 }
 
 impl InstanceShape {
@@ -58,7 +61,8 @@ const INSTANCES: [&[Rank]; 2] = [
 ];
 
 /// The two instances of a scene over a pool of so many bytes.
-pub fn instances(pool_bytes: u64, evicts: bool) -> Vec<InstanceShape> {
+pub fn instances(pool_bytes: u64, mode: Mode) -> Vec<InstanceShape> {
+    let evicts = mode.evicts();
     let numbered = INSTANCES.iter().enumerate();
     numbered
         .map(|(number, ranks)| {
@@ -68,6 +72,7 @@ pub fn instances(pool_bytes: u64, evicts: bool) -> Vec<InstanceShape> {
                 name,
                 most_blocks: 0,
                 evicts,
+                below: mode == Mode::BothTiers,
             };
             let fitting = pool_bytes / 2 / shape.block_bytes();
             // Half of the room is left for extents that are not full, and for orphans.

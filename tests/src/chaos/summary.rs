@@ -29,6 +29,8 @@ pub struct SceneFigures {
     pub stops: u32,
     /// Blocks asked for again after a return.
     pub swept_blocks: u64,
+    /// Blocks of queries that came back from below the pool.
+    pub ssd_hits: u64,
     /// From the start of a daemon until it serves.
     pub starts: Vec<Duration>,
     /// From the daemon's return to a scheduler's first query with a hit.
@@ -52,6 +54,7 @@ impl SceneFigures {
             engine_kills: 0,
             stops: 0,
             swept_blocks: 0,
+            ssd_hits: 0,
             starts: Vec::new(),
             service: Vec::new(),
             first_loads: Vec::new(),
@@ -166,6 +169,8 @@ pub struct Row {
     pub sealed_blocks: u64,
     /// Blocks asked for again after returns, each a hit.
     pub swept_blocks: u64,
+    /// Blocks of queries that came back from below the pool.
+    pub ssd_hits: u64,
     /// Bytes compared, none different.
     pub verified_bytes: u64,
     /// Anonymous memory of the last daemon at the end, in KiB.
@@ -201,6 +206,7 @@ impl Summary {
             stops: scene.stops,
             sealed_blocks: scene.tally.sealed,
             swept_blocks: scene.swept_blocks,
+            ssd_hits: scene.ssd_hits,
             verified_bytes: scene.tally.verified_bytes,
             memory_kib: used.memory_kib,
             fresh_memory_kib: fresh.memory_kib,
@@ -223,7 +229,7 @@ impl Summary {
     /// For people.
     pub fn table(&self) -> String {
         let mut text = format!(
-            "{:<10} {:>6} {:>6} {:>8} {:>7} {:>5} {:>7} {:>8} {:>9} {:>13}\n",
+            "{:<10} {:>6} {:>6} {:>8} {:>7} {:>5} {:>7} {:>8} {:>8} {:>9} {:>13}\n",
             "scene",
             "rounds",
             "daemon",
@@ -232,13 +238,14 @@ impl Summary {
             "stops",
             "sealed",
             "re-asked",
+            "from SSD",
             "verified",
             "memory/fresh"
         );
         for row in &self.scenes {
             let _ = writeln!(
                 text,
-                "{:<10} {:>6} {:>6} {:>8} {:>7} {:>5} {:>7} {:>8} {:>5} MiB {:>5}/{:<3} MiB",
+                "{:<10} {:>6} {:>6} {:>8} {:>7} {:>5} {:>7} {:>8} {:>8} {:>5} MiB {:>5}/{:<3} MiB",
                 row.scene,
                 row.rounds,
                 row.daemon_kills,
@@ -247,6 +254,7 @@ impl Summary {
                 row.stops,
                 row.sealed_blocks,
                 row.swept_blocks,
+                row.ssd_hits,
                 row.verified_bytes >> 20,
                 row.memory_kib >> 10,
                 row.fresh_memory_kib >> 10

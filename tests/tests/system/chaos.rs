@@ -14,8 +14,8 @@ fn kills_of_daemon_and_engines_lose_no_block_hang_no_call_and_give_no_wrong_byte
     let settings = Settings {
         program: env!("CARGO_BIN_EXE_chaos").into(),
         seed: trials("CHAOS_SEED", 20_261),
-        kills: trials("PEGAFLOW_CHAOS_KILLS", 10) as u32,
-        modes: vec![Mode::Both, Mode::Startup, Mode::SmallPool],
+        kills: trials("PEGAFLOW_CHAOS_KILLS", 13) as u32,
+        modes: vec![Mode::Both, Mode::Startup, Mode::SmallPool, Mode::BothTiers],
         service_bound: GENEROUS,
         slack: GENEROUS,
         pool_mib: 96,
