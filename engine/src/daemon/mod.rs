@@ -238,9 +238,10 @@ fn lane_options(prepared: &Prepared) -> LaneOptions {
 }
 
 /// What opens the SSD tier; `None` without one.
-fn open_store(config: &Config) -> Option<OpenStore> {
+fn open_store(config: &Config, progress: Arc<Progress>) -> Option<OpenStore> {
     let options = config.ssd_options()?;
     Some(Box::new(move |pool, wake| {
+        progress.waits_for_drives();
         Ok(Box::new(SsdStore::open(options, pool, wake)?))
     }))
 }
@@ -262,7 +263,7 @@ async fn start_lane(
     let (sender, mut started) = oneshot::channel();
     let devices = prepared.devices.clone();
     let told = progress.clone();
-    let store = open_store(&prepared.config);
+    let store = open_store(&prepared.config, progress.clone());
     std::thread::Builder::new()
         .name("start".into())
         .spawn(move || {

@@ -1,9 +1,9 @@
-//! How far the pool is: a bar on a terminal, now and then a line in the log.
+//! How far the start is: a bar on a terminal, now and then a line in the log.
 
 #![forbid(unsafe_code)]
 
 use std::io::IsTerminal;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -17,6 +17,7 @@ const STYLE: &str = "pool {wide_bar} {binary_bytes} of {binary_total_bytes}, {et
 pub(super) struct Progress {
     total_bytes: u64,
     done_bytes: AtomicU64,
+    drives: AtomicBool,
     bar: Option<ProgressBar>,
 }
 
@@ -33,6 +34,7 @@ impl Progress {
         Progress {
             total_bytes,
             done_bytes: AtomicU64::new(0),
+            drives: AtomicBool::new(false),
             bar,
         }
     }
@@ -40,6 +42,11 @@ impl Progress {
     /// Notes the bytes done so far; several threads may say so in any order.
     pub(super) fn set(&self, done_bytes: u64) {
         self.done_bytes.fetch_max(done_bytes, Ordering::Relaxed);
+    }
+
+    /// The pool is there, and the shards of the SSD tier are being opened.
+    pub(super) fn waits_for_drives(&self) {
+        self.drives.store(true, Ordering::Relaxed);
     }
 
     /// Shows it until the future is dropped.
@@ -53,6 +60,10 @@ impl Progress {
             .await;
             let done = self.done_bytes.load(Ordering::Relaxed);
             match &self.bar {
+                None if self.drives.load(Ordering::Relaxed) => tracing::warn!(
+                    "the shards of the SSD tier are not open yet: a drive is slow or does not \
+                     answer; start without its shards to serve from the pool alone"
+                ),
                 Some(bar) => bar.set_position(done),
                 None => {
                     let percent = 100 * done / self.total_bytes.max(1);

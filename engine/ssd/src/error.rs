@@ -32,8 +32,8 @@ pub enum OpenError {
     )]
     SizeMissing { path: PathBuf },
     #[error(
-        "{}: {bytes} bytes are too few for an SSD shard; give at least {least}",
-        path.display()
+        "{}: {bytes} bytes are too few for this SSD shard; give at least {least} (a new file in its \
+         place, with smaller segments, can be smaller)", path.display()
     )]
     TooSmall {
         path: PathBuf,

@@ -222,6 +222,26 @@ fn what_a_killed_daemon_left_at_a_drive_touches_no_page_of_its_successor() {
 }
 
 #[test]
+fn a_start_that_waits_for_a_drive_says_so_and_goes_on_with_it() {
+    let Some(drive) = Drive::mount() else {
+        return skip("ssd: a start that waits", "mounting needs root and ext4");
+    };
+    let (mut daemon, worker, _) = filled(&drive, &["--pool", "adopt"]);
+    drop(worker);
+    daemon.stop();
+    let stopped = drive.stop();
+    // A shard that grows is written to before it is opened.
+    let larger = format!("{}:160MiB", drive.at().join("shard").display());
+    daemon.set_argument("--ssd", &larger);
+    daemon.spawn();
+    let told = || daemon.log().contains("a drive is slow or does not answer");
+    assert!(eventually(told), "{}", daemon.log());
+    drop(stopped);
+    assert!(eventually(|| daemon.is_serving()), "{}", daemon.log());
+    assert!(daemon.stop().success());
+}
+
+#[test]
 fn a_drive_that_stands_still_costs_the_tier_and_not_the_pool() {
     let Some(drive) = Drive::mount() else {
         return skip(
