@@ -372,6 +372,14 @@ def test_what_is_no_name_of_the_hub_is_not_looked_for(
     assert snapshot_of("org/model") is None
 
 
+def test_what_has_a_files_name_and_is_none_keeps_no_engine_from_starting(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("weights")
+    before = fingerprint(str(tmp_path))
+    (tmp_path / "old.bin").symlink_to(tmp_path / "blob-that-is-gone")
+    (tmp_path / "checkpoint.pt").mkdir()
+    assert fingerprint(str(tmp_path)) == before
+
+
 def test_code_that_comes_with_a_checkpoint_is_part_of_it(tmp_path: Path) -> None:
     code = tmp_path / "modeling.py"
     code.write_text("scale = 1")

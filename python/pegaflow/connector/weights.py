@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 #: What holds weights, says how to read them, or computes with them.
 _PATTERNS = (
-    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"),
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.tensors"),
     *("*config.json", "*quant*.json", "*.py"),
 )
 #: Files up to this size are read whole. Of a larger one so many places are, with so many bytes at
@@ -87,7 +87,9 @@ def _files(model: str) -> list[Path] | None:
     if os.path.isfile(model):  # noqa: PTH113
         return [Path(model)]
     if os.path.isdir(model):  # noqa: PTH112
-        return sorted({file for pattern in _PATTERNS for file in Path(model).glob(pattern)})
+        found = {file for pattern in _PATTERNS for file in Path(model).glob(pattern)}
+        # No folders, and no links to what is not in the hub's cache.
+        return sorted(file for file in found if file.is_file())
     return None
 
 
