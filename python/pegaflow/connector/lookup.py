@@ -33,6 +33,8 @@ WAIT_MS = 5
 STEP_WAIT_MS = 10
 #: How long a miss is believed. Asking again costs a round trip.
 MISS_S = 0.2
+#: A name that no block has.
+NO_BLOCK = bytes(32)
 #: How soon blocks that are coming up from a slower tier are asked for again.
 LOADING_S = 0.002
 
@@ -125,6 +127,8 @@ class Lookup:
         self._awaited: set[int] = set()
         #: Requests under way whose answers only `poll` takes.
         self._loose = 0
+        #: Questions among them that were given up: under which key, about which group.
+        self._given_up: dict[int, tuple[int, int]] = {}
         #: What a prompt is called once a question under its old key was given up.
         self._new_keys = itertools.count(1 << 32)
         self._waited_ms = 0.0
@@ -206,6 +210,9 @@ class Lookup:
                 self._arrived[completion.request] = completion
                 continue
             self._loose -= 1
+            given_up = self._given_up.pop(completion.request, None)
+            if given_up is not None and _is_loading(completion):
+                self._end_fetching(*given_up)
             if completion.lease and completion.ok and completion.op.name == "QUERY":
                 # Of a question that was given up.
                 self.release(completion.lease)
@@ -274,19 +281,40 @@ class Lookup:
         asked, prompt.asked = prompt.asked, None
         if asked is None:
             return
-        if asked.requests:
+        key = prompt.key
+        if asked.requests or asked.loading_since is not None:
             # The same key and hashes would get the lease of the late answer, which is given back.
             prompt.key = next(self._new_keys)
-        for request in asked.requests.values():
+        # Those for whose blocks the daemon waits.
+        loading = {
+            group.number
+            for group in self._groups
+            if asked.loading_since is not None or _is_loading(asked.answers.get(group.number))
+        }
+        for number, request in asked.requests.items():
             self._awaited.discard(request)
             arrived = self._arrived.pop(request, None)
             if arrived is None:
                 self._loose += 1
+                self._given_up[request] = key, number
+            elif _is_loading(arrived):
+                loading.add(number)
             elif arrived.lease:
                 self.release(arrived.lease)
+        for number in loading:
+            self._end_fetching(key, number)
         leases = {completion.lease for completion in asked.answers.values()}
         for lease in leases.union(asked.earlier) - {0}:
             self.release(lease)
+
+    def _end_fetching(self, key: int, group: int) -> None:
+        """Nobody waits for blocks from a slower tier any more: by another question under its key
+        the daemon learns that it need not bring the rest, nor keep for long what is in."""
+        try:
+            self._registration.query(key, NO_BLOCK, group=group, fetch=Fetch.NEVER)
+            self._loose += 1
+        except StatusError as error:
+            self._logger.debug("blocks of a request that is over come up: %s", error)
 
     # ------------------------------------------------------------ answers
 
@@ -373,6 +401,10 @@ class Lookup:
         if status not in self._refusals:
             self._refusals.add(status)
             self._logger.warning("the daemon answers no query: %s", text)
+
+
+def _is_loading(completion: Completion | None) -> bool:
+    return completion is not None and completion.status == Status.LOADING
 
 
 def _bits(group: CacheGroup, asked: Asked) -> int:
