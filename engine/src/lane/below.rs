@@ -516,6 +516,26 @@ impl<M: Machine> Lane<M> {
         Ok(true)
     }
 
+    /// Answers a cancelled save that waits for the tier and nothing else.
+    pub(super) fn cancel_held(
+        &mut self,
+        session: &mut LaneSession,
+        request_id: u64,
+    ) -> Result<(), SessionFault> {
+        let held = self.tier.as_mut();
+        if !held.is_some_and(|tier| tier.let_go_of_save(session.id, request_id)) {
+            return Ok(());
+        }
+        match session.requests.remove(&request_id) {
+            Some(Request::Save(save)) => self.finish_save(session, *save),
+            Some(other) => {
+                session.requests.insert(request_id, other);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
     /// True when the tier has ended something that the lane has not seen.
     pub(super) fn tier_has_done(&mut self) -> bool {
         let now = self.clock.now();

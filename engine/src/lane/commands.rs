@@ -365,6 +365,9 @@ impl<M: Machine> Lane<M> {
             self.leave_instance(instance, session, registration);
         }
         self.end_prefetches(|prefetch| prefetch.session == session);
+        if let Some(tier) = self.tier.as_mut() {
+            tier.forget_saves(session);
+        }
         self.resume_waiters();
         for lease in self.leases.of_session(session) {
             let ended = self.leases.end(lease, LeaseEnd::OwnerGone);

@@ -86,6 +86,7 @@ impl<M: Machine> Lane<M> {
         {
             copies.cancelled.store(true, Ordering::Relaxed);
             status = Status::Ok;
+            self.cancel_held(session, submission.arg0)?;
         } else if self.cancel_wait(session, submission.arg0)? {
             status = Status::Ok;
         }

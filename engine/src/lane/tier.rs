@@ -421,7 +421,10 @@ impl LaneTier {
             return;
         };
         prefetch.set(at, state, &mut self.loose);
-        prefetch.progress = moment.now;
+        // What is merely on its way is none: a drive that does not answer takes on more and more.
+        if !state.is_open() {
+            prefetch.progress = moment.now;
+        }
         cache.unpin(prefetch.scope.domain, &self.loose);
         self.loose.clear();
         self.note_settled(id, moment);

@@ -56,6 +56,19 @@ impl LaneTier {
         Some((first.session, first.request_id))
     }
 
+    /// A save waits no more; false if it did not.
+    pub(in crate::lane) fn let_go_of_save(&mut self, session: SessionId, request_id: u64) -> bool {
+        let before = self.held_saves.len();
+        let is_it = |held: &HeldSave| (held.session, held.request_id) == (session, request_id);
+        self.held_saves.retain(|held| !is_it(held));
+        self.held_saves.len() < before
+    }
+
+    /// The saves of a session that ends wait no more, and nobody is to be answered.
+    pub(in crate::lane) fn forget_saves(&mut self, session: SessionId) {
+        self.held_saves.retain(|held| held.session != session);
+    }
+
     /// Every save is answered.
     pub(in crate::lane) fn end_saves(&mut self, now: Instant) {
         for held in &mut self.held_saves {

@@ -84,6 +84,34 @@ fn the_pages_of_a_late_read_are_given_to_nobody_until_the_drive_has_let_go() {
 }
 
 #[test]
+fn a_query_that_waits_loses_its_patience_once_however_many_blocks_it_wants() {
+    let mut below = Below::with(tier(|tier| {
+        tier.patience = Duration::from_millis(50);
+        tier.max_prefetch = 1;
+    }));
+    let memory = Memory::new();
+    let (mut client, worker) = below.rig.worker("a", "", &memory);
+    save(&mut client, worker, &memory, 0..2 * POOL_BLOCKS);
+    below.rig.expect_gauge(Gauge::SsdWriting, 0);
+    below.store.hold();
+    client.submit_list(
+        0,
+        &hashes(0..16).concat(),
+        reach(worker, 9, flags::WAIT, 16, 0),
+    );
+    let answer = client.completion();
+    assert_eq!((answer.status(), answer.count), (Status::Ok, 0));
+    let begun = below.store.pending();
+    assert!(
+        begun <= 2,
+        "it was put off by the beginning of {begun} reads"
+    );
+    below.store.release();
+    below.rig.expect_gauge(Gauge::SsdReading, 0);
+    below.rig.expect_gauge(Gauge::BlocksPinned, 0);
+}
+
+#[test]
 fn prefetches_take_no_more_than_half_of_the_pool() {
     let mut below = Below::start();
     let memory = Memory::new();

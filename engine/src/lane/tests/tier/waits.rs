@@ -108,6 +108,33 @@ fn no_save_waits_longer_than_it_may_for_a_tier_that_goes_on_slowly() {
 }
 
 #[test]
+fn a_save_that_waits_can_be_cancelled_and_one_of_a_session_that_ends_is_forgotten() {
+    let (mut below, memory, mut client, worker) = behind(Duration::from_secs(600));
+    let (held, last) = save_until_held(&mut below, (&mut client, worker), &memory);
+    client.submit(Submission {
+        op: Op::Cancel as u8,
+        registration: worker,
+        arg0: held,
+        ..Submission::zeroed()
+    });
+    let (save, cancel) = (client.completion(), client.completion());
+    assert_eq!((save.request_id, save.status()), (held, Status::Cancelled));
+    assert_eq!((save.count, cancel.status()), (1, Status::Ok));
+    // What had been saved is there.
+    let answer = client.query_key(worker, 0, 5, &hashes([last]));
+    assert_eq!((answer.status(), answer.count), (Status::Ok, 1));
+    let payload = save_payload(&hashes([last + 1]), &[0]);
+    client.submit_list(0, &payload, list(Op::Save, worker, 0, 1));
+    below.rig.expect_gauge(Gauge::Requests, 1);
+    below.rig.close(&client);
+    below.rig.expect_gauge(Gauge::Requests, 0);
+    let (mut other, worker) = below.rig.worker("b", "", &memory);
+    assert_eq!(other.query_key(worker, 0, 5, &hashes([last])).count, 1);
+    below.store.release();
+    below.rig.expect_gauge(Gauge::BlocksPinned, 1);
+}
+
+#[test]
 fn a_stop_answers_the_saves_that_wait() {
     let (mut below, memory, mut client, worker) = behind(Duration::from_secs(600));
     let (held, _) = save_until_held(&mut below, (&mut client, worker), &memory);
