@@ -7,8 +7,8 @@
 #   DEVICE_RUN         short (four to six minutes) or full (default; ten to fifteen minutes)
 #   DEVICE_GPUS        numbers of GPUs, by default as many as there are up to four
 #   DEVICE_SOAK        seconds of random work with deaths (default: 60, full 300): on all of these
-#                      GPUs; a sixth as long, daemons die on the first; in a full run a third as
-#                      long on the first alone, too
+#                      GPUs; a sixth as long each, daemons die on the first, and saves have a
+#                      limit there; in a full run a third as long on the first alone, too
 #   DEVICE_STEPS       of doctor, bench, curve, several, soak (default: all)
 #   DEVICE_OUT         folder for logs and JSON (default: a new one, which is named)
 set -euo pipefail
@@ -139,6 +139,7 @@ seconds=${soak%.*}
 if wants soak; then
     soak "soak-$gpus" "$seconds" "$gpus" GPU_SOAK_BREAK_CONTEXTS=1
     soak "soak-daemon-$first" "$((seconds / 6 + 5))" "$first" GPU_SOAK_KILL_DAEMON=1
+    soak "soak-limit-$first" "$((seconds / 6 + 5))" "$first" GPU_SOAK_D2H_LIMIT=500MB
     if [[ $mode == full && $gpus != "$first" ]]; then
         soak "soak-$first" "$((seconds / 3))" "$first" GPU_SOAK_BREAK_CONTEXTS=1
     fi

@@ -108,6 +108,9 @@ impl Side {
 
     /// Starts the next chunk of a job in a free slot. After an error that is not the device's end,
     /// the job has failed from the chunk on; the chunk is under way all the same.
+    ///
+    /// # Panics
+    /// The job goes the other way: its chunk would be written over what it is to be read from.
     pub(super) fn start(
         &mut self,
         gear: &Gear,
@@ -115,6 +118,7 @@ impl Side {
         job: &mut Job,
         now: Instant,
     ) -> Result<(), DriverError> {
+        assert_eq!(job.task.direction, self.direction, "a job of the other side");
         let target = job.task.target.clone();
         let Some(device) = target.device() else {
             return Ok(());

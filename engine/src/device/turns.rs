@@ -30,6 +30,17 @@ impl Turns {
         }
     }
 
+    /// A job has ended: its number may be another job's next, of the other direction even.
+    pub(super) fn leave(&mut self, session: u64, job: usize) {
+        if let Some(place) = self.sessions.iter().position(|(id, _)| *id == session) {
+            let jobs = &mut self.sessions[place].1;
+            jobs.retain(|number| *number != job);
+            if jobs.is_empty() {
+                self.sessions.remove(place);
+            }
+        }
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.sessions.is_empty()
     }
@@ -96,6 +107,21 @@ mod tests {
             over.push(job);
         }
         assert_eq!(order, [10, 20, 11, 12]);
+        assert!(turns.is_empty());
+    }
+
+    #[test]
+    fn a_job_that_leaves_is_gone_and_the_others_go_on() {
+        let mut turns = Turns::default();
+        for (session, job) in [(1, 10), (1, 11), (2, 20)] {
+            turns.add(session, job);
+        }
+        turns.leave(1, 10);
+        turns.leave(2, 20);
+        turns.leave(3, 30);
+        assert_eq!(turns.sessions(), 1);
+        assert_eq!(turns.next(|_| Head::Ready), Some(11));
+        turns.leave(1, 11);
         assert!(turns.is_empty());
     }
 

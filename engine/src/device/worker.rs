@@ -173,11 +173,7 @@ impl Worker {
             self.gear.place.results.put(job.finish());
             return;
         }
-        let session = job.task.session;
-        let side = match job.task.direction {
-            Direction::Load => 0,
-            Direction::Save => 1,
-        };
+        let (session, side) = (job.task.session, side_of(job.task.direction));
         let number = self.free.pop().unwrap_or_else(|| {
             self.jobs.push(None);
             self.jobs.len() - 1
@@ -221,6 +217,10 @@ impl Worker {
         let Some(mut job) = self.jobs[number].take() else {
             return;
         };
+        // A job is looked at for the last time when its side may start a chunk, which it may not
+        // until its limit allows for one.
+        let side = side_of(job.task.direction);
+        self.sides[side].turns.leave(job.task.session, number);
         self.free.push(number);
         if job.task.direction == Direction::Save {
             take_checksums(&self.gear, &mut job);
@@ -407,6 +407,14 @@ impl Worker {
                 self.finish(number);
             }
         }
+    }
+}
+
+/// The place of a direction's side.
+fn side_of(direction: Direction) -> usize {
+    match direction {
+        Direction::Load => 0,
+        Direction::Save => 1,
     }
 }
 

@@ -32,6 +32,8 @@ pub struct Settings {
     pub budget: usize,
     /// Pool of the daemon.
     pub pool: String,
+    /// Most bytes a second that the daemon's saves read from a GPU, such as 2GB.
+    pub d2h_limit: Option<String>,
     /// Kill the daemon now and then, too.
     pub kill_daemon: bool,
     /// Some engines end by an illegal address of a kernel of theirs.
@@ -84,7 +86,7 @@ fn number<T: std::str::FromStr>(name: &str, default: T) -> anyhow::Result<T> {
 
 impl Settings {
     /// As `GPU_SOAK_SECONDS`, `_SEED`, `_GPUS` (0,1), `_ENGINES`, `_BUDGET_MIB`, `_POOL`,
-    /// `_KILL_DAEMON` and `_BREAK_CONTEXTS` say.
+    /// `_D2H_LIMIT`, `_KILL_DAEMON` and `_BREAK_CONTEXTS` say.
     ///
     /// # Errors
     /// One of them is no number.
@@ -98,6 +100,7 @@ impl Settings {
             engines: number("GPU_SOAK_ENGINES", 3)?,
             budget: number("GPU_SOAK_BUDGET_MIB", 64_usize)? << 20,
             pool: std::env::var("GPU_SOAK_POOL").unwrap_or_else(|_| "256MiB".into()),
+            d2h_limit: std::env::var("GPU_SOAK_D2H_LIMIT").ok(),
             kill_daemon: number("GPU_SOAK_KILL_DAEMON", 0_u8)? != 0,
             break_contexts: number("GPU_SOAK_BREAK_CONTEXTS", 0_u8)? != 0,
             daemon_share: MOST_DAEMON_SHARE,
@@ -178,6 +181,11 @@ struct Conductor<'a> {
 pub fn run(settings: &Settings) -> anyhow::Result<Summary> {
     let config = Config {
         pool: settings.pool.clone(),
+        arguments: settings
+            .d2h_limit
+            .iter()
+            .map(|limit| format!("--d2h-limit={limit}"))
+            .collect(),
         environment: settings.environment.clone(),
         ..Config::default()
     };

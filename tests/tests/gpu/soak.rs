@@ -13,6 +13,7 @@ fn settings(gpus: &Gpus, count: u32, kill_daemon: bool) -> Settings {
         engines: 2,
         budget: 3 << 20,
         pool: "24MiB".into(),
+        d2h_limit: None,
         kill_daemon,
         break_contexts: false,
         daemon_share: own_share(gpus),
@@ -36,5 +37,17 @@ fn no_byte_differs_while_the_daemon_is_killed_as_well() {
         summary.is_good() && summary.daemon_kills > 0,
         "{summary:#?}"
     );
+    assert!(gpus.used_falls_to(0, 0));
+}
+
+#[test]
+fn no_byte_differs_while_saves_are_held_up_by_their_limit() {
+    let gpus = Gpus::emulated(1);
+    let settings = Settings {
+        d2h_limit: Some("20MB".into()),
+        ..settings(&gpus, 1, false)
+    };
+    let summary = run(&settings).expect("engines start");
+    assert!(summary.is_good(), "{summary:#?}");
     assert!(gpus.used_falls_to(0, 0));
 }

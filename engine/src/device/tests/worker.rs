@@ -450,6 +450,37 @@ fn a_bandwidth_limit_spreads_saves_out_and_leaves_loads_alone() {
 }
 
 #[test]
+fn a_load_that_comes_while_the_limit_holds_saves_up_does_not_take_the_place_of_the_last_save() {
+    const PAUSE: Duration = Duration::from_millis(125);
+    let options = DeviceOptions {
+        // Eight pages, and a pause of that long behind them.
+        staging_bytes: 16 << 10,
+        d2h_limit: Some(128 << 10),
+        ..options()
+    };
+    let mut rig = Rig::new(options, true);
+    let (from, to) = (rig.engine(1 << 20), rig.engine(1 << 20));
+    from.write(&noise(1, from.bytes));
+    to.write(&noise(2, to.bytes));
+    let (source, target) = (bind(&from, 60, LAYOUTS[1]), bind(&to, 60, LAYOUTS[1]));
+    let list: Vec<(u64, u32)> = (0..40).map(|n| (n * 2048, n as u32)).collect();
+    rig.submit(task(1, Direction::Save, &source, &list[..8]));
+    assert!(rig.finish(1)[0].result.is_ok());
+    let pool = rig.pool_bytes();
+    // Most of it has not begun when saves may go on.
+    rig.driver.set_pace(Pace::Held);
+    rig.submit(task(2, Direction::Load, &target, &list));
+    rig.turn_many(3);
+    std::thread::sleep(PAUSE);
+    rig.turn_many(3);
+    rig.driver.set_pace(Pace::Looked);
+    assert_eq!(rig.finish(1)[0].result, Ok(40 * 2048));
+    assert!(rig.pool_bytes() == pool, "a load writes to no page");
+    let (saved, loaded) = (from.read(), to.read());
+    assert!(loaded[..8 * 512] == saved[..8 * 512] && loaded[8 * 512..40 * 512] == [0; 32 * 512]);
+}
+
+#[test]
 fn tasks_run_through_the_threads_of_the_daemon_and_come_back() {
     let rig = Rig::new(options(), true);
     let devices: Devices = rig.devices.clone();

@@ -237,6 +237,7 @@ class Bench:
                 for prompt in (long, short):
                     engine.call("batch", prompts=[prompt] * 2, max_tokens=8)
                 engine.call("settle")
+                engine.settle_on_cores()
                 engine.sleep()
             except (EngineError, RuntimeError) as error:
                 what = f"{setup.name} init"
@@ -295,6 +296,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=480.0, help="start no new round then")
     parser.add_argument("--kv-gib", type=int, default=12, help="KV cache of each engine")
     parser.add_argument("--pool-gib", type=int, default=20, help="pool of each connector")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs for decode steps")
+    parser.add_argument("--served", action="store_true", help="engines in their own processes")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="pegaflow-vllm-"))
@@ -306,6 +309,8 @@ def main() -> int:
         kv_bytes=options.kv_gib << 30,
         pool_bytes=options.pool_gib << 30,
         rehearsal=options.rehearse,
+        graphs=options.graphs,
+        served=options.served,
     )
     began = time.monotonic()
     results = Results(
