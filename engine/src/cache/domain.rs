@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use pegaflow_shm::BootId;
-use pegaflow_shm::index::{BlockKey, EntryId, IndexLayout, InsertError};
+use pegaflow_shm::index::{BlockKey, EntryId, IndexLayout, InsertError, prefetch_read};
 use pegaflow_shm::mapping::{Access, NamedFile};
 
 use crate::cache::block::{Block, ShardRuns};
@@ -70,6 +70,24 @@ impl Domain {
             pins: 0,
             path,
         })
+    }
+
+    /// Brings closer what evicting the next two blocks will read: evictions come in rows, and most
+    /// of what one takes is waiting for memory.
+    pub fn prefetch_victims(&self) {
+        let (writer, mut is_first) = (&self.index.writer, true);
+        self.policy.upcoming(&mut |id| {
+            if std::mem::take(&mut is_first) {
+                // The eviction before has asked for its entry.
+                writer.prefetch_line(EntryId(id));
+                return true;
+            }
+            writer.prefetch_entry(EntryId(id));
+            if let Some(block) = self.blocks.get(id as usize) {
+                prefetch_read(block);
+            }
+            false
+        });
     }
 
     /// A read-only descriptor of the index for a client, and the file's size.

@@ -291,6 +291,7 @@ impl Cache {
         let home = &mut self.domains[domain];
         let block = &mut home.blocks[entry.0 as usize];
         block.end(&mut home.runs);
+        home.prefetch_victims();
     }
 
     pub(super) fn drop_page(&mut self, domain: DomainId, page: PageAddr) -> u64 {

@@ -23,10 +23,14 @@ const SOON: Duration = Duration::from_micros(60);
 const LONG_BYTES: u64 = 32 << 20;
 /// The same for such a chunk.
 const SOON_OF_LONG: Duration = Duration::from_micros(15);
-/// For how long past its time a chunk is waited for awake.
+/// For how long past its time a chunk is waited for awake, at most.
 const LATE: Duration = Duration::from_micros(100);
-/// How long to sleep when a chunk is later than that.
+/// And at most for this share of its time: of long chunks, being awake is most of what they cost.
+const LATE_SHARE: u32 = 128;
+/// How long to sleep when a chunk is later than that, at least.
 const LATE_PAUSE: Duration = Duration::from_micros(25);
+/// And at least this share of its time, while the bus has another one behind it.
+const LATE_PAUSE_SHARE: u32 = 32;
 /// A look before the end says when that was if it lies back no longer than this share of the
 /// chunk's time: a pause, and the sleep's own delay.
 const FRESH_SHARE: u32 = 3;
@@ -43,6 +47,8 @@ const EARLIER: f64 = 1.08;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Awaited {
     bytes: u64,
+    /// How long it should have the bus.
+    bus: Duration,
     started: Instant,
     /// When it should be done.
     expected: Instant,
@@ -53,6 +59,11 @@ pub(super) struct Awaited {
 }
 
 impl Awaited {
+    /// Whether a look at it is worth while: of a long one, when half of its time is over.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.bytes < LONG_BYTES || now + self.bus / 2 >= self.expected
+    }
+
     /// A look has found it under way.
     pub(super) fn is_unfinished(&mut self, now: Instant) {
         self.unfinished = Some(now);
@@ -96,6 +107,7 @@ impl Forecast {
         self.started = self.started.wrapping_add(1);
         Awaited {
             bytes,
+            bus,
             started: now,
             expected: self.busy_until,
             margin: if self.started % PROBED < 2 {
@@ -162,14 +174,21 @@ impl Forecast {
             expected: first,
             margin,
             bytes,
+            bus,
             ..
         } = next?;
         if count > 1 {
             // The bus has the next chunk already: nobody waits for this one to be noticed.
             let look = first + margin;
-            return Some(if look > now { look } else { now + LATE_PAUSE });
+            let pause = LATE_PAUSE.max(bus / LATE_PAUSE_SHARE);
+            return Some(if look > now { look } else { now + pause });
         }
-        if now > first + LATE {
+        let late = if bytes < LONG_BYTES {
+            LATE
+        } else {
+            LATE.min(bus / LATE_SHARE)
+        };
+        if now > first + late {
             return Some(now + LATE_PAUSE);
         }
         let early = if bytes < LONG_BYTES {
@@ -198,7 +217,9 @@ mod tests {
         let mut under_way: VecDeque<(Awaited, Instant)> = VecDeque::new();
         while done < chunks {
             looks += 1;
-            while let Some((awaited, end)) = under_way.front_mut() {
+            while let Some((awaited, end)) = under_way.front_mut()
+                && awaited.is_due(now)
+            {
                 if *end > now {
                     awaited.is_unfinished(now);
                     break;

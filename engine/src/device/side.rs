@@ -75,6 +75,9 @@ impl Side {
             let Some(flight) = slot.flight else {
                 continue;
             };
+            if !flight.awaited.is_due(now) {
+                continue;
+            }
             // SAFETY: a flight's chunk was started in this slot; its job holds pages and layout,
             // and the workplace the pool.
             let done =
@@ -118,7 +121,10 @@ impl Side {
         job: &mut Job,
         now: Instant,
     ) -> Result<(), DriverError> {
-        assert_eq!(job.task.direction, self.direction, "a job of the other side");
+        assert_eq!(
+            job.task.direction, self.direction,
+            "a job of the other side"
+        );
         let target = job.task.target.clone();
         let Some(device) = target.device() else {
             return Ok(());

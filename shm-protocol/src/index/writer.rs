@@ -12,6 +12,7 @@ use super::layout::{
     USED_WORD, WORD_BYTES,
 };
 use super::memory::WritableIndexMemory;
+use super::raw::prefetch_read;
 use super::table::Table;
 use crate::sync::Ordering;
 use crate::{BlockHash, BootId};
@@ -269,6 +270,25 @@ impl<M: WritableIndexMemory> IndexWriter<M> {
         self.free.push(id.0);
         self.count(-1, -i32::from(was_sealed));
         Ok(BlockKey::from_words(&words))
+    }
+
+    /// Brings closer what removing an entry reads first. Changes nothing.
+    pub fn prefetch_entry(&self, id: EntryId) {
+        if let Ok(entry) = self.used_entry(id) {
+            prefetch_read(entry);
+        }
+    }
+
+    /// Brings closer what removing an entry reads next: its bucket line, which its key tells.
+    /// Changes nothing.
+    pub fn prefetch_line(&self, id: EntryId) {
+        let line = self.used_entry(id).ok().and_then(|entry| {
+            let home = self.hasher.home(&entry::key_words(entry));
+            self.table().line(home.line)
+        });
+        if let Some(line) = line {
+            prefetch_read(line);
+        }
     }
 
     /// The key's entry, sealed or not.

@@ -237,7 +237,6 @@ class Bench:
                 for prompt in (long, short):
                     engine.call("batch", prompts=[prompt] * 2, max_tokens=8)
                 engine.call("settle")
-                engine.settle_on_cores()
                 engine.sleep()
             except (EngineError, RuntimeError) as error:
                 what = f"{setup.name} init"

@@ -99,14 +99,6 @@ class Engine(Vllm):
     STOP_SECONDS = 10.0
     stands_still = True
 
-    def settle_on_cores(self) -> None:
-        """The thread that launches kernels stays on one core, the same for all engines, of which
-        only one is awake: which core it comes to run on is worth a factor of two on some machines.
-        """
-        cores = sorted(os.sched_getaffinity(0))[2::2]
-        for number, process in enumerate(members(os.getpgid(self.pid))):
-            os.sched_setaffinity(process, {cores[number % len(cores)]})
-
     def sleep(self) -> None:
         """Stops the process and all below it."""
         if self.stands_still:
@@ -115,17 +107,6 @@ class Engine(Vllm):
     def wake(self) -> None:
         """Lets them go on."""
         os.killpg(self.pid, signal.SIGCONT)
-
-
-def members(group: int) -> list[int]:
-    """The processes of a process group."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
-            if int(fields[2]) == group:
-                found.append(int(stat.parent.name))
-    return sorted(found)
 
 
 @dataclass(frozen=True)

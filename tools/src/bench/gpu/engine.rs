@@ -26,8 +26,21 @@ use crate::replay::trace::block_hash;
 pub const ENGINE_ARGUMENT: &str = "__bench-gpu-engine";
 /// Bytes of the copies that are the limit.
 const RAW_BYTES: usize = 1 << 30;
-const RAW_ROUNDS: usize = 5;
-/// What an engine is told.
+/// How long each way is copied: what several GPUs do together is seen only while all are at it.
+const RAW_TIME: Duration = Duration::from_millis(400);
+/// A direction over the bus, or both at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Way {
+    /// To the host: saves.
+    Out,
+    /// To the GPU: loads.
+    In,
+    /// Both at once.
+    Both,
+}
+
+/// What an engine is told. Several engines that do the same at once are told so when each has
+/// answered what was before.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Order {
     /// Open this GPU; answered [`Answer::Opened`].
@@ -35,8 +48,13 @@ pub enum Order {
         /// Number of the GPU.
         gpu: u32,
     },
-    /// Take the limit; answered [`Answer::Limit`].
-    Limit,
+    /// Get ready for [`Order::Limit`]; answered [`Answer::Done`].
+    PrepareLimit,
+    /// Take the limit one way; answered [`Answer::Rate`]. Both ways come last.
+    Limit {
+        /// Which way.
+        way: Way,
+    },
     /// Allocate, fill and register; answered [`Answer::Ready`].
     Prepare {
         /// Socket of the daemon.
@@ -46,8 +64,13 @@ pub enum Order {
         /// The case.
         case: Case,
     },
-    /// Measure what was prepared; answered [`Answer::Figures`].
-    Go {
+    /// Save and load once, and check the bytes; answered [`Answer::Done`].
+    WarmUp,
+    /// Measure what was prepared, one way, which saves have to go first; answered
+    /// [`Answer::Measured`].
+    Measure {
+        /// Which way.
+        way: Way,
         /// Process of the daemon.
         daemon: u32,
     },
@@ -68,8 +91,10 @@ pub enum Answer {
         /// Its name.
         name: String,
     },
-    /// What one large copy does.
-    Limit(Limit),
+    /// Nothing to be told.
+    Done,
+    /// What one large copy does, or two at once, in GB/s.
+    Rate(f64),
     /// Registered.
     Ready {
         /// How long allocating and filling took, in milliseconds.
@@ -77,12 +102,21 @@ pub enum Answer {
         /// How long connecting and registering took, in milliseconds.
         register_ms: f64,
     },
-    /// Of one case.
-    Figures(Figures),
+    /// Of one case and way; of both at once only if the case has a rate.
+    Measured(Option<Measured>),
     /// Of one computation.
     Slowdown(Slowdown),
     /// It could not be done.
     Failed(String),
+}
+
+/// What was measured one way.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Measured {
+    /// Nanoseconds of the median.
+    pub ns: f64,
+    /// CPU of the daemon meanwhile, in cores.
+    pub cpu: f64,
 }
 
 /// What large copies between GPU memory and pinned memory of the engine do, in GB/s.
@@ -97,7 +131,7 @@ pub struct Limit {
 }
 
 /// What was measured in a case.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default)]
 pub struct Figures {
     /// Nanoseconds of the median save.
     pub save_ns: f64,
@@ -161,11 +195,14 @@ struct Prepared {
     seed: u64,
     saved: u64,
     queries: u64,
+    /// What was saved last.
+    held: Vec<BlockHash>,
 }
 
 #[derive(Default)]
 struct Engine {
     prepared: Option<Prepared>,
+    raw: Option<RawCopies>,
     gpu: Option<Gpu>,
     /// Of the bytes, which differ from GPU to GPU.
     seed: u64,
@@ -180,7 +217,17 @@ impl Engine {
                 (self.gpu, self.seed) = (Some(opened), 1 + u64::from(gpu));
                 Ok(Answer::Opened { name })
             }
-            Order::Limit => Ok(Answer::Limit(raw_limit()?)),
+            Order::PrepareLimit => {
+                self.raw = Some(RawCopies::new()?);
+                Ok(Answer::Done)
+            }
+            Order::Limit { way } => {
+                let rate = self.raw.as_mut().ok_or_else(not_prepared)?.rate(way)?;
+                if way == Way::Both {
+                    self.raw = None;
+                }
+                Ok(Answer::Rate(rate))
+            }
             Order::Prepare { socket, salt, case } => {
                 self.prepared = None;
                 let started = Instant::now();
@@ -193,7 +240,13 @@ impl Engine {
                     register_ms: filled.elapsed().as_secs_f64() * 1e3,
                 })
             }
-            Order::Go { daemon } => Ok(Answer::Figures(self.prepared()?.measure(daemon)?)),
+            Order::WarmUp => {
+                self.prepared()?.warm_up()?;
+                Ok(Answer::Done)
+            }
+            Order::Measure { way, daemon } => {
+                Ok(Answer::Measured(self.prepared()?.measure(way, daemon)?))
+            }
             Order::Interfere { compute, part_ms } => {
                 let gpu = self.gpu.take().ok_or_else(not_prepared)?;
                 let part = Duration::from_millis(part_ms);
@@ -214,39 +267,50 @@ fn not_prepared() -> ToolError {
 }
 
 /// Large copies between GPU memory and pinned memory of this process: the limit.
-fn raw_limit() -> Result<Limit, ToolError> {
-    let memories = [
-        DeviceMemory::allocate(RAW_BYTES)?,
-        DeviceMemory::allocate(RAW_BYTES)?,
-    ];
-    let mut hosts = [
-        PinnedMemory::allocate(RAW_BYTES)?,
-        PinnedMemory::allocate(RAW_BYTES)?,
-    ];
-    hosts.iter_mut().for_each(|host| host.fill(0x5A));
-    let streams = [Stream::new()?, Stream::new()?];
-    let copy = |way: usize| match way {
-        0 => memories[0].read_to(0, (&hosts[0], 0), RAW_BYTES, &streams[0]),
-        _ => memories[1].write_from(0, (&hosts[1], 0), RAW_BYTES, &streams[1]),
-    };
-    // One way after the other, so that several GPUs that do it at once are at the same.
-    let median_of = |ways: &[usize]| {
-        let mut rates = Vec::new();
-        for _ in 0..RAW_ROUNDS {
+struct RawCopies {
+    memories: [DeviceMemory; 2],
+    hosts: [PinnedMemory; 2],
+    streams: [Stream; 2],
+}
+
+impl RawCopies {
+    fn new() -> Result<RawCopies, ToolError> {
+        let memories = [
+            DeviceMemory::allocate(RAW_BYTES)?,
+            DeviceMemory::allocate(RAW_BYTES)?,
+        ];
+        let mut hosts = [
+            PinnedMemory::allocate(RAW_BYTES)?,
+            PinnedMemory::allocate(RAW_BYTES)?,
+        ];
+        hosts.iter_mut().for_each(|host| host.fill(0x5A));
+        Ok(RawCopies {
+            memories,
+            hosts,
+            streams: [Stream::new()?, Stream::new()?],
+        })
+    }
+
+    /// GB/s of the median copy, or of two at once, together.
+    fn rate(&mut self, way: Way) -> Result<f64, ToolError> {
+        let (memories, hosts, streams) = (&self.memories, &self.hosts, &self.streams);
+        let out = || memories[0].read_to(0, (&hosts[0], 0), RAW_BYTES, &streams[0]);
+        let back = || memories[1].write_from(0, (&hosts[1], 0), RAW_BYTES, &streams[1]);
+        let (mut rates, began) = (Vec::new(), Instant::now());
+        while began.elapsed() < RAW_TIME {
             let start = Instant::now();
-            ways.iter().try_for_each(|way| copy(*way))?;
-            ways.iter()
-                .try_for_each(|way| streams[*way].synchronize())?;
-            let bytes = (ways.len() * RAW_BYTES) as f64;
-            rates.push(bytes / start.elapsed().as_nanos() as f64);
+            if way != Way::In {
+                out()?;
+            }
+            if way != Way::Out {
+                back()?;
+            }
+            streams.iter().try_for_each(Stream::synchronize)?;
+            let copies = if way == Way::Both { 2 } else { 1 };
+            rates.push((copies * RAW_BYTES) as f64 / start.elapsed().as_nanos() as f64);
         }
-        Ok::<f64, ToolError>(median(&rates))
-    };
-    Ok(Limit {
-        out_gbps: median_of(&[0])?,
-        in_gbps: median_of(&[1])?,
-        both_gbps: median_of(&[0, 1])?,
-    })
+        Ok(median(&rates))
+    }
 }
 
 impl Prepared {
@@ -281,6 +345,7 @@ impl Prepared {
             seed,
             saved: 0,
             queries: 0,
+            held: Vec::new(),
         })
     }
 
@@ -317,47 +382,61 @@ impl Prepared {
         Ok(elapsed.as_nanos() as f64)
     }
 
-    fn measure(&mut self, daemon: u32) -> Result<Figures, ToolError> {
-        // The first of each warms up, and is the one whose bytes are checked.
-        let mut hashes = self.new_hashes();
+    /// The first of each, and the one whose bytes are checked.
+    fn warm_up(&mut self) -> Result<(), ToolError> {
+        let hashes = self.new_hashes();
         self.save(&hashes)?;
         self.load(&hashes, true)?;
         self.cache.verify(self.seed)?;
+        self.held = hashes;
+        Ok(())
+    }
+
+    fn measure(&mut self, way: Way, daemon: u32) -> Result<Option<Measured>, ToolError> {
         let cpu = || {
             ThreadTimes::of(daemon).ok_or_else(|| ToolError::Child {
                 process: "the daemon".into(),
                 what: "ended".into(),
             })
         };
-        let (mut saves, mut loads) = (Vec::new(), Vec::new());
+        let mut times = Vec::new();
         let before = cpu()?;
-        for _ in 0..self.case.rounds {
-            hashes = self.new_hashes();
-            saves.push(self.save(&hashes)?);
+        match way {
+            Way::Out => {
+                for _ in 0..self.case.rounds {
+                    let hashes = self.new_hashes();
+                    times.push(self.save(&hashes)?);
+                    self.held = hashes;
+                }
+            }
+            Way::In => {
+                let hashes = std::mem::take(&mut self.held);
+                for _ in 0..self.case.rounds {
+                    times.push(self.load(&hashes, false)?);
+                }
+                self.held = hashes;
+            }
+            Way::Both => {
+                let hashes = std::mem::take(&mut self.held);
+                if matches!(self.case.target, Target::Ratio(_)) && self.blocks.len() > 1 {
+                    times = self.both_ways(&hashes)?;
+                }
+                // Nothing that another GPU's engine had copied meanwhile came here.
+                self.cache.verify(self.seed)?;
+                if times.is_empty() {
+                    return Ok(None);
+                }
+            }
         }
-        let between = cpu()?;
-        for _ in 0..self.case.rounds {
-            loads.push(self.load(&hashes, false)?);
-        }
-        let after = cpu()?;
-        let share = |cpu: u64, times: &[f64]| cpu as f64 / times.iter().sum::<f64>();
-        let both_ns = match self.case.target {
-            Target::Ratio(_) if self.blocks.len() > 1 => Some(self.both_ways(&hashes)?),
-            _ => None,
-        };
-        // Nothing that another GPU's engine had copied meanwhile came here.
-        self.cache.verify(self.seed)?;
-        Ok(Figures {
-            save_ns: median(&saves),
-            load_ns: median(&loads),
-            both_ns,
-            save_cpu: share(between.since(&before), &saves),
-            load_cpu: share(after.since(&between), &loads),
-        })
+        let cpu_ns = cpu()?.since(&before) as f64;
+        Ok(Some(Measured {
+            ns: median(&times),
+            cpu: cpu_ns / times.iter().sum::<f64>(),
+        }))
     }
 
-    /// Loads half of the blocks while the other half is saved; gives nanoseconds.
-    fn both_ways(&mut self, held: &[BlockHash]) -> Result<f64, ToolError> {
+    /// Loads half of the blocks while the other half is saved; gives nanoseconds of each round.
+    fn both_ways(&mut self, held: &[BlockHash]) -> Result<Vec<f64>, ToolError> {
         let half = self.blocks.len() / 2;
         let (into, from) = (&self.blocks[..half], &self.blocks[half..2 * half]);
         let mut times = Vec::new();
@@ -374,7 +453,7 @@ impl Prepared {
             expect_ok("load", loaded)?;
             expect_all("stored", expect_ok("save", saved)?.count, &new)?;
         }
-        Ok(median(&times))
+        Ok(times)
     }
 
     fn interfere(

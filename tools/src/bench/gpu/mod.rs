@@ -23,7 +23,7 @@ use rustix::fs::statvfs;
 pub use engine::{ENGINE_ARGUMENT, engine_main};
 
 use self::case::{Case, Compute, cases};
-use self::engine::{Answer, Figures, Limit, Order, Slowdown};
+use self::engine::{Answer, Figures, Limit, Measured, Order, Slowdown, Way};
 use self::report::Report;
 use crate::daemon::{DaemonInUse, DaemonSpec};
 use crate::error::ToolError;
@@ -226,24 +226,34 @@ fn say(what: &str) {
     eprintln!("{seconds:6.1} s  {what}");
 }
 
+/// Has several engines do the same at once; gives what they answer.
+fn all_at_once(engines: &mut [&mut Engine], order: &Order) -> Result<Vec<Answer>, ToolError> {
+    for engine in engines.iter_mut() {
+        engine.tell(order)?;
+    }
+    engines.iter_mut().map(|engine| engine.answer()).collect()
+}
+
 /// What large copies on all these GPUs at once do together.
 fn take_limit(engines: &mut [&mut Engine]) -> Result<Limit, ToolError> {
     say(&format!("the limit of {} GPUs at once", engines.len()));
-    for engine in engines.iter_mut() {
-        engine.tell(&Order::Limit)?;
-    }
-    let mut sum = Limit::default();
-    for engine in engines.iter_mut() {
-        match engine.answer()? {
-            Answer::Limit(limit) => {
-                sum.out_gbps += limit.out_gbps;
-                sum.in_gbps += limit.in_gbps;
-                sum.both_gbps += limit.both_gbps;
+    all_at_once(engines, &Order::PrepareLimit)?;
+    let mut rate = |way| {
+        let answers = all_at_once(engines, &Order::Limit { way })?;
+        let mut sum = 0.0;
+        for (engine, answer) in engines.iter().zip(&answers) {
+            match answer {
+                Answer::Rate(gbps) => sum += gbps,
+                other => return Err(engine.unexpected(other)),
             }
-            other => return Err(engine.unexpected(&other)),
         }
-    }
-    Ok(sum)
+        Ok(sum)
+    };
+    Ok(Limit {
+        out_gbps: rate(Way::Out)?,
+        in_gbps: rate(Way::In)?,
+        both_gbps: rate(Way::Both)?,
+    })
 }
 
 /// Measures a case on several GPUs at once.
@@ -273,15 +283,23 @@ fn measure(
     }
     say(&format!("{}: saves and loads", case.name));
     let daemon = daemon.view()?.header.pid;
-    for engine in engines.iter_mut() {
-        engine.tell(&Order::Go { daemon })?;
-    }
-    let mut all = BTreeMap::new();
-    for engine in engines.iter_mut() {
-        match engine.answer()? {
-            Answer::Figures(figures) => all.insert(engine.gpu, figures),
-            other => return Err(engine.unexpected(&other)),
-        };
+    all_at_once(engines, &Order::WarmUp)?;
+    let mut all = BTreeMap::<u32, Figures>::new();
+    for way in [Way::Out, Way::In, Way::Both] {
+        let answers = all_at_once(engines, &Order::Measure { way, daemon })?;
+        for (engine, answer) in engines.iter().zip(answers) {
+            let figures = all.entry(engine.gpu).or_default();
+            match (way, answer) {
+                (Way::Out, Answer::Measured(Some(Measured { ns, cpu }))) => {
+                    (figures.save_ns, figures.save_cpu) = (ns, cpu);
+                }
+                (Way::In, Answer::Measured(Some(Measured { ns, cpu }))) => {
+                    (figures.load_ns, figures.load_cpu) = (ns, cpu);
+                }
+                (Way::Both, Answer::Measured(both)) => figures.both_ns = both.map(|both| both.ns),
+                (_, other) => return Err(engine.unexpected(&other)),
+            }
+        }
     }
     Ok(all)
 }
