@@ -431,6 +431,11 @@ impl<M: Machine> Lane<M> {
         let misses: u32 = query.misses.iter().sum();
         let total = query.list.head.total;
         let hits = u64::from(total - misses);
+        debug_assert_eq!(
+            hits,
+            query.entries.len() as u64,
+            "each block asked for counts once"
+        );
         let fetched = u64::from(query.fetched).min(hits);
         self.tally.add(Counter::QueryHit, hits - fetched);
         self.tally.add(Counter::QueryHitSsd, fetched);

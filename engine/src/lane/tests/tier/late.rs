@@ -94,6 +94,7 @@ fn a_query_that_waits_loses_its_patience_once_however_many_blocks_it_wants() {
     save(&mut client, worker, &memory, 0..2 * POOL_BLOCKS);
     below.rig.expect_gauge(Gauge::SsdWriting, 0);
     below.store.hold();
+    below.store.state().reads.clear();
     client.submit_list(
         0,
         &hashes(0..16).concat(),
@@ -101,7 +102,7 @@ fn a_query_that_waits_loses_its_patience_once_however_many_blocks_it_wants() {
     );
     let answer = client.completion();
     assert_eq!((answer.status(), answer.count), (Status::Ok, 0));
-    let begun = below.store.pending();
+    let begun = below.store.state().reads.len();
     assert!(
         begun <= 2,
         "it was put off by the beginning of {begun} reads"
