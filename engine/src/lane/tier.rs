@@ -131,7 +131,8 @@ pub(super) struct LaneTier {
     held_saves: VecDeque<hold::HeldSave>,
     /// What the log knows of the shards.
     pub told_health: ToldHealth,
-    /// When the tier took or finished a write last, and whether it takes any.
+    /// When the tier finished a write last, or was given one while it had none; none if it takes
+    /// none.
     wrote: Option<Instant>,
     looked_at: Option<u64>,
     told_unfit: bool,

@@ -63,6 +63,7 @@ struct Request {
     key: StoreKey,
     pages: Vec<PageSpan>,
     write: bool,
+    started: bool,
 }
 
 /// The test's end of a store.
@@ -191,9 +192,6 @@ impl MemoryStore {
             return Err(Refused::Busy);
         }
         state.pending.push(request);
-        if let Some(wake) = &state.wake {
-            wake.wake();
-        }
         Ok(())
     }
 }
@@ -218,6 +216,7 @@ impl BlockStore for MemoryStore {
             key: *key,
             pages: pages.to_vec(),
             write: true,
+            started: false,
         };
         let refused = |state: &State| known.then_some(Refused::Known).or(state.refuse_writes);
         self.take(refused, request)?;
@@ -237,6 +236,7 @@ impl BlockStore for MemoryStore {
             key: *key,
             pages: pages.to_vec(),
             write: false,
+            started: false,
         };
         let hash = key.hash;
         let busy = |state: &State| state.busy_keys.contains(&hash).then_some(Refused::Busy);
@@ -245,10 +245,21 @@ impl BlockStore for MemoryStore {
         Ok(())
     }
 
+    fn start(&mut self) {
+        let mut state = self.lock();
+        let mut any = false;
+        for request in &mut state.pending {
+            any |= !std::mem::replace(&mut request.started, true);
+        }
+        if any && let Some(wake) = &state.wake {
+            wake.wake();
+        }
+    }
+
     fn poll(&mut self, _: Instant, done: &mut Vec<StoreDone>) {
         let mut state = self.lock();
         for request in std::mem::take(&mut state.pending) {
-            let held = state.held && state.ends == 0;
+            let held = !request.started || (state.held && state.ends == 0);
             if held || state.held_keys.contains(&request.key.hash) {
                 state.pending.push(request);
                 continue;

@@ -94,6 +94,8 @@ impl LaneTier {
             match attempt {
                 Attempt::Settled => drop(self.to_write.pop_front()),
                 Attempt::Later => {
+                    // It may still have to make room for its first write.
+                    self.wrote.get_or_insert(now);
                     self.put_off = Some(now + RETRY);
                     return false;
                 }
@@ -198,6 +200,9 @@ impl LaneTier {
         });
         match self.store.write(now, moving as u64, &key, &self.pages) {
             Ok(()) => {
+                if self.writes == 0 {
+                    self.wrote = Some(now);
+                }
                 self.writes += 1;
                 self.write_bytes += bytes;
                 Attempt::Settled

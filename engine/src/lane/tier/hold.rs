@@ -85,8 +85,10 @@ impl LaneTier {
     fn is_behind(&self, cache: &Cache, now: Instant) -> bool {
         let recent = |at: Instant| Some(now.duration_since(at)) < self.options.save_wait;
         let listed = self.to_write.len() as u64 * mean_block_bytes(cache);
+        // As long as the tier takes nothing there is no other look, and nothing more is listed.
+        let unseen = self.looked_at.map_or(0, |at| cache.taken_bytes() - at);
         let most = cache.pool().pool_bytes() / BEHIND_SHARE;
-        listed + self.write_bytes > most && self.wrote.is_some_and(recent)
+        listed + unseen + self.write_bytes > most && self.wrote.is_some_and(recent)
     }
 }
 

@@ -2,13 +2,15 @@
 
 use super::*;
 
-/// Saves single blocks until one's answer is held back, and gives that request with its number.
+/// Saves single blocks, from the first on, until one's answer is held back, and gives that request
+/// with its number.
 fn save_until_held(
     below: &mut Below,
     (client, worker): (&mut Client, u32),
     memory: &Memory,
+    first: u64,
 ) -> (u64, u64) {
-    for number in POOL_BLOCKS..3 * POOL_BLOCKS {
+    for number in first..3 * POOL_BLOCKS {
         let block = (number % u64::from(BLOCKS)) as u32;
         memory.fill(block, number as u8);
         let payload = save_payload(&hashes([number]), &[block]);
@@ -52,7 +54,7 @@ fn behind(wait: Duration) -> (Below, Memory, Client, u32) {
 #[test]
 fn a_save_waits_for_a_tier_that_is_behind_and_no_block_is_lost() {
     let (mut below, memory, mut client, worker) = behind(Duration::from_secs(600));
-    let (held, last) = save_until_held(&mut below, (&mut client, worker), &memory);
+    let (held, last) = save_until_held(&mut below, (&mut client, worker), &memory, POOL_BLOCKS);
     below.rig.expect_sum(&[Counter::SsdUnwritten], 0);
     // Queries of the pool do not wait with it.
     let answer = client.query_key(worker, 0, 5, &hashes([last]));
@@ -62,6 +64,22 @@ fn a_save_waits_for_a_tier_that_is_behind_and_no_block_is_lost() {
     let answer = client.completion();
     assert_eq!((answer.request_id, answer.status()), (held, Status::Ok));
     assert_eq!(answer.count, 1);
+    save(&mut client, worker, &memory, last + 1..6 * POOL_BLOCKS);
+    below.rig.expect_sum(&[Counter::SsdUnwritten], 0);
+}
+
+#[test]
+fn a_save_waits_for_a_tier_that_has_still_to_make_room_for_its_first_write() {
+    let mut below = waits_for(Duration::from_secs(600));
+    let memory = Memory::new();
+    let (mut client, worker) = below.rig.worker("a", "", &memory);
+    below.store.state().refuse_writes = Some(Refused::Busy);
+    let (held, last) = save_until_held(&mut below, (&mut client, worker), &memory, 0);
+    below.rig.expect_sum(&[Counter::SsdWritten], 0);
+    below.rig.expect_sum(&[Counter::SsdUnwritten], 0);
+    below.store.state().refuse_writes = None;
+    let answer = client.completion();
+    assert_eq!((answer.request_id, answer.status()), (held, Status::Ok));
     save(&mut client, worker, &memory, last + 1..6 * POOL_BLOCKS);
     below.rig.expect_sum(&[Counter::SsdUnwritten], 0);
 }
@@ -83,7 +101,7 @@ fn no_save_waits_longer_than_it_may_or_for_a_tier_that_takes_nothing() {
 #[test]
 fn no_save_waits_longer_than_it_may_for_a_tier_that_goes_on_slowly() {
     let (mut below, memory, mut client, worker) = behind(Duration::from_millis(1000));
-    let (held, last) = save_until_held(&mut below, (&mut client, worker), &memory);
+    let (held, last) = save_until_held(&mut below, (&mut client, worker), &memory, POOL_BLOCKS);
     // So much more is saved that the tier is behind for long.
     for number in last + 1..last + POOL_BLOCKS / 4 {
         let payload = save_payload(&hashes([number]), &[0]);
@@ -110,7 +128,7 @@ fn no_save_waits_longer_than_it_may_for_a_tier_that_goes_on_slowly() {
 #[test]
 fn a_save_that_waits_can_be_cancelled_and_one_of_a_session_that_ends_is_forgotten() {
     let (mut below, memory, mut client, worker) = behind(Duration::from_secs(600));
-    let (held, last) = save_until_held(&mut below, (&mut client, worker), &memory);
+    let (held, last) = save_until_held(&mut below, (&mut client, worker), &memory, POOL_BLOCKS);
     client.submit(Submission {
         op: Op::Cancel as u8,
         registration: worker,
@@ -137,7 +155,7 @@ fn a_save_that_waits_can_be_cancelled_and_one_of_a_session_that_ends_is_forgotte
 #[test]
 fn a_stop_answers_the_saves_that_wait() {
     let (mut below, memory, mut client, worker) = behind(Duration::from_secs(600));
-    let (held, _) = save_until_held(&mut below, (&mut client, worker), &memory);
+    let (held, _) = save_until_held(&mut below, (&mut client, worker), &memory, POOL_BLOCKS);
     let handle = below.rig.lane.handle.clone();
     below.rig.runtime.block_on(handle.drain()).unwrap();
     let answer = client.completion();
