@@ -43,6 +43,9 @@ impl World {
         if self.rng.percent(10) {
             drives.commit();
         }
+        if self.rng.percent(plan.rot) {
+            drives.rot(&mut self.rng);
+        }
         let numbers = drives.numbers();
         if numbers.is_empty() || self.daemon.is_none() {
             return Ok(());

@@ -67,6 +67,8 @@ pub struct TierPlan {
     pub limited: usize,
     /// Percent of requests that fail.
     pub failures: usize,
+    /// Percent of a drive's steps after which some block has rotted.
+    pub rot: usize,
 }
 
 impl TierPlan {
@@ -92,6 +94,7 @@ impl TierPlan {
             busy: rng.pick(&[0, 0, 5, 40]),
             limited: rng.pick(&[0, 0, 20]),
             failures: rng.pick(&[0, 2, 20]),
+            rot: rng.pick(&[0, 0, 3, 20]),
         }
     }
 }

@@ -107,7 +107,7 @@ impl World {
         open >= self.plan.max_sessions
     }
 
-    fn send_rest(&mut self, process: usize) {
+    pub fn send_rest(&mut self, process: usize) {
         let Some(session) = self.processes[process].session.as_mut() else {
             return;
         };

@@ -192,6 +192,14 @@ impl World {
             4 => ttl / 2,
             _ => self.plan.incomplete_ttl / 3 + ttl,
         };
+        if self.drives.is_some() && by >= Duration::from_secs(1) {
+            // Nobody takes so long over a list that the lane gives him up.
+            for process in 0..self.processes.len() {
+                if !self.is_hostile(process) {
+                    self.send_rest(process);
+                }
+            }
+        }
         self.clock.advance(by);
         self.note(|| format!("{by:?} go by"));
     }
