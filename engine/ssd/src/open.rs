@@ -216,8 +216,10 @@ fn apply(
         reports.push(report);
     }
     for (file, report) in files.iter().zip(&mut reports) {
-        report.segments = file.superblock.geometry.segments;
-        report.segment_bytes = file.superblock.geometry.segment_bytes;
+        let geometry = &file.superblock.geometry;
+        report.segments = geometry.segments;
+        report.segment_bytes = geometry.segment_bytes;
+        report.segment_pages = geometry.records_max();
     }
     Ok((files, reports))
 }

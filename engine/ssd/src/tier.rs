@@ -43,6 +43,8 @@ pub struct ShardReport {
     pub segments: u32,
     /// The size of each, in bytes of pages.
     pub segment_bytes: u32,
+    /// The most pages of each, however small they are: its table has no room for more.
+    pub segment_pages: u32,
     /// What is not as wished (no io_uring, no direct I/O, memory not registered, space not
     /// reserved, a file that was cut), in words for the log.
     pub notes: Vec<String>,

@@ -22,6 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Segments that a round leaves free: those that are kept empty, that are being emptied, and two
 /// that are not full.
 const EMPTY_SEGMENTS: u32 = 11;
+/// Pages begin at multiples of this in the file.
+const PLACE_BYTES: u32 = 4096;
 
 /// A tier over one shard, driven as the lane drives it.
 pub(super) struct Rig {
@@ -59,8 +61,11 @@ impl Rig {
         for note in &report.shards[0].notes {
             eprintln!("{}: {note}", path.display());
         }
-        let segments = u64::from(report.shards[0].segments.saturating_sub(EMPTY_SEGMENTS));
-        let round_bytes = segments * u64::from(report.shards[0].segment_bytes);
+        let shard = &report.shards[0];
+        let segments = u64::from(shard.segments.saturating_sub(EMPTY_SEGMENTS));
+        let place_bytes = page.next_multiple_of(PLACE_BYTES);
+        let segment_pages = (shard.segment_bytes / place_bytes).min(shard.segment_pages);
+        let round_bytes = segments * u64::from(segment_pages) * u64::from(page);
         if round_bytes < u64::from(page) {
             return Err(ToolError::Plan(
                 "--size: the file is too small for a round".to_owned(),
@@ -68,11 +73,11 @@ impl Rig {
         }
         Ok(Self {
             tier,
-            engine: report.shards[0].io,
+            engine: shard.io,
             memory,
             page,
             slots,
-            round_bytes: round_bytes - round_bytes % u64::from(page),
+            round_bytes,
             written: Vec::new(),
             next_block: 0,
         })
