@@ -65,9 +65,11 @@ fn tell(report: &ssd::OpenReport) {
             direct,
             segments,
             segment_bytes,
+            segment_pages,
         } = shard;
         tracing::info!(
-            path = %path.display(), created, io, direct, segments, segment_bytes, blocks,
+            path = %path.display(), created, io, direct, segments, segment_bytes,
+            segment_pages, blocks,
             dropped_blocks, bad_chunks, "SSD shard"
         );
         for note in notes {
