@@ -192,17 +192,18 @@ demo-vllm: ## a real vLLM on the CPU: a tiny model cold, a restart, warm (instal
 	    PEGAFLOW_BIN_DIR=$(abspath $(TARGET_DIR))/debug "$$python" -m examples.demo
 
 .PHONY: soak
-soak: ## kill -9 of clients and daemons at random, SOAK_TRIALS times (hours)
+soak: export PEGAFLOW_BIN_DIR := $(abspath $(RELEASE))
+soak: build ## kill -9 of clients and daemons at random, SOAK_TRIALS times (hours)
 	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-tests -- --nocapture kill
 	PEGAFLOW_KILL_TRIALS=$(SOAK_TRIALS) $(CARGO) test --release -p pegaflow-shm -- --nocapture kill
 	PEGAFLOW_CYCLES=$(CYCLES) $(CARGO) test --release -p pegaflow-tests -- --nocapture cycles
 	PEGAFLOW_SSD_CRASHES=$(CYCLES) $(CARGO) test --release -p pegaflow-tests -- --nocapture ssd::cr
 
 .PHONY: ssd-crash
-ssd-crash: ## 10,000 simulated power losses, 200 kills of who writes SSD shards, 200 of a daemon
+ssd-crash: build ## 10,000 simulated power losses, 200 kills of who writes shards, 200 of a daemon
 	PEGAFLOW_SSD_POWER_LOSSES=10000 PEGAFLOW_SSD_KILLS=200 \
 	    $(CARGO) test --release -p pegaflow-ssd -- --nocapture power kill
-	PEGAFLOW_SSD_CRASHES=200 \
+	PEGAFLOW_SSD_CRASHES=200 PEGAFLOW_BIN_DIR=$(abspath $(RELEASE)) \
 	    $(CARGO) test --release -p pegaflow-tests --test system -- --nocapture ssd::crashes
 
 .PHONY: chaos
