@@ -323,14 +323,9 @@ impl World {
         };
         let pool = self.plan.extents * self.plan.extent_bytes;
         for process in 0..self.processes.len() {
-            let plan = self.plan.processes[process].clone();
-            let session = self.processes[process].session.as_ref();
-            let Some(row) = session.and_then(|session| session.ready) else {
+            let Some(row) = self.row_of_reader(process) else {
                 continue;
             };
-            if plan.save_only || self.is_hostile(process) || plan.rank.is_none() {
-                continue;
-            }
             let Some(scope) = self.scope_of_row(row) else {
                 continue;
             };

@@ -187,14 +187,9 @@ impl World {
     /// Ranks of complete instances read sealed blocks back.
     fn everything_is_there(&mut self) -> Checked {
         for process in 0..self.processes.len() {
-            let plan = self.plan.processes[process].clone();
-            let session = self.processes[process].session.as_ref();
-            let Some(row) = session.and_then(|session| session.ready) else {
+            let Some(row) = self.row_of_reader(process) else {
                 continue;
             };
-            if plan.save_only || self.is_hostile(process) || plan.rank.is_none() {
-                continue;
-            }
             let Some(daemon) = &self.daemon else {
                 return Ok(());
             };
@@ -210,6 +205,16 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// The namespace of a process that may be asked to load: a rank of a complete instance, which
+    /// does not only save.
+    pub fn row_of_reader(&self, process: usize) -> Option<u32> {
+        let plan = &self.plan.processes[process];
+        if plan.save_only || self.is_hostile(process) || plan.rank.is_none() {
+            return None;
+        }
+        self.processes[process].session.as_ref()?.ready
     }
 
     pub fn read_back(&mut self, process: usize, group: u16, hash: u64) -> Checked {
