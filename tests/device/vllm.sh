@@ -4,9 +4,11 @@
 #
 #   tests/device/vllm.sh keep DIR           puts the part in DIR aside
 #   tests/device/vllm.sh run DIR [ARGS]     adds the last part, unpacks all, and measures
+#   tests/device/vllm.sh check DIR [ARGS]   the same, and compares answers in many shapes
 #
-# ARGS go to `python3 -m tests.vllm.gpu.measure`, such as --seconds 420 or --setups pegaflow.
-# Results are lines of JSON and a table at the end. The machine needs Python 3.12 with torch 2.11
+# ARGS go to `python3 -m tests.vllm.gpu.measure`, such as --seconds 420 or --setups pegaflow, or to
+# `python3 -m tests.vllm.gpu.variants`, such as --only fp8 latent. Results are lines of JSON, and a
+# table or a summary at the end. The machine needs Python 3.12 with torch 2.11
 # (CUDA 13.0), transformers 5.17 and triton 3.6, and a C compiler for triton.
 #
 #   PEGAFLOW_STORE   where parts are kept and unpacked, 500 MB [/var/tmp/pegaflow-vllm]
@@ -47,16 +49,20 @@ case ${1:-} in
 keep)
     keep "${2:?the folder of a part}"
     ;;
-run)
+run | check)
     keep "${2:?the folder of the last part}"
+    case $1 in
+    run) module=tests.vllm.gpu.measure ;;
+    check) module=tests.vllm.gpu.variants ;;
+    esac
     shift 2
     unpack
     logs=$store/logs
     rm -rf "$logs"
     mkdir -p "$logs"
     status=0
-    # What is measured is there even if the time for all of it runs out.
-    PYTHONPATH=python PYTHONUNBUFFERED=1 python3 -m tests.vllm.gpu.measure --pack "$store/pack" \
+    # What is there stays even if the time for all of it runs out.
+    PYTHONPATH=python PYTHONUNBUFFERED=1 python3 -m "$module" --pack "$store/pack" \
         --folder "$logs" "$@" 2>&1 | tee "${OUT:-$logs}/vllm-results.txt" || status=$?
     if [[ ${OUT:-} ]]; then
         tar -C "$logs" -czf "$OUT/vllm-logs.tar.gz" --exclude=model --exclude='*.sock*' .
@@ -64,7 +70,7 @@ run)
     exit "$status"
     ;;
 *)
-    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,19s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

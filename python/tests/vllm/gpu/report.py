@@ -113,8 +113,12 @@ class Results:
                 row += f" (most x{WARM_LIMIT})" if tokens == 10_000 else ""
                 # The same engine, the same prompt, a moment later: what the machine does to one it
                 # does to the other.
-                beyond = [x["warm"] - x["own"] - x["moved"] / gbps / 1e6 for x in hits]
-                row += f"; beyond own cache and link {spread(beyond, '.1f')} ms"
+                link = hits[0]["moved"] / gbps / 1e6
+                pairs = [x["warm"] / (x["own"] + link) for x in hits]
+                row += f"; of its own cache and link x{spread(pairs, '.3f')},"
+                row += (
+                    f" beyond them {spread((x['warm'] - x['own'] - link for x in hits), '.1f')} ms"
+                )
                 row += f" [{len(hits)} of {len(lines)} hit]"
             elif name != NONE:
                 row += ", NO HIT"

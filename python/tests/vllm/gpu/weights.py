@@ -21,4 +21,8 @@ def randomise_model(model: Any) -> int:
             if "embed" in name:
                 spread = 0.1
             weight.normal_(0.0, spread, generator=generator)
+        # MLA computes with products of its weights that were taken when it was loaded.
+        for module in model.modules():
+            if hasattr(module, "W_UV"):
+                module.process_weights_after_loading(next(model.parameters()).dtype)
     return sum(weight.numel() for weight in model.parameters())
