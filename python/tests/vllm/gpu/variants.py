@@ -72,8 +72,8 @@ LATENT = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-    "n_routed_experts": None,
-    "n_shared_experts": None,
+    # All layers before the first one with experts.
+    "n_routed_experts": 4,
     "first_k_dense_replace": 6,
     "moe_intermediate_size": 512,
     "num_experts_per_tok": 2,
@@ -89,7 +89,7 @@ class Variant:
     model: dict[str, Any] = field(default_factory=lambda: DENSE)
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
-    #: Of a draft model, whose folder is put into `speculative_config`.
+    #: Configuration of a draft model, whose folder is put into `speculative_config`.
     draft: dict[str, Any] | None = None
     gpus: int = 1
     runner: int | None = None
@@ -101,7 +101,6 @@ def ranks(name: str, model: dict[str, Any], **sizes: int) -> Variant:
     return Variant(name, model, arguments | sizes, gpus=2)
 
 
-EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 VARIANTS = (
     Variant("dense"),
@@ -111,7 +110,6 @@ VARIANTS = (
     Variant("fp8", arguments={"kv_cache_dtype": "fp8"}),
     Variant("fp8-cross-layer", arguments={"kv_cache_dtype": "fp8"}, runner=1),
     Variant("latent", LATENT),
-    Variant("expandable-segments", environment=EXPANDABLE),
     Variant("drafts-of-ngrams", arguments={"speculative_config": NGRAM}),
     Variant(
         "drafts-of-eagle",
