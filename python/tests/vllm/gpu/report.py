@@ -74,7 +74,7 @@ class Results:
                 f"{name:16} identity        {line['prompts']} prompts: cold differs"
                 f" {line['cold_differs']}, loaded differs {line['warm_differs']} (vLLM's own"
                 f" cold against cached: {line['vllm_cold_against_cached']};"
-                f" {line['distinct_answers']} distinct answers)"
+                f" one altered block: {line['altered_differs']})"
                 for line in self.of(name, "identity")
             ]
             rows += self.first_token(name, gbps)
