@@ -40,13 +40,30 @@ def bench_lines(report: dict):
         digits = 1 if row["unit"] in ("GB/s", "ms", "us") else 3
         figure = f"{row['value']:.{digits}f} {row['unit']}"
         limit = target = ""
-        if row["ratio"] is not None:
+        is_rate = row["unit"] == "GB/s"
+        if row["ratio"] is not None and is_rate:
             limit = f"{100 * row['ratio']:.1f} % of {row['limit']:.1f}"
-            if row["target"] is not None:
-                target = f">= {100 * row['target']:.0f} %"
+        elif row["ratio"] is not None:
+            limit = f"{row['ratio']:.3f} of the raw copies' {row['limit']:.3f} {row['unit']}"
+        if row["target"] is not None and is_rate:
+            target = f">= {100 * row['target']:.0f} %"
         elif row["target"] is not None:
             target = f"<= {row['target']:g} {row['unit']}"
         yield row["met"], f"GPU {gpus}: {row['case']}: {row['what']}", figure, limit, target
+
+
+def times(beside: dict, alone: dict) -> str:
+    median = beside["median_ns"] / alone["median_ns"]
+    mean = beside["mean_ns"] / alone["mean_ns"]
+    return f"x{median:.3f} (mean x{mean:.3f})"
+
+
+def raw_lines(report: dict):
+    for row in report.get("raw", []):
+        what = f"GPU {row['gpu']}: raw copies, {row['name']}: {row['compute']}"
+        figure = f"out {row['out_gbps']:.1f}, in {row['in_gbps']:.1f} GB/s"
+        slower = [times(row[beside], row["alone"]) for beside in ("beside_out", "beside_in")]
+        yield None, what, figure, " / ".join(slower), ""
 
 
 def rates(limit: dict) -> str:
@@ -61,12 +78,8 @@ def curve_lines(report: dict):
         for compute, slow in point["beside"].items():
             alone = slow["alone"]
             figure = f"save {slow['save_gbps']:.1f}, load {slow['load_gbps']:.1f} GB/s"
-            times = []
-            for part in ("saving", "loading"):
-                median = slow[part]["median_ns"] / alone["median_ns"]
-                mean = slow[part]["mean_ns"] / alone["mean_ns"]
-                times.append(f"x{median:.3f} (mean x{mean:.3f})")
-            yield None, f"way: {point['way']}: {compute}", figure, " / ".join(times), ""
+            slower = [times(slow[part], alone) for part in ("saving", "loading")]
+            yield None, f"way: {point['way']}: {compute}", figure, " / ".join(slower), ""
 
 
 def soak_lines(name: str, summary: dict):
@@ -98,6 +111,7 @@ def lines(folder: pathlib.Path):
         report = read(folder, name) if name != "doctor" else None
         if isinstance(report, dict) and "rows" in report:
             yield from bench_lines(report)
+            yield from raw_lines(report)
             yield from curve_lines(report)
         elif isinstance(report, dict) and "tally" in report:
             yield from soak_lines(name, report)

@@ -21,6 +21,9 @@ pub type DomainId = usize;
 
 /// Entries that get storage at a time: 16,384 entries are 1 MiB.
 const RESERVE_STEP: u32 = 16 * 1024;
+/// Victims whose memory is asked for at a time: with entry and record of each about as many lines
+/// as a core can have on their way.
+const ROW: u32 = 8;
 
 /// One domain's blocks.
 pub struct Domain {
@@ -40,6 +43,8 @@ pub struct Domain {
     pub pinned: u32,
     /// Pins of all of them.
     pub pins: u64,
+    /// Evictions whose memory has been asked for.
+    asked_for: u32,
     path: PathBuf,
 }
 
@@ -68,25 +73,32 @@ impl Domain {
             bytes: 0,
             pinned: 0,
             pins: 0,
+            asked_for: 0,
             path,
         })
     }
 
-    /// Brings closer what evicting the next two blocks will read: evictions come in rows, and most
-    /// of what one takes is waiting for memory.
-    pub fn prefetch_victims(&self) {
-        let (writer, mut is_first) = (&self.index.writer, true);
+    /// Brings closer what the next evictions will read, a row of blocks at a time: evictions come
+    /// one after the other, and most of what one takes is waiting for memory.
+    pub fn prefetch_victims(&mut self) {
+        if let Some(left) = self.asked_for.checked_sub(1) {
+            self.asked_for = left;
+            return;
+        }
+        self.asked_for = ROW - 1;
+        let (writer, blocks, mut place) = (&self.index.writer, &self.blocks, 0);
         self.policy.upcoming(&mut |id| {
-            if std::mem::take(&mut is_first) {
-                // The eviction before has asked for its entry.
+            if place < ROW {
+                // The row before has asked for its entry, which names its bucket line.
                 writer.prefetch_line(EntryId(id));
-                return true;
+            } else {
+                writer.prefetch_entry(EntryId(id));
+                if let Some(block) = blocks.get(id as usize) {
+                    prefetch_read(block);
+                }
             }
-            writer.prefetch_entry(EntryId(id));
-            if let Some(block) = self.blocks.get(id as usize) {
-                prefetch_read(block);
-            }
-            false
+            place += 1;
+            place < 2 * ROW
         });
     }
 

@@ -25,6 +25,34 @@ pub(super) struct Gear {
     pub(super) copier: ByteCopier,
 }
 
+/// How long the chunks of a direction may be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Lengths {
+    /// Most bytes of a chunk.
+    pub(super) chunk_bytes: u64,
+    /// Most bytes of one that is a few large copies and that no other session waits for.
+    pub(super) long_bytes: u64,
+    /// Most bytes a second; 0 is none, too.
+    pub(super) limit: Option<u64>,
+}
+
+impl Lengths {
+    /// Under a limit chunks are short, so that the bytes go evenly.
+    fn paced(self) -> Lengths {
+        /// Chunks a second at least.
+        const CHUNKS: u64 = 200;
+        /// Chunks this short are not cut further.
+        const LEAST_BYTES: u64 = 256 << 10;
+        let limit = self.limit.filter(|limit| *limit > 0);
+        let most = limit.map_or(u64::MAX, |limit| (limit / CHUNKS).max(LEAST_BYTES));
+        Lengths {
+            chunk_bytes: self.chunk_bytes.min(most),
+            long_bytes: self.long_bytes.min(most),
+            limit,
+        }
+    }
+}
+
 /// One direction.
 pub(super) struct Side {
     direction: Direction,
@@ -32,8 +60,7 @@ pub(super) struct Side {
     pub(super) turns: Turns,
     slots: Vec<Slot>,
     forecast: Forecast,
-    /// Most bytes a second.
-    limit: Option<u64>,
+    lengths: Lengths,
     /// Under a limit: when the next chunk may start.
     pub(super) allowed_at: Instant,
 }
@@ -42,7 +69,7 @@ impl Side {
     pub(super) fn new(
         direction: Direction,
         slots: Vec<Slot>,
-        limit: Option<u64>,
+        lengths: Lengths,
         now: Instant,
     ) -> Side {
         Side {
@@ -54,7 +81,7 @@ impl Side {
             turns: Turns::default(),
             slots,
             forecast: Forecast::new(now),
-            limit: limit.filter(|limit| *limit > 0),
+            lengths: lengths.paced(),
             allowed_at: now,
         }
     }
@@ -135,15 +162,11 @@ impl Side {
             pages: &job.task.pages[..job.seen],
             pins: gear.place.pins.map(),
         };
-        let mut limits = gear.limits;
-        limits.chunk_bytes = self.paced(limits.chunk_bytes);
-        let long_bytes = match (self.turns.sessions(), self.direction) {
-            (0 | 1, Direction::Save) => limits.long_bytes,
-            // An engine waits for loads, perhaps one that comes to another session next.
-            (0 | 1, Direction::Load) => limits.long_bytes / 2,
-            _ => limits.chunk_bytes,
+        let limits = Limits {
+            chunk_bytes: self.lengths.chunk_bytes,
+            long_bytes: self.longest(),
+            ..gear.limits
         };
-        limits.long_bytes = self.paced(long_bytes).max(limits.chunk_bytes);
         let slot = &mut self.slots[slot];
         let (flights, device_number) = (&gear.place.flights, gear.card.number());
         flights.begin(device_number);
@@ -180,7 +203,7 @@ impl Side {
             pinned,
             awaited: self.forecast.start(bytes, now),
         });
-        if let Some(limit) = self.limit {
+        if let Some(limit) = self.lengths.limit {
             let pause = Duration::from_nanos((bytes as f64 * 1e9 / limit as f64) as u64);
             self.allowed_at = self.allowed_at.max(now) + pause;
         }
@@ -193,15 +216,11 @@ impl Side {
         Ok(())
     }
 
-    /// Under a limit chunks are short, so that the bytes go evenly.
-    fn paced(&self, chunk_bytes: u64) -> u64 {
-        /// Chunks a second at least.
-        const CHUNKS: u64 = 200;
-        /// Chunks this short are not cut further.
-        const LEAST_BYTES: u64 = 256 << 10;
-        match self.limit {
-            Some(limit) => chunk_bytes.min((limit / CHUNKS).max(LEAST_BYTES)),
-            None => chunk_bytes,
+    /// Most bytes of the next chunk.
+    fn longest(&self) -> u64 {
+        match self.turns.sessions() {
+            0 | 1 => self.lengths.long_bytes,
+            _ => self.lengths.chunk_bytes,
         }
     }
 
@@ -215,39 +234,39 @@ impl Side {
         flights.collect()
     }
 
+    /// Looks at the pages that the next chunk may have: whether they lie in the pool and their
+    /// blocks in the layout and, of a load, whether the bytes are those of their checksums. What is
+    /// wrong ends the job there.
+    pub(super) fn look_ahead(&self, gear: &Gear, job: &mut Job) {
+        let page_bytes = job.task.target.layout().page_bytes();
+        // One that the chunk before began, and one that it may begin.
+        let most = (self.longest() / page_bytes.max(1)) as usize + 2;
+        let pages = job.seen..job.reach(most);
+        if pages.is_empty() {
+            return;
+        }
+        if let Err(error) = copy::check_pages(&gear.place.pool, &job.task, pages.clone()) {
+            job.fail(job.next, error);
+            return;
+        }
+        job.seen = pages.end;
+        if job.task.direction == Direction::Load {
+            let checked = &job.task.pages[pages.clone()];
+            // SAFETY: the pages were found inside the pool; a load's pages belong to sealed blocks
+            // that a lease holds: nobody writes to them.
+            let (sound, corrupt) =
+                unsafe { copy::verify_checksums(&gear.place.pool, page_bytes, checked) };
+            if corrupt.is_some() {
+                job.seen = pages.start + sound;
+                (job.sound, job.corrupt) = (job.seen, corrupt);
+            }
+        }
+    }
+
     /// When to look at the slots again: `None` when nothing is under way.
     pub(super) fn next_look(&self, now: Instant) -> Option<Instant> {
         let flights = self.slots.iter().filter_map(|slot| slot.flight);
         Forecast::next_look(flights.map(|flight| flight.awaited), now)
-    }
-}
-
-/// Looks at the pages that the next chunk may have: whether they lie in the pool and their blocks
-/// in the layout and, of a load, whether the bytes are those of their checksums. What is wrong ends
-/// the job there.
-pub(super) fn look_ahead(gear: &Gear, job: &mut Job) {
-    let page_bytes = job.task.target.layout().page_bytes();
-    // One that the chunk before began, and one that it may begin.
-    let most = (gear.limits.long_bytes / page_bytes.max(1)) as usize + 2;
-    let pages = job.seen..job.reach(most);
-    if pages.is_empty() {
-        return;
-    }
-    if let Err(error) = copy::check_pages(&gear.place.pool, &job.task, pages.clone()) {
-        job.fail(job.next, error);
-        return;
-    }
-    job.seen = pages.end;
-    if job.task.direction == Direction::Load {
-        let checked = &job.task.pages[pages.clone()];
-        // SAFETY: the pages were found inside the pool; a load's pages belong to sealed blocks that
-        // a lease holds: nobody writes to them.
-        let (sound, corrupt) =
-            unsafe { copy::verify_checksums(&gear.place.pool, page_bytes, checked) };
-        if corrupt.is_some() {
-            job.seen = pages.start + sound;
-            (job.sound, job.corrupt) = (job.seen, corrupt);
-        }
     }
 }
 

@@ -22,7 +22,7 @@ use super::error::DriverError;
 use super::job::Job;
 use super::options::DeviceOptions;
 use super::plan::Limits;
-use super::side::{Gear, Side, look_ahead, take_checksums};
+use super::side::{Gear, Lengths, Side, take_checksums};
 use super::slot::{BOUNCE_BYTES, Kernels, MAX_PAGES, PARTS_BYTES, Slot};
 use super::turns::{Head, Turns};
 
@@ -31,11 +31,15 @@ const SLOTS: usize = 2;
 /// Most bytes of a chunk: long enough that the thread has little to do per byte, short enough that
 /// an urgent load behind two of them waits for little more than a millisecond.
 const CHUNK_BYTES: u64 = 32 << 20;
-/// Most bytes of a chunk that is a few large copies and no session but its own waits for: each look
-/// at the bus costs the thread the same, whatever has gone over it.
-const LONG_BYTES: u64 = 128 << 20;
+/// Most bytes of a save's chunk that is a few large copies and no other session's save waits for:
+/// each look at the bus costs the thread the same, whatever has gone over it. A save of another
+/// session that comes then, and a cancellation, wait for two of them, which take 10 ms. Loads have
+/// a way of their own and do not wait.
+const LONG_SAVE_BYTES: u64 = 256 << 20;
+/// The same of a load, for whose end an engine waits, perhaps one that asks for another next.
+const LONG_LOAD_BYTES: u64 = 64 << 20;
 /// As many copies are few: a batch of more keeps the thread for long.
-const FEW_COPIES: usize = 64;
+const FEW_COPIES: usize = 128;
 /// Most copies of a chunk.
 const MAX_COPIES: usize = 2048;
 /// Most pages of a chunk without kernel: what the thread plans in a tenth of a millisecond.
@@ -101,14 +105,19 @@ impl Worker {
         }
         let slots_bytes = 2 * SLOTS as u64 * (staging_bytes + PARTS_BYTES as u64);
         card.counters().set_staging(slots_bytes);
-        let side = |direction, limit| {
+        let side = |direction, long_bytes, limit| {
             let slots = (0..SLOTS).map(|_| Slot::new(&*context, staging_bytes));
             let slots = slots.collect::<Result<Vec<Slot>, DriverError>>()?;
-            Ok::<Side, DriverError>(Side::new(direction, slots, limit, now))
+            let lengths = Lengths {
+                chunk_bytes: CHUNK_BYTES,
+                long_bytes,
+                limit,
+            };
+            Ok::<Side, DriverError>(Side::new(direction, slots, lengths, now))
         };
         let sides = [
-            side(Direction::Load, None)?,
-            side(Direction::Save, options.d2h_limit)?,
+            side(Direction::Load, LONG_LOAD_BYTES, None)?,
+            side(Direction::Save, LONG_SAVE_BYTES, options.d2h_limit)?,
         ];
         Ok(Worker {
             gear: Gear {
@@ -244,7 +253,7 @@ impl Worker {
                 break;
             };
             let begun = Instant::now();
-            look_ahead(&self.gear, job);
+            self.sides[side].look_ahead(&self.gear, job);
             if job.is_planned() {
                 // What is wrong with its next page was found just now; its turn ends it.
                 job.busy += begun.elapsed();
@@ -418,11 +427,11 @@ fn side_of(direction: Direction) -> usize {
     }
 }
 
-/// What plans may use.
+/// What plans may use; each side says how long its chunks are.
 fn limits(options: &DeviceOptions, staging_bytes: u64) -> Limits {
     Limits {
         chunk_bytes: CHUNK_BYTES,
-        long_bytes: LONG_BYTES,
+        long_bytes: CHUNK_BYTES,
         few_copies: FEW_COPIES,
         staging_bytes,
         bounce_bytes: BOUNCE_BYTES,

@@ -450,7 +450,7 @@ impl<M: Machine> Lane<M> {
 
     /// Answers a drain once nothing is running.
     pub(super) fn settle_drain(&mut self) {
-        if self.tasks.len() > 0 {
+        if !self.tasks.is_empty() {
             return;
         }
         for reply in self

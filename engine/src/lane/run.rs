@@ -95,6 +95,8 @@ pub(super) struct Lane<M: Machine> {
     pub draining: Option<Vec<Reply<()>>>,
     /// There are no more CPUs than copy threads.
     pub crowded: bool,
+    /// The last event was the end of a long copy of a GPU.
+    pub ended_long: bool,
     /// A client rang without a submission to read: a ring may have a gap, so look by the clock.
     pub suspect_gap: bool,
     /// Private copy of the chunk at hand.
@@ -166,9 +168,10 @@ impl<M: Machine> Lane<M> {
 
     /// How long to poll without work. While long copies run on every CPU there is, polling would
     /// take the time from them, and beside those of a GPU it is most of what they cost; a copy's
-    /// end wakes the lane.
+    /// end wakes the lane. Behind a long one of a GPU a wake-up is of no weight.
     fn patience(&self) -> Duration {
-        let on_device = self.tasks.runs_long_on_device();
+        let is_behind_long = self.ended_long && self.tasks.is_empty();
+        let on_device = self.tasks.runs_long_on_device() || is_behind_long;
         if on_device || (self.crowded && self.tasks.runs_long()) {
             CROWDED_SPIN.min(self.options.spin)
         } else {
@@ -205,6 +208,7 @@ impl<M: Machine> Lane<M> {
                 continue;
             };
             worked = true;
+            self.ended_long = false;
             if let Err(fault) = self.poll_session(&mut session) {
                 self.fault(&mut session, &fault);
             }

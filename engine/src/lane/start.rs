@@ -226,6 +226,7 @@ pub(super) fn build<M: Machine>(
         epoll,
         draining: None,
         crowded,
+        ended_long: false,
         suspect_gap: false,
         chunk: Vec::new(),
         blocks: Vec::new(),

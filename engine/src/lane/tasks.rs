@@ -149,6 +149,11 @@ impl TaskTable {
     pub(super) fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
+
+    /// No task is handed out.
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 impl<M: Machine> Lane<M> {
@@ -293,6 +298,7 @@ impl<M: Machine> Lane<M> {
             return;
         };
         let owner = task.owner;
+        self.ended_long = task.is_long_on_device;
         if task.had_turn {
             self.backlog.ended(owner.session);
         }

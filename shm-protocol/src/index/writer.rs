@@ -272,9 +272,9 @@ impl<M: WritableIndexMemory> IndexWriter<M> {
         Ok(BlockKey::from_words(&words))
     }
 
-    /// Brings closer what removing an entry reads first. Changes nothing.
+    /// Brings closer what removing an entry reads first. Reads and changes nothing.
     pub fn prefetch_entry(&self, id: EntryId) {
-        if let Ok(entry) = self.used_entry(id) {
+        if let Some(entry) = self.table().entry(id.0) {
             prefetch_read(entry);
         }
     }

@@ -83,7 +83,7 @@ impl DeviceMemory {
         self.bytes
     }
 
-    fn at(&self, offset: usize, bytes: usize) -> u64 {
+    pub(super) fn at(&self, offset: usize, bytes: usize) -> u64 {
         let end = offset.checked_add(bytes);
         assert!(
             end.is_some_and(|end| end <= self.bytes),
@@ -219,7 +219,7 @@ impl PinnedMemory {
         }
     }
 
-    fn at(&self, offset: usize, bytes: usize) -> *mut c_void {
+    pub(super) fn at(&self, offset: usize, bytes: usize) -> *mut c_void {
         let end = offset.checked_add(bytes);
         assert!(
             end.is_some_and(|end| end <= self.bytes),

@@ -2,6 +2,7 @@
 //! needed, and it is loaded when the first GPU is opened.
 
 mod blas;
+mod copies;
 mod fault;
 mod memory;
 mod stream;
@@ -12,6 +13,7 @@ use std::ptr::null_mut;
 use cudarc::driver::sys::{self, CUresult};
 
 pub use blas::{Blas, Matrix};
+pub use copies::{Direction, Pair, Rows};
 pub use fault::store_to_an_illegal_address;
 pub use memory::{DeviceMemory, PinnedMemory};
 pub use stream::{Event, Gate, Stream};

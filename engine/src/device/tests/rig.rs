@@ -48,15 +48,20 @@ impl Engine {
 }
 
 impl Rig {
-    /// A device whose worker was made; the pool is pinned where `pinned` says.
+    /// A device whose worker was made; the pool is pinned if `pinned` says so.
     pub fn new(options: DeviceOptions, pinned: bool) -> Rig {
+        Rig::with_ranges(options, pinned, 1 << 20)
+    }
+
+    /// The same, with ranges of so many bytes in which the pool is pinned.
+    pub fn with_ranges(options: DeviceOptions, pinned: bool, range_bytes: u64) -> Rig {
         let driver = FakeDriver::default();
         let devices = Devices::with_driver(Arc::new(driver.clone()), options);
         let pool = Arc::new(vec![0u64; POOL_BYTES / 8]);
         let base = std::ptr::NonNull::new(pool.as_ptr() as *mut u8).unwrap();
         // SAFETY: the vector is kept by the handle; tests read it only between turns.
         let memory = unsafe { PoolMemory::new(base, POOL_BYTES as u64, pool.clone()) };
-        let pins = Pinning::new(memory.clone(), 1 << 20, PinMode::Off);
+        let pins = Pinning::new(memory.clone(), range_bytes, PinMode::Off);
         (0..pins.map().ranges()).for_each(|number| pins.map().set(number, pinned));
         let place = Arc::new(Workplace {
             pool: memory,

@@ -427,6 +427,47 @@ fn a_page_whose_checksum_is_wrong_ends_the_load_before_it() {
     assert!(loaded[3 * 16384..].iter().all(|byte| *byte == 0));
 }
 
+/// Copies of 4 MiB under way, with both slots of a direction taken.
+fn copies_of_two_chunks(rig: &mut Rig) -> usize {
+    rig.turn_many(4);
+    // Behind each chunk there is its event.
+    rig.driver.pending() - 2
+}
+
+#[test]
+fn a_save_that_no_other_waits_for_goes_in_longer_chunks_than_a_load_or_several() {
+    const PAGE: usize = 4 << 20;
+    // Twice the longest chunk, over one page, which is all that the lists can name here.
+    let list = [(0, 0); 200];
+    let chunk_of = |directions: &[Direction]| {
+        let mut rig = Rig::with_ranges(options(), true, POOL_BYTES as u64);
+        let engine = rig.engine(PAGE);
+        let target = bind(&engine, 1, &[(0, PAGE as u64, PAGE as u64)]);
+        rig.driver.set_pace(Pace::Held);
+        let mut cancelled = Vec::new();
+        for (session, direction) in directions.iter().enumerate() {
+            let copies = task(session as u64, *direction, &target, &list);
+            cancelled.push(copies.cancelled.clone());
+            rig.submit(copies);
+        }
+        let copies = copies_of_two_chunks(&mut rig);
+        assert!(copies.is_multiple_of(2), "both chunks are alike");
+        // What has begun ends, and nothing more.
+        cancelled
+            .iter()
+            .for_each(|task| task.store(true, Ordering::Relaxed));
+        rig.driver.set_pace(Pace::Looked);
+        let done = rig.finish(directions.len());
+        let pages: u32 = done.iter().map(|done| done.pages_done).sum();
+        assert_eq!(pages as usize * PAGE, copies * PAGE);
+        (copies / 2 * PAGE) >> 20
+    };
+    assert_eq!(chunk_of(&[Direction::Save]), 256);
+    assert_eq!(chunk_of(&[Direction::Load]), 64);
+    assert_eq!(chunk_of(&[Direction::Save; 2]), 32);
+    assert_eq!(chunk_of(&[Direction::Load; 2]), 32);
+}
+
 #[test]
 fn a_bandwidth_limit_spreads_saves_out_and_leaves_loads_alone() {
     let options = DeviceOptions {

@@ -21,6 +21,11 @@ impl GpuShape {
         self.segments * self.segment_bytes
     }
 
+    /// A block is one piece, as large as to be copied on its own: no kernel runs for it.
+    pub fn is_of_pages(&self) -> bool {
+        self.segment_bytes >= MIB
+    }
+
     /// Bytes of all blocks.
     pub fn total_bytes(&self) -> usize {
         self.blocks as usize * self.page_bytes()
@@ -140,7 +145,7 @@ impl Compute {
 
     /// By how much it may slow down, with segments as given.
     pub fn most_slowdown(self, shape: GpuShape) -> f64 {
-        match (self, shape.segment_bytes >= MIB) {
+        match (self, shape.is_of_pages()) {
             (Compute::Matmul, true) => 1.03,
             (Compute::Gemv, true) => 1.09,
             (Compute::Matmul, false) => 1.06,

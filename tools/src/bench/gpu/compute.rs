@@ -47,6 +47,11 @@ impl ComputeLoop {
         })
     }
 
+    /// What it computes.
+    pub fn kind(&self) -> Compute {
+        self.kind
+    }
+
     fn submit(&mut self) -> Result<(), GpuError> {
         let (blas, memory) = (&mut self.blas, &self.operands);
         let at = |offset| Matrix { memory, offset };

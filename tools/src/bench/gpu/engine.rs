@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::cache::GpuCache;
 use super::case::{Case, Compute, GpuShape, Target};
 use super::compute::ComputeLoop;
+use super::raw::{Copying, Shape};
 use crate::bench::save::ThreadTimes;
 use crate::children::die_with_parent;
 use crate::error::ToolError;
@@ -81,6 +83,23 @@ pub enum Order {
         /// How long each part takes.
         part_ms: u64,
     },
+    /// Compute; answered [`Answer::Product`].
+    Compute {
+        /// What to compute.
+        compute: Compute,
+        /// For how long.
+        part_ms: u64,
+    },
+    /// Copy without a daemon until [`Order::StopCopies`]; answered [`Answer::Done`] when the first
+    /// copies are.
+    StartCopies {
+        /// One way, not both.
+        way: Way,
+        /// How.
+        shape: Shape,
+    },
+    /// Answered [`Answer::Rate`].
+    StopCopies,
 }
 
 /// What an engine answers.
@@ -105,6 +124,8 @@ pub enum Answer {
     /// Of one case and way; of both at once only if the case has a rate.
     Measured(Option<Measured>),
     /// Of one computation.
+    Product(Product),
+    /// The same alone and beside saves and loads.
     Slowdown(Slowdown),
     /// It could not be done.
     Failed(String),
@@ -155,6 +176,16 @@ pub struct Product {
     pub mean_ns: f64,
 }
 
+impl Product {
+    /// What lies in the middle of two.
+    pub fn between(one: Product, other: Product) -> Product {
+        Product {
+            median_ns: (one.median_ns + other.median_ns) / 2.0,
+            mean_ns: (one.mean_ns + other.mean_ns) / 2.0,
+        }
+    }
+}
+
 /// What the copies cost a computation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Slowdown {
@@ -203,7 +234,9 @@ struct Prepared {
 struct Engine {
     prepared: Option<Prepared>,
     raw: Option<RawCopies>,
-    gpu: Option<Gpu>,
+    computing: Option<ComputeLoop>,
+    copying: Option<Copying>,
+    gpu: Option<Arc<Gpu>>,
     /// Of the bytes, which differ from GPU to GPU.
     seed: u64,
 }
@@ -214,7 +247,7 @@ impl Engine {
             Order::Open { gpu } => {
                 let opened = Gpu::open(gpu)?;
                 let name = opened.name()?;
-                (self.gpu, self.seed) = (Some(opened), 1 + u64::from(gpu));
+                (self.gpu, self.seed) = (Some(Arc::new(opened)), 1 + u64::from(gpu));
                 Ok(Answer::Opened { name })
             }
             Order::PrepareLimit => {
@@ -229,7 +262,7 @@ impl Engine {
                 Ok(Answer::Rate(rate))
             }
             Order::Prepare { socket, salt, case } => {
-                self.prepared = None;
+                (self.prepared, self.computing) = (None, None);
                 let started = Instant::now();
                 let cache = GpuCache::allocate(case.shape)?;
                 cache.fill(self.seed)?;
@@ -248,13 +281,45 @@ impl Engine {
                 Ok(Answer::Measured(self.prepared()?.measure(way, daemon)?))
             }
             Order::Interfere { compute, part_ms } => {
-                let gpu = self.gpu.take().ok_or_else(not_prepared)?;
+                let gpu = self.gpu()?;
                 let part = Duration::from_millis(part_ms);
-                let result = self.prepared()?.interfere(&gpu, compute, part);
-                self.gpu = Some(gpu);
-                Ok(Answer::Slowdown(result?))
+                let slowdown = self.prepared()?.interfere(&gpu, compute, part)?;
+                Ok(Answer::Slowdown(slowdown))
+            }
+            Order::Compute { compute, part_ms } => {
+                let (gpu, part) = (self.gpu()?, Duration::from_millis(part_ms));
+                Ok(Answer::Product(self.compute(&gpu, compute, part)?))
+            }
+            Order::StartCopies { way, shape } => {
+                self.copying = Some(Copying::start(&self.gpu()?, way, shape)?);
+                Ok(Answer::Done)
+            }
+            Order::StopCopies => {
+                let copying = self.copying.take().ok_or_else(not_prepared)?;
+                Ok(Answer::Rate(copying.stop()?))
             }
         }
+    }
+
+    fn gpu(&self) -> Result<Arc<Gpu>, ToolError> {
+        self.gpu.clone().ok_or_else(not_prepared)
+    }
+
+    /// Computes for so long, with the same memory as the last time if it was the same.
+    fn compute(
+        &mut self,
+        gpu: &Gpu,
+        compute: Compute,
+        part: Duration,
+    ) -> Result<Product, ToolError> {
+        if self.computing.as_ref().is_none_or(|l| l.kind() != compute) {
+            self.computing = None;
+            let mut products = ComputeLoop::new(compute)?;
+            products.run(gpu, part, &AtomicBool::new(true))?;
+            self.computing = Some(products);
+        }
+        let products = self.computing.as_mut().ok_or_else(not_prepared)?;
+        Ok(products.run(gpu, part, &AtomicBool::new(true))?)
     }
 
     fn prepared(&mut self) -> Result<&mut Prepared, ToolError> {
@@ -476,10 +541,7 @@ impl Prepared {
         let after = alone(&mut products)?;
         let bytes = self.case.shape.total_bytes() as f64;
         Ok(Slowdown {
-            alone: Product {
-                median_ns: (before.median_ns + after.median_ns) / 2.0,
-                mean_ns: (before.mean_ns + after.mean_ns) / 2.0,
-            },
+            alone: Product::between(before, after),
             saving,
             loading,
             save_gbps: bytes / median(&saves),

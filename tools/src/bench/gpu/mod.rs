@@ -9,6 +9,7 @@ mod case;
 mod compute;
 mod curve;
 mod engine;
+mod raw;
 mod report;
 
 use std::collections::BTreeMap;
@@ -52,7 +53,8 @@ pub struct GpuArgs {
     /// Only cases whose name contains this, or one of these
     #[arg(long, value_name = "TEXT")]
     pub only: Vec<String>,
-    /// What the copies cost an engine that computes meanwhile (needs cuBLAS)
+    /// What the copies cost an engine that computes meanwhile, and what those of a process without
+    /// a daemon do (needs cuBLAS)
     #[arg(long)]
     pub interference: bool,
     /// Bandwidth and cost for such an engine with each way in which small segments can go, by a
@@ -188,7 +190,12 @@ fn run(args: &GpuArgs, daemon: &DaemonInUse) -> Result<Report, ToolError> {
             if args.interference && INTERFERING.iter().any(|name| case.name.contains(name)) {
                 for compute in Compute::ALL {
                     let slowdown = interfere(engine, compute, args.part_ms)?;
-                    report.add_slowdown(gpu, case, compute, &slowdown);
+                    let mut raws = Vec::new();
+                    if case.shape.is_of_pages() {
+                        raws = raw::measure(engine, compute, args.part_ms)?;
+                    }
+                    report.add_slowdown(gpu, case, compute, (&slowdown, &raws));
+                    report.add_raws(raws);
                 }
             }
         }

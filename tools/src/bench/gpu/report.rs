@@ -9,11 +9,14 @@ use serde::Serialize;
 use super::case::{Case, Compute, Target};
 use super::curve::{self, Point};
 use super::engine::{Figures, Limit, Slowdown};
+use super::raw::{self, RawRow, Shape};
 use crate::output::table;
 
 /// Most CPU of the daemon at full rate with 2-MiB pages, in cores.
 const MOST_CPU: f64 = 0.05;
 const CPU_CASE_BYTES: usize = 2 << 20;
+/// Unit of rates.
+const RATE: &str = "GB/s";
 
 /// A GPU and its limit.
 #[derive(Clone, Debug, Serialize)]
@@ -37,11 +40,11 @@ pub struct Row {
     pub value: f64,
     /// `GB/s`, `ms`, `us`, `cores`, `x` (of the median) or `x in the mean`.
     pub unit: &'static str,
-    /// One large copy, where the value is a rate.
+    /// Of a rate, one large copy; of a slow-down, that by copies of such pages without a daemon.
     pub limit: Option<f64>,
     /// Value by limit.
     pub ratio: Option<f64>,
-    /// What value (or ratio, where there is a limit) should be.
+    /// What the value (of a rate, the ratio) should be.
     pub target: Option<f64>,
     /// Whether it is.
     pub met: Option<bool>,
@@ -61,6 +64,7 @@ pub struct Report {
     gpus: Vec<GpuRow>,
     joint: Vec<JointRow>,
     rows: Vec<Row>,
+    raw: Vec<RawRow>,
     curve: Vec<Point>,
 }
 
@@ -85,7 +89,15 @@ impl Row {
             limit: Some(limit),
             ratio: Some(ratio),
             met: target.map(|target| ratio >= target),
-            ..Row::at_most(value, "GB/s", target)
+            ..Row::at_most(value, RATE, target)
+        }
+    }
+
+    fn slowdown(value: f64, raw: Option<f64>, most: f64) -> Row {
+        Row {
+            limit: raw,
+            ratio: raw.map(|raw| value / raw),
+            ..Row::at_most(value, "x", Some(most))
         }
     }
 }
@@ -104,6 +116,11 @@ impl Report {
     /// Enters the planner's alternatives.
     pub fn set_curve(&mut self, curve: Vec<Point>) {
         self.curve = curve;
+    }
+
+    /// Enters what copies without a daemon cost a computation.
+    pub fn add_raws(&mut self, rows: Vec<RawRow>) {
+        self.raw.extend(rows);
     }
 
     /// What large copies of these GPUs did.
@@ -179,21 +196,29 @@ impl Report {
     }
 
     /// Enters what the copies cost a computation.
-    pub fn add_slowdown(&mut self, gpu: u32, case: &Case, compute: Compute, slow: &Slowdown) {
-        let most = Some(compute.most_slowdown(case.shape));
+    pub fn add_slowdown(
+        &mut self,
+        gpu: u32,
+        case: &Case,
+        compute: Compute,
+        (slow, raws): (&Slowdown, &[RawRow]),
+    ) {
+        let most = compute.most_slowdown(case.shape);
+        let raw = raws.iter().find(|row| row.shape == Shape::Pages);
+        let raw = raw.map_or([None; 2], |row| row.slowdowns().map(Some));
         let parts = [
             ("save beside", slow.saving, slow.save_gbps),
             ("load beside", slow.loading, slow.load_gbps),
         ];
         let limit = self.limit(&[gpu]);
         let limits = [limit.out_gbps, limit.in_gbps];
-        for ((what, product, gbps), limit) in parts.into_iter().zip(limits) {
+        for (((what, product, gbps), limit), raw) in parts.into_iter().zip(limits).zip(raw) {
             let case = Case {
                 name: format!("{}, {}", case.name, compute.name()),
                 ..case.clone()
             };
             let times = product.median_ns / slow.alone.median_ns;
-            self.add(&[gpu], &case, what, Row::at_most(times, "x", most));
+            self.add(&[gpu], &case, what, Row::slowdown(times, raw, most));
             let times = product.mean_ns / slow.alone.mean_ns;
             self.add(
                 &[gpu],
@@ -238,10 +263,17 @@ impl Report {
         for row in &self.rows {
             let gpus: Vec<String> = row.gpus.iter().map(u32::to_string).collect();
             let percent = |ratio: f64| format!("{:.1} %", 100.0 * ratio);
-            let target = row.target.map(|target| match row.limit {
-                Some(_) => format!(">= {}", percent(target)),
-                None => format!("<= {target} {}", row.unit),
+            let target = row.target.map(|target| match row.unit {
+                RATE => format!(">= {}", percent(target)),
+                unit => format!("<= {target} {unit}"),
             });
+            let of_limit = row
+                .limit
+                .zip(row.ratio)
+                .map(|(limit, ratio)| match row.unit {
+                    RATE => percent(ratio),
+                    unit => format!("{ratio:.3} of {limit:.3} {unit}"),
+                });
             let digits = match row.unit {
                 "cores" | "x" | "x in the mean" => 3,
                 _ => 1,
@@ -251,16 +283,20 @@ impl Report {
                 row.case.clone(),
                 row.what.to_owned(),
                 format!("{:.digits$} {}", row.value, row.unit),
-                row.ratio.map(percent).unwrap_or_default(),
+                of_limit.unwrap_or_default(),
                 target.unwrap_or_default(),
                 row.met
                     .map_or("", |met| if met { "yes" } else { "NO" })
                     .to_owned(),
             ]);
         }
-        if self.curve.is_empty() {
-            return format!("{gpus}\n{rows}");
+        let mut text = format!("{gpus}\n{rows}");
+        if !self.raw.is_empty() {
+            text += &format!("\n{}", raw::render(&self.raw));
         }
-        format!("{gpus}\n{rows}\n{}", curve::render(&self.curve))
+        if !self.curve.is_empty() {
+            text += &format!("\n{}", curve::render(&self.curve));
+        }
+        text
     }
 }
