@@ -45,7 +45,8 @@ def test_a_single_defect_is_wrong(wrong: dict[str, Any]) -> None:
 def test_a_prompt_is_altered_in_its_middle_alone() -> None:
     for prompt in prompts():
         other = altered(prompt)
-        changed = [at for at, (one, two) in enumerate(zip(prompt, other, strict=True)) if one != two]
+        pairs = enumerate(zip(prompt, other, strict=True))
+        changed = [at for at, (one, two) in pairs if one != two]
         middle = len(prompt) // 2
         assert changed == list(range(middle, middle + 16))
 
