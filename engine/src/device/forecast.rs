@@ -1,10 +1,9 @@
 //! When the chunks of one direction should be done, so that the thread sleeps until then.
 //!
-//! The bus's rate is learnt from what began and ended when it was seen to: from chunks of which a
-//! look shortly before found them under way, and from whole runs, which begin with a chunk on an
-//! idle bus and end with one that has none behind it. A chunk that is done at the first look may
-//! have been done for long. Taken for the bus's rate, that would let the thread sleep longer each
-//! time; so the next chunks are looked for earlier instead, until one is found under way.
+//! The bus's rate is learnt from chunks whose begin and end were seen when they came: a look
+//! shortly before found the chunk under way. A chunk that is done at the first look may have been
+//! done for long. Taken for the bus's rate, that would let the thread sleep longer each time; so
+//! the next chunks are looked for earlier instead, until one is found under way.
 #![forbid(unsafe_code)]
 
 use std::time::{Duration, Instant};
@@ -22,21 +21,16 @@ const TELLING_BYTES: u64 = 4 << 20;
 const SOON: Duration = Duration::from_micros(60);
 /// After a chunk of this many bytes and more, a sleep that takes longer is of no weight.
 const LONG_BYTES: u64 = 32 << 20;
-/// A chunk of more is a few copies, which take the thread next to no time: while such chunks follow
-/// each other, the bus is busy for sure.
-const FEW_COPIES_BYTES: u64 = 32 << 20;
 /// The same for such a chunk.
 const SOON_OF_LONG: Duration = Duration::from_micros(15);
 /// For how long past its time a chunk is waited for awake, at most.
 const LATE: Duration = Duration::from_micros(100);
-/// The same for a long one: as much costs a sleep.
-const LATE_OF_LONG: Duration = Duration::from_micros(15);
+/// And at most for this share of its time: of long chunks, being awake is most of what they cost.
+const LATE_SHARE: u32 = 128;
 /// How long to sleep when a chunk is later than that, at least.
 const LATE_PAUSE: Duration = Duration::from_micros(25);
-/// And at least this share of its time,
-const LATE_PAUSE_SHARE: u32 = 128;
-/// or this one, while the bus has another one behind it.
-const LATE_PAUSE_SHARE_BEFORE: u32 = 32;
+/// And at least this share of its time, while the bus has another one behind it.
+const LATE_PAUSE_SHARE: u32 = 32;
 /// A look before the end says when that was if it lies back no longer than this share of the
 /// chunk's time: a pause, and the sleep's own delay.
 const FRESH_SHARE: u32 = 3;
@@ -47,13 +41,7 @@ const PROBED: u32 = 16;
 /// By which share of its time such a chunk is looked for late.
 const MARGIN: u32 = 6;
 /// By how much a chunk that was done at the first look lets the bus be taken for faster.
-const EARLIER: f64 = 0.08;
-/// The same while chunks are long, whose times are sharp, and for each further one in a row twice
-/// as much as for the one before, up to the second figure.
-const EARLIER_OF_LONG: (f64, f64) = (0.005, 0.08);
-/// A run's end is seen if a look found its last chunk under way no longer ago than this share of
-/// the run.
-const SHARP_SHARE: u32 = 64;
+const EARLIER: f64 = 1.08;
 
 /// A chunk under way, as it is waited for.
 #[derive(Debug, Clone, Copy)]
@@ -92,18 +80,8 @@ pub(super) struct Forecast {
     last_done: Instant,
     /// That was when it came.
     last_is_seen: bool,
-    /// When the bus was given its first chunk after it had none, and what it has been given since.
-    run_began: Instant,
-    run_bytes: u64,
-    run_chunks: u32,
-    /// How many of these are so short that they may be many copies.
-    run_short: u32,
     /// Chunks that were started.
     started: u32,
-    /// Chunks under way.
-    under_way: u32,
-    /// By how much the next long chunk that is done at the first look lets the bus be faster.
-    earlier: f64,
 }
 
 impl Forecast {
@@ -113,13 +91,7 @@ impl Forecast {
             busy_until: now,
             last_done: now,
             last_is_seen: false,
-            run_began: now,
-            run_bytes: 0,
-            run_chunks: 0,
-            run_short: 0,
             started: 0,
-            under_way: 0,
-            earlier: EARLIER_OF_LONG.0,
         }
     }
 
@@ -132,27 +104,13 @@ impl Forecast {
         let bus = self.on_the_bus(bytes);
         // Chunks queued before it go first; what they take at the start overlaps.
         self.busy_until = (self.busy_until + bus).max(now + bus + CHUNK_OVERHEAD);
-        if self.under_way == 0 {
-            (self.run_began, self.run_bytes) = (now, 0);
-            (self.run_chunks, self.run_short) = (0, 0);
-        }
-        self.under_way += 1;
-        self.run_bytes += bytes;
-        self.run_chunks = self.run_chunks.wrapping_add(1);
         self.started = self.started.wrapping_add(1);
-        let is_short = bytes <= FEW_COPIES_BYTES;
-        self.run_short = self.run_short.saturating_add(u32::from(is_short));
-        // Of long chunks, the end of a run tells the same.
-        let is_probed = match is_short {
-            true => self.started % PROBED < 2,
-            false => self.run_chunks % PROBED >= PROBED - 2,
-        };
         Awaited {
             bytes,
             bus,
             started: now,
             expected: self.busy_until,
-            margin: if is_probed {
+            margin: if self.started % PROBED < 2 {
                 Duration::ZERO
             } else {
                 bus / MARGIN
@@ -175,23 +133,12 @@ impl Forecast {
         let is_fresh = |at: &Instant| now.saturating_duration_since(*at) <= busy / FRESH_SHARE;
         let still_there = chunk.unfinished.filter(is_fresh);
         let is_seen = still_there.is_some();
-        self.under_way -= 1;
-        let is_last = self.under_way == 0;
-        let run = now.saturating_duration_since(self.run_began);
-        let is_sharp = |at: Instant| now.saturating_duration_since(at) <= run / SHARP_SHARE;
         if chunk.bytes >= TELLING_BYTES && micros > 1.0 {
-            // The last one may be what is left.
-            let is_long = self.run_short <= 1 && self.run_bytes > FEW_COPIES_BYTES;
-            if is_last && is_long && still_there.is_some_and(is_sharp) {
-                let micros = run.saturating_sub(CHUNK_OVERHEAD).as_secs_f64() * 1e6;
-                self.learn(self.run_bytes as f64 / micros.max(1.0));
-            } else if is_seen && self.last_is_seen {
-                self.learn(chunk.bytes as f64 / micros);
-            } else if !is_seen && is_long && (is_last || chunk.margin.is_zero()) {
-                self.bytes_per_us *= 1.0 + self.earlier;
-                self.earlier = (2.0 * self.earlier).min(EARLIER_OF_LONG.1);
+            let seen = chunk.bytes as f64 / micros;
+            if is_seen && self.last_is_seen {
+                self.bytes_per_us += (seen - self.bytes_per_us) / 4.0;
             } else if !is_seen && chunk.margin.is_zero() {
-                self.bytes_per_us *= 1.0 + EARLIER;
+                self.bytes_per_us *= EARLIER;
             }
             self.bytes_per_us = self.bytes_per_us.clamp(RATES.0, RATES.1);
         }
@@ -208,11 +155,6 @@ impl Forecast {
         }
         self.busy_until = at;
         busy
-    }
-
-    fn learn(&mut self, bytes_per_us: f64) {
-        self.bytes_per_us += (bytes_per_us - self.bytes_per_us) / 4.0;
-        self.earlier = EARLIER_OF_LONG.0;
     }
 
     /// When to look at the chunks again: `None` when nothing is under way.
@@ -238,16 +180,16 @@ impl Forecast {
         if count > 1 {
             // The bus has the next chunk already: nobody waits for this one to be noticed.
             let look = first + margin;
-            let pause = LATE_PAUSE.max(bus / LATE_PAUSE_SHARE_BEFORE);
+            let pause = LATE_PAUSE.max(bus / LATE_PAUSE_SHARE);
             return Some(if look > now { look } else { now + pause });
         }
         let late = if bytes < LONG_BYTES {
             LATE
         } else {
-            LATE_OF_LONG
+            LATE.min(bus / LATE_SHARE)
         };
         if now > first + late {
-            return Some(now + LATE_PAUSE.max(bus / LATE_PAUSE_SHARE));
+            return Some(now + LATE_PAUSE);
         }
         let early = if bytes < LONG_BYTES {
             SOON
@@ -265,21 +207,20 @@ mod tests {
 
     use super::*;
 
-    /// A bus, and a thread that queues two chunks at a time and whose sleeps take longer than they
-    /// should; after `in_run` of them it has none for a while. Returns the share of the bus that it
-    /// used within the runs, sleeps for each chunk, and microseconds awake for each run, all of the
-    /// later half.
+    /// A bus, and a thread that queues two chunks at a time, takes a while to do it and sleeps for
+    /// longer than it should; after `in_run` of them it has none for a while. Returns the share of
+    /// the bus that it used within the runs, and sleeps for each chunk, both of the later half.
     fn run(
         bytes_per_us: f64,
         (chunk, in_run): (u64, u32),
         (oversleep, launch): (Duration, Duration),
         chunks: u32,
-    ) -> (f64, f64, f64) {
+    ) -> (f64, f64) {
         let begin = Instant::now();
         let mut forecast = Forecast::new(begin);
         let time = Duration::from_nanos((chunk as f64 * 1e3 / bytes_per_us) as u64);
         let (mut now, mut bus_free, mut done, mut queued) = (begin, begin, 0, 0);
-        let (mut busy, mut measured, mut sleeps, mut awake) = (Duration::ZERO, 0, 0, 0);
+        let (mut busy, mut measured, mut sleeps) = (Duration::ZERO, 0, 0);
         let mut under_way: VecDeque<(Awaited, Instant)> = VecDeque::new();
         while done < chunks {
             let began = now;
@@ -304,14 +245,11 @@ mod tests {
                 }
                 if let Some(look) = Forecast::next_look(under_way.iter().map(|(a, _)| *a), now) {
                     let sleep = look.saturating_duration_since(now);
-                    let (slept, turn) = match sleep.is_zero() {
-                        true => (0, Duration::from_micros(1)),
-                        false => (1, sleep + oversleep),
+                    now += match sleep.is_zero() {
+                        true => Duration::from_micros(1),
+                        false => sleep + oversleep,
                     };
-                    now += turn;
-                    if first >= chunks / 2 {
-                        (sleeps, awake) = (sleeps + slept, awake + 1 - slept);
-                    }
+                    sleeps += u32::from(first >= chunks / 2 && !sleep.is_zero());
                 }
             }
             if first >= chunks / 2 {
@@ -321,12 +259,7 @@ mod tests {
             now += Duration::from_millis(3);
         }
         let used = time.as_secs_f64() * f64::from(measured) / busy.as_secs_f64();
-        let runs = f64::from(measured / in_run);
-        (
-            used,
-            f64::from(sleeps) / f64::from(measured),
-            f64::from(awake) / runs,
-        )
+        (used, f64::from(sleeps) / f64::from(measured))
     }
 
     #[test]
@@ -336,7 +269,7 @@ mod tests {
                 let oversleep = Duration::from_micros(us);
                 for chunk in [32 << 20, 256 << 20] {
                     let delays = (oversleep, Duration::ZERO);
-                    let (used, sleeps, _) = run(rate, (chunk, 4000), delays, 8000);
+                    let (used, sleeps) = run(rate, (chunk, 4000), delays, 8000);
                     assert!(
                         used > 0.97,
                         "{used:.3} of {rate} bytes/us, chunks of {chunk}, sleeps {us} us late"
@@ -348,17 +281,20 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_a_save_is_met_with_few_sleeps_and_little_waking() {
-        for us in [1, 8, 20] {
-            for rate in [54_300.0, 26_100.0] {
-                for chunks in [(256 << 20, 4), (256 << 20, 1), (64 << 20, 16)] {
-                    let delays = (Duration::from_micros(us), Duration::from_micros(5));
-                    let (used, sleeps, awake) = run(rate, chunks, delays, 2000);
-                    let what = format!("{chunks:?} at {rate}, {us} us late: {used:.4} of the bus");
-                    assert!(used > 0.995, "{what}");
-                    assert!(sleeps < 1.5, "{what}, {sleeps:.2} sleeps for each chunk");
-                    assert!(awake < 30.0, "{what}, {awake:.1} us awake for each run");
-                }
+    fn the_second_save_of_a_device_is_noticed_in_time_already() {
+        for us in [1, 8, 20, 60] {
+            for chunks in [
+                (256 << 20, 4),
+                (128 << 20, 8),
+                (64 << 20, 16),
+                (256 << 20, 1),
+            ] {
+                let delays = (Duration::from_micros(us), Duration::from_micros(5));
+                let (used, _) = run(54_300.0, chunks, delays, 2 * chunks.1);
+                assert!(
+                    used > 0.97,
+                    "{chunks:?}, {us} us late: {used:.3} of the bus"
+                );
             }
         }
     }
@@ -373,7 +309,7 @@ mod tests {
             (50, 500, 0.95),
         ] {
             let delays = (Duration::from_micros(us), Duration::from_micros(launch));
-            let (used, ..) = run(54_300.0, (32 << 20, 32), delays, 4000);
+            let (used, _) = run(54_300.0, (32 << 20, 32), delays, 4000);
             assert!(
                 used > least,
                 "{used:.3} of the bus, {launch} us for each chunk"
