@@ -269,6 +269,44 @@ fn a_replay_after_kill_9_goes_on_with_the_hits_of_both_tiers() {
     assert!(number(&other, "miss_blocks") >= number(&other, "different_blocks"));
 }
 
+#[test]
+fn a_replay_beside_ram_has_both_daemons_do_every_request_and_compares_the_same_ones() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("replay.ssd");
+    let pegactl = |arguments: &[&str]| {
+        let mut command = Command::new(binaries::pegactl());
+        let shard = format!("{}:1GiB", file.display());
+        command.args(["--json", "replay", "--requests", "700", "--beside-ram"]);
+        command.args(["--capacity-blocks", "400", "--ssd", &shard]);
+        command.args(arguments).output().expect("pegactl runs")
+    };
+    let output = pegactl(&[]);
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{told}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a report");
+    let number = |side: &str, name: &str| {
+        let number = report[side][name].as_u64();
+        number.unwrap_or_else(|| panic!("{side} {name} of {report}"))
+    };
+    for side in ["without_ssd", "with_ssd"] {
+        assert_eq!(number(side, "requests"), 700);
+        assert_eq!(number(side, "mismatches") + number(side, "errors"), 0);
+    }
+    assert!(number("with_ssd", "ssd_hit_blocks") > 0, "{report}");
+    assert_eq!(number("without_ssd", "ssd_hit_blocks"), 0);
+    assert!(number("with_ssd", "hit_blocks") > number("without_ssd", "hit_blocks"));
+    // Compared are all but those that wait for blocks from below.
+    let same = number("same_requests", "requests");
+    assert!(0 < same && same < 700, "{report}");
+    let ratio = report["same_requests"]["p99_ratio"].as_f64();
+    assert!(ratio.is_some_and(|ratio| ratio > 0.0), "{report}");
+    assert!(!file.exists(), "a file that was made stays");
+    // Several engines share out a workload as they like: nothing is the same then.
+    let refused = pegactl(&["--engines", "2"]);
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--engines"));
+}
+
 /// A file system of its own, as small as wanted; unmounted at the end.
 struct SmallDisk(tempfile::TempDir);
 

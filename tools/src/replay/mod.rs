@@ -14,6 +14,7 @@
 pub mod kv;
 pub mod latency;
 pub mod member;
+mod paired;
 mod pattern;
 pub mod pipe;
 pub mod plan;
@@ -54,6 +55,9 @@ pub fn replay(
     as_json: bool,
 ) -> Result<bool, ToolError> {
     let requests = load_workload(args)?;
+    if args.beside_ram && socket.is_none() {
+        return paired::replay(args, &requests, place, as_json);
+    }
     let plan = Plan::new(args, &requests, socket.is_some())?;
     let _made = MadeFiles(plan.new_files());
     let mut daemon = DaemonInUse::new(socket, place, &plan.daemon)?;

@@ -99,6 +99,10 @@ pub struct ReplayArgs {
     /// removed at the end
     #[arg(long, value_name = "PATH:SIZE")]
     pub ssd: Vec<String>,
+    /// Also replay without the SSD tier, through a daemon of its own, a few hundred requests of
+    /// each in turns, and compare how long the same queries take that need nothing from SSD
+    #[arg(long, requires = "ssd")]
+    pub beside_ram: bool,
     /// Which blocks the SSD tier is given: evict, seal or hits:N [default: the daemon's]
     #[arg(long, value_name = "WHEN", requires = "ssd")]
     pub ssd_admit: Option<String>,

@@ -8,6 +8,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use super::memory::Memory;
+use super::rig::Rig;
 use super::{Figure, SsdArgs};
 use crate::error::ToolError;
 
@@ -27,22 +28,47 @@ pub(super) fn version() -> Result<String, ToolError> {
 
 /// fio over the shard's file.
 pub(super) struct Fio<'a> {
-    pub args: &'a SsdArgs,
-    pub path: &'a Path,
-    pub memory: &'a Memory,
-    pub page: u32,
+    args: &'a SsdArgs,
+    path: &'a Path,
+    memory: &'a Memory,
+    page: u32,
 }
 
-impl Fio<'_> {
-    /// Moves `bytes` bytes with the pattern and engine of these names.
-    pub(super) fn measure(
-        &self,
-        pattern: &str,
-        engine: &str,
-        bytes: u64,
-    ) -> Result<Figure, ToolError> {
-        // Behind the superblock: the shard stays one.
-        let offset = 2 << 20;
+/// One run of fio.
+#[derive(Clone, Copy)]
+pub(super) struct Job {
+    /// `write` or `randread`.
+    pub pattern: &'static str,
+    /// `io_uring` or `psync`.
+    pub engine: &'static str,
+    /// Bytes to move.
+    pub bytes: u64,
+    /// Where the part of the file begins that they are of, and its length.
+    pub span: (u64, u64),
+    /// What it writes carries checksums, and what it reads is compared with them.
+    pub verify: bool,
+}
+
+impl<'a> Fio<'a> {
+    /// Over this file, with memory of the kind that the rig has.
+    pub(super) fn of(args: &'a SsdArgs, path: &'a Path, rig: &'a Rig) -> Self {
+        Self {
+            args,
+            path,
+            memory: &rig.memory,
+            page: rig.page,
+        }
+    }
+
+    /// Runs a job.
+    pub(super) fn measure(&self, job: Job) -> Result<Figure, ToolError> {
+        let Job {
+            pattern,
+            engine,
+            bytes,
+            span: (offset, span),
+            verify,
+        } = job;
         let mut command = Command::new("fio");
         command.args([
             "--name=bench",
@@ -56,7 +82,16 @@ impl Fio<'_> {
         command.arg(format!("--rw={pattern}"));
         command.arg(format!("--bs={}", self.page));
         command.arg(format!("--offset={offset}"));
-        command.arg(format!("--size={bytes}"));
+        command.arg(format!("--size={span}"));
+        command.arg(format!("--io_size={bytes}"));
+        if verify {
+            // By the processor's own instruction. Whole blocks, as ours.
+            command.args(["--verify=crc32c", "--verify_fatal=1"]);
+            command.arg("--verify_state_save=0");
+            if pattern == "write" {
+                command.arg("--do_verify=0");
+            }
+        }
         command.arg(format!("--ioengine={engine}"));
         if engine == "io_uring" {
             command.arg(format!("--iodepth={}", self.args.depth));

@@ -6,26 +6,30 @@ mod fio;
 mod layouts;
 mod memory;
 mod rig;
+mod row;
+mod tables;
 
 use std::num::NonZero;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 use pegaflow_ssd::IoChoice;
-use serde::Serialize;
 use serde_json::json;
 
 use crate::error::ToolError;
-use crate::output::{print_json, size, table};
-use crate::replay::latency::median;
+use crate::output::{print_json, size};
 
-use fio::Fio;
+use fio::{Fio, Job};
 use memory::Hugepages;
 use rig::Rig;
+use row::{Figure, Round, Row, row};
+use tables::{cpu_times, rates};
 
 /// fio's figure for CPU time needs no more than that.
 const PSYNC_BYTES: u64 = 1 << 30;
+/// fio moves what lies behind the superblock: the shard stays one.
+const FIO_OFFSET: u64 = 2 << 20;
 
 /// How the tier moves pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -55,7 +59,7 @@ pub struct SsdArgs {
     /// Folder on the drive; the file that is measured is made there and removed again
     #[arg(long, value_name = "FOLDER")]
     pub folder: PathBuf,
-    /// Size of the file; nearly so much is written and read in each round
+    /// Size of the file
     #[arg(long, value_name = "SIZE", default_value = "4GiB")]
     pub size: ByteSize,
     /// Bytes of a page, several separated by commas
@@ -69,9 +73,12 @@ pub struct SsdArgs {
     /// Pages at the drive at a time
     #[arg(long, value_name = "N", default_value = "32")]
     pub depth: NonZero<u32>,
-    /// Rounds; figures are their medians
-    #[arg(long, default_value = "5")]
+    /// Rounds of ours and of fio's in turns; figures are their medians, ratios those of neighbours
+    #[arg(long, default_value = "9")]
     pub rounds: NonZero<usize>,
+    /// Most bytes of a round. Short ones let the changes of a drive's speed strike both alike
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    pub round_bytes: ByteSize,
     /// Whether the pages lie in huge pages, for the tier and for fio
     #[arg(long, value_enum, default_value = "off")]
     pub hugepages: Hugepages,
@@ -89,32 +96,6 @@ pub struct SsdArgs {
     /// A trace as `replay` takes it: what each layout keeps of it, on smaller and smaller drives
     #[arg(long, value_name = "FILE", requires = "layouts")]
     pub trace: Option<PathBuf>,
-}
-
-/// One page size in one direction.
-#[derive(Clone, Debug, Serialize)]
-struct Row {
-    page_bytes: u64,
-    direction: &'static str,
-    /// Bytes per second; medians of the rounds.
-    ours: f64,
-    fio: f64,
-    /// The median of the rounds' ratios.
-    ratio: f64,
-    /// Seconds of CPU time per GiB, checksums included.
-    ours_cpu: f64,
-    fio_cpu: f64,
-    fio_psync_cpu: f64,
-    /// Seconds per GiB of `ours_cpu` that went into checksums; fio takes none.
-    checksum_cpu: f64,
-}
-
-/// Bytes per second, and seconds of CPU time and of checksums per GiB.
-#[derive(Clone, Copy, Debug)]
-struct Figure {
-    rate: f64,
-    cpu: f64,
-    checksums: f64,
 }
 
 /// `pegactl bench ssd`.
@@ -141,38 +122,14 @@ pub fn command(args: &SsdArgs, as_json: bool) -> Result<(), ToolError> {
         return Ok(());
     }
     println!(
-        "{engine} against {fio} (io_uring, direct, registered), depth {}, file of {}, {} rounds, \
-         {memory}",
+        "{engine} against {fio} (io_uring, direct, registered), depth {}, file of {}, {} rounds of \
+         at most {} in turns, {memory}",
         args.depth,
         size(args.size.as_u64()),
-        args.rounds
+        args.rounds,
+        size(args.round_bytes.as_u64()),
     );
-    let header = [
-        "page",
-        "",
-        "ours GB/s",
-        "fio GB/s",
-        "ratio",
-        "ours CPU s/GiB",
-        "fio",
-        "fio psync",
-        "of ours checksums",
-    ];
-    let mut table = table(&header, &[0, 2, 3, 4, 5, 6, 7, 8]);
-    for row in rows {
-        table.add_row([
-            size(row.page_bytes),
-            row.direction.to_owned(),
-            format!("{:.2}", row.ours / 1e9),
-            format!("{:.2}", row.fio / 1e9),
-            format!("{:.2}", row.ratio),
-            format!("{:.3}", row.ours_cpu),
-            format!("{:.3}", row.fio_cpu),
-            format!("{:.3}", row.fio_psync_cpu),
-            format!("{:.3}", row.checksum_cpu),
-        ]);
-    }
-    println!("{table}");
+    println!("{}\n{}", rates(&rows), cpu_times(&rows));
     Ok(())
 }
 
@@ -182,9 +139,6 @@ struct Measured {
     memory: String,
     rows: Vec<Row>,
 }
-
-/// The figures of one round: ours, fio's and fio's with psync.
-type Round = [Figure; 3];
 
 fn measure(args: &SsdArgs, page_bytes: u64) -> Result<Measured, ToolError> {
     let page = u32::try_from(page_bytes)
@@ -196,71 +150,95 @@ fn measure(args: &SsdArgs, page_bytes: u64) -> Result<Measured, ToolError> {
     let path = folder.path().join("shard");
     let mut rig = Rig::open(args, &path, page)?;
     // Space that was never written is slower to write the first time, for everybody.
-    rig.write()?;
-    let (mut writes, mut reads): (Vec<Round>, Vec<Round>) = Default::default();
-    for round in 0..args.rounds.get() {
-        let (write, read) = measure_round(args, &path, page, &mut rig, round % 2 == 1)?;
-        writes.push(write);
-        reads.push(read);
-    }
-    let row = |direction, rounds: &[Round]| {
-        let of =
-            |pick: &dyn Fn(&Round) -> f64| median(&rounds.iter().map(pick).collect::<Vec<f64>>());
-        Row {
-            page_bytes,
-            direction,
-            ours: of(&|round| round[0].rate),
-            fio: of(&|round| round[1].rate),
-            ratio: of(&|round| round[0].rate / round[1].rate),
-            ours_cpu: of(&|round| round[0].cpu),
-            fio_cpu: of(&|round| round[1].cpu),
-            fio_psync_cpu: of(&|round| round[2].cpu),
-            checksum_cpu: of(&|round| round[0].checksums),
-        }
-    };
+    rig.write(rig.most_bytes)?;
+    // What fio writes replaces the shard's pages: all of them are read before.
+    let read = measure_reads(args, &path, &folder.path().join("verified"), &mut rig)?;
+    let write = measure_writes(args, &path, &mut rig)?;
     Ok(Measured {
         engine: rig.engine,
         memory: rig.memory.words(),
-        rows: vec![row("write", &writes), row("read", &reads)],
+        rows: vec![write, read],
     })
 }
 
-/// Writes and reads, both sides as many bytes. Who is first changes from round to round.
-fn measure_round(
+/// Rounds of all sides in turns, so short that a drive whose speed changes with time is alike for
+/// them. fio checks only what it wrote itself, for which it has the file `verified`.
+fn measure_reads(
     args: &SsdArgs,
-    path: &std::path::Path,
-    page: u32,
+    path: &Path,
+    verified: &Path,
     rig: &mut Rig,
-    fio_first: bool,
-) -> Result<(Round, Round), ToolError> {
-    let bytes = rig.round_bytes;
-    let fio = |rig: &Rig, pattern: &str| -> Result<[Figure; 2], ToolError> {
-        let fio = Fio {
-            args,
-            path,
-            memory: &rig.memory,
-            page,
-        };
-        Ok([
-            fio.measure(pattern, "io_uring", bytes)?,
-            fio.measure(pattern, "psync", bytes.min(PSYNC_BYTES))?,
-        ])
+) -> Result<Row, ToolError> {
+    let bytes = rig.whole_pages(args.round_bytes.as_u64());
+    let job = Job {
+        pattern: "randread",
+        engine: "io_uring",
+        bytes,
+        span: (FIO_OFFSET, rig.most_bytes),
+        verify: false,
     };
-    // What fio writes replaces the shard's pages: ours are written before they are read.
-    let (ours, theirs, ours_read, theirs_read);
-    if fio_first {
-        theirs = fio(rig, "write")?;
-        ours = rig.write()?;
-        theirs_read = fio(rig, "randread")?;
-        ours_read = rig.read()?;
-    } else {
-        ours = rig.write()?;
-        ours_read = rig.read()?;
-        theirs_read = fio(rig, "randread")?;
-        theirs = fio(rig, "write")?;
+    let verifies = Job {
+        verify: true,
+        ..job
+    };
+    let writes = Job {
+        pattern: "write",
+        bytes: rig.most_bytes,
+        ..verifies
+    };
+    Fio::of(args, verified, rig).measure(writes)?;
+    let mut rounds: Vec<Round> = Vec::new();
+    for round in 0..args.rounds.get() {
+        // First ours, then fio twice, then ours twice.
+        rounds.push(if round % 2 == 1 {
+            let checked = Fio::of(args, verified, rig).measure(verifies)?;
+            let plain = Fio::of(args, path, rig).measure(job)?;
+            (rig.read(bytes)?, plain, Some(checked))
+        } else {
+            let ours = rig.read(bytes)?;
+            let plain = Fio::of(args, path, rig).measure(job)?;
+            let checked = Fio::of(args, verified, rig).measure(verifies)?;
+            (ours, plain, Some(checked))
+        });
     }
-    Ok((
-        [ours, theirs[0], theirs[1]],
-        [ours_read, theirs_read[0], theirs_read[1]],
-    ))
+    let bytes = rig.whole_pages(PSYNC_BYTES);
+    let psync = |job| Job {
+        engine: "psync",
+        bytes,
+        ..job
+    };
+    let plain = Fio::of(args, path, rig).measure(psync(job))?;
+    let checked = Fio::of(args, verified, rig).measure(psync(verifies))?;
+    std::fs::remove_file(verified).map_err(ToolError::io(format!("{}", verified.display())))?;
+    Ok(row(rig.page, "read", &rounds, plain.cpu, Some(checked.cpu)))
+}
+
+/// Rounds of both sides in turns.
+fn measure_writes(args: &SsdArgs, path: &Path, rig: &mut Rig) -> Result<Row, ToolError> {
+    let bytes = rig.whole_pages(args.round_bytes.as_u64());
+    let parts = rig.most_bytes / bytes;
+    let job = |round: u64, bytes| Job {
+        pattern: "write",
+        engine: "io_uring",
+        bytes,
+        // Not always the same part of the file: a log does not stay where it is, either.
+        span: (FIO_OFFSET + round % parts * bytes, bytes),
+        verify: false,
+    };
+    let mut rounds: Vec<Round> = Vec::new();
+    for round in 0..args.rounds.get() {
+        let theirs = |rig: &Rig| Fio::of(args, path, rig).measure(job(round as u64, bytes));
+        rounds.push(if round % 2 == 1 {
+            let theirs = theirs(rig)?;
+            (rig.write(bytes)?, theirs, None)
+        } else {
+            (rig.write(bytes)?, theirs(rig)?, None)
+        });
+    }
+    let psync = Job {
+        engine: "psync",
+        ..job(0, rig.whole_pages(PSYNC_BYTES))
+    };
+    let psync = Fio::of(args, path, rig).measure(psync)?;
+    Ok(row(rig.page, "write", &rounds, psync.cpu, None))
 }

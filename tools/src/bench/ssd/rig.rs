@@ -31,11 +31,11 @@ pub(super) struct Rig {
     pub(super) engine: &'static str,
     /// What the pages lie in, and fio's in the same.
     pub(super) memory: Memory,
-    page: u32,
+    pub(super) page: u32,
     slots: usize,
-    /// Bytes of a round: the shard has that many besides the segments that it empties.
-    pub(super) round_bytes: u64,
-    /// The blocks of the last round.
+    /// The shard has room for that many bytes besides the segments that it empties.
+    pub(super) most_bytes: u64,
+    /// The blocks of the last write.
     written: Vec<BlockKey>,
     next_block: u64,
 }
@@ -65,10 +65,10 @@ impl Rig {
         let segments = u64::from(shard.segments.saturating_sub(EMPTY_SEGMENTS));
         let place_bytes = page.next_multiple_of(PLACE_BYTES);
         let segment_pages = (shard.segment_bytes / place_bytes).min(shard.segment_pages);
-        let round_bytes = segments * u64::from(segment_pages) * u64::from(page);
-        if round_bytes < u64::from(page) {
+        let most_bytes = segments * u64::from(segment_pages) * u64::from(page);
+        if most_bytes < u64::from(page) {
             return Err(ToolError::Plan(
-                "--size: the file is too small for a round".to_owned(),
+                "--size: the file is too small for a page".to_owned(),
             ));
         }
         Ok(Self {
@@ -77,7 +77,7 @@ impl Rig {
             memory,
             page,
             slots,
-            round_bytes,
+            most_bytes,
             written: Vec::new(),
             next_block: 0,
         })
@@ -136,9 +136,15 @@ impl Rig {
         self.tier.stats()[0].checksum_time
     }
 
-    /// Writes a round of blocks of one page each, and waits until all are durable.
-    pub(super) fn write(&mut self) -> Result<Figure, ToolError> {
-        let total = self.round_bytes / u64::from(self.page);
+    /// So many bytes or fewer, in pages, one at least.
+    pub(super) fn whole_pages(&self, bytes: u64) -> u64 {
+        let page = u64::from(self.page);
+        (bytes.min(self.most_bytes) / page).max(1) * page
+    }
+
+    /// Writes so many bytes in blocks of one page each, and waits until all are durable.
+    pub(super) fn write(&mut self, bytes: u64) -> Result<Figure, ToolError> {
+        let total = bytes / u64::from(self.page);
         self.written.clear();
         let meter = Meter::start(self.checksum_time());
         self.run(total, |rig, _, slot| {
@@ -159,13 +165,14 @@ impl Rig {
             self.tier.poll(Instant::now(), &mut Vec::new());
             std::thread::park_timeout(Duration::from_millis(1));
         }
-        Ok(meter.stop(self.round_bytes, self.checksum_time()))
+        Ok(meter.stop(bytes, self.checksum_time()))
     }
 
-    /// Reads all blocks of the last round, in random order.
-    pub(super) fn read(&mut self) -> Result<Figure, ToolError> {
+    /// Reads so many bytes of blocks of the last write, in random order, none twice.
+    pub(super) fn read(&mut self, bytes: u64) -> Result<Figure, ToolError> {
         let mut keys = self.written.clone();
         keys.shuffle(&mut rand::rng());
+        keys.truncate((bytes / u64::from(self.page)) as usize);
         let meter = Meter::start(self.checksum_time());
         self.run(keys.len() as u64, |rig, index, slot| {
             let page = rig.slot(slot);
@@ -178,7 +185,7 @@ impl Rig {
                 Err(why) => Err(ToolError::Plan(format!("a block is refused: {why}"))),
             }
         })?;
-        Ok(meter.stop(self.round_bytes, self.checksum_time()))
+        Ok(meter.stop(bytes, self.checksum_time()))
     }
 }
 
