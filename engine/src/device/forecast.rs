@@ -3,7 +3,9 @@
 //! The bus's rate is learnt from chunks whose begin and end were seen when they came: a look
 //! shortly before found the chunk under way. A chunk that is done at the first look may have been
 //! done for long. Taken for the bus's rate, that would let the thread sleep longer each time; so
-//! the next chunks are looked for earlier instead, until one is found under way.
+//! the next chunks are looked for earlier instead, until one is found under way. The one behind it
+//! is looked at, too: if it is done as well, the bus has had nothing to do, and is at least as fast
+//! as both tell.
 #![forbid(unsafe_code)]
 
 use std::time::{Duration, Instant};
@@ -31,6 +33,8 @@ const LATE_SHARE: u32 = 128;
 const LATE_PAUSE: Duration = Duration::from_micros(25);
 /// And at least this share of its time, while the bus has another one behind it.
 const LATE_PAUSE_SHARE: u32 = 32;
+/// And this share of how late it is: a GPU that stands still does not keep a CPU busy.
+const LATER_SHARE: u32 = 64;
 /// A look before the end says when that was if it lies back no longer than this share of the
 /// chunk's time: a pause, and the sleep's own delay.
 const FRESH_SHARE: u32 = 3;
@@ -56,17 +60,21 @@ pub(super) struct Awaited {
     margin: Duration,
     /// When it was last found not to be.
     unfinished: Option<Instant>,
+    /// The one before it may have been done for long.
+    is_suspect: bool,
 }
 
 impl Awaited {
-    /// Whether a look at it is worth while: of a long one, when half of its time is over.
+    /// Whether a look at it is worth while: of a long one, when half of its time is over, and once
+    /// when the one before it may have been done for long.
     pub(super) fn is_due(&self, now: Instant) -> bool {
-        self.bytes < LONG_BYTES || now + self.bus / 2 >= self.expected
+        self.bytes < LONG_BYTES || self.is_suspect || now + self.bus / 2 >= self.expected
     }
 
     /// A look has found it under way.
     pub(super) fn is_unfinished(&mut self, now: Instant) {
         self.unfinished = Some(now);
+        self.is_suspect = false;
     }
 }
 
@@ -80,6 +88,12 @@ pub(super) struct Forecast {
     last_done: Instant,
     /// That was when it came.
     last_is_seen: bool,
+    /// Since when the bus has done what the last look has found done, if it was idle before, and
+    /// how much that is.
+    look_began: Option<Instant>,
+    look_bytes: u64,
+    /// A look has found several chunks done, and none under way since.
+    is_behind: bool,
     /// Chunks that were started.
     started: u32,
 }
@@ -91,8 +105,16 @@ impl Forecast {
             busy_until: now,
             last_done: now,
             last_is_seen: false,
+            look_began: None,
+            look_bytes: 0,
+            is_behind: false,
             started: 0,
         }
+    }
+
+    /// Bytes that should take the bus this long.
+    pub(super) fn bytes_in(&self, time: Duration) -> u64 {
+        (self.bytes_per_us * time.as_secs_f64() * 1e6) as u64
     }
 
     fn on_the_bus(&self, bytes: u64) -> Duration {
@@ -110,12 +132,13 @@ impl Forecast {
             bus,
             started: now,
             expected: self.busy_until,
-            margin: if self.started % PROBED < 2 {
+            margin: if self.started % PROBED < 2 || self.is_behind {
                 Duration::ZERO
             } else {
                 bus / MARGIN
             },
             unfinished: None,
+            is_suspect: false,
         }
     }
 
@@ -140,8 +163,10 @@ impl Forecast {
             } else if !is_seen && chunk.margin.is_zero() {
                 self.bytes_per_us *= EARLIER;
             }
-            self.bytes_per_us = self.bytes_per_us.clamp(RATES.0, RATES.1);
         }
+        self.learn_from_look(chunk, now);
+        self.bytes_per_us = self.bytes_per_us.clamp(RATES.0, RATES.1);
+        self.is_behind &= !is_seen;
         self.last_is_seen = is_seen;
         self.last_done = now;
         // What is behind it has the bus since the last look, or since nobody knows when.
@@ -152,9 +177,31 @@ impl Forecast {
                 at = at.min(next.expected);
             }
             next.expected = at;
+            next.is_suspect |= !is_seen;
         }
         self.busy_until = at;
         busy
+    }
+
+    /// Several chunks that one look finds done, the first of which came upon an idle bus, tell how
+    /// fast it is at least.
+    fn learn_from_look(&mut self, chunk: Awaited, now: Instant) {
+        if now > self.last_done {
+            let was_idle = chunk.started >= self.last_done;
+            self.look_began = was_idle.then_some(chunk.started);
+            self.look_bytes = chunk.bytes;
+            return;
+        }
+        self.look_bytes += chunk.bytes;
+        if self.look_bytes < TELLING_BYTES {
+            return;
+        }
+        self.is_behind = true;
+        if let Some(began) = self.look_began {
+            let micros = now.saturating_duration_since(began).as_secs_f64() * 1e6;
+            let least = self.look_bytes as f64 / micros.max(1.0);
+            self.bytes_per_us = self.bytes_per_us.max(least);
+        }
     }
 
     /// When to look at the chunks again: `None` when nothing is under way.
@@ -177,10 +224,14 @@ impl Forecast {
             bus,
             ..
         } = next?;
+        let late_pause = |least: Duration| {
+            let late = now.saturating_duration_since(first);
+            LATE_PAUSE.max(least).max(late / LATER_SHARE)
+        };
         if count > 1 {
             // The bus has the next chunk already: nobody waits for this one to be noticed.
             let look = first + margin;
-            let pause = LATE_PAUSE.max(bus / LATE_PAUSE_SHARE);
+            let pause = late_pause(bus / LATE_PAUSE_SHARE);
             return Some(if look > now { look } else { now + pause });
         }
         let late = if bytes < LONG_BYTES {
@@ -189,7 +240,7 @@ impl Forecast {
             LATE.min(bus / LATE_SHARE)
         };
         if now > first + late {
-            return Some(now + LATE_PAUSE);
+            return Some(now + late_pause(Duration::ZERO));
         }
         let early = if bytes < LONG_BYTES {
             SOON
@@ -207,25 +258,39 @@ mod tests {
 
     use super::*;
 
-    /// A bus, and a thread that queues two chunks at a time, takes a while to do it and sleeps for
-    /// longer than it should; after `in_run` of them it has none for a while. Returns the share of
-    /// the bus that it used within the runs, and sleeps for each chunk, both of the later half.
+    /// What a thread that queues two chunks at a time makes of a bus.
+    struct Outcome {
+        /// The share of the bus that it used within the runs.
+        used: f64,
+        /// Sleeps for each chunk.
+        sleeps: f64,
+        /// How late a chunk was found done, at worst.
+        late: Duration,
+    }
+
+    /// The thread's sleeps take longer than they should; after `in_run` chunks it has none for a
+    /// while. The outcome is that of the later half, before which the bus has the first rate.
     fn run(
-        bytes_per_us: f64,
+        rates: (f64, f64),
         (chunk, in_run): (u64, u32),
         (oversleep, launch): (Duration, Duration),
         chunks: u32,
-    ) -> (f64, f64) {
+    ) -> Outcome {
         let begin = Instant::now();
         let mut forecast = Forecast::new(begin);
-        let time = Duration::from_nanos((chunk as f64 * 1e3 / bytes_per_us) as u64);
+        let half = chunks / 2;
+        let time_of = |number| {
+            let rate = if number < half { rates.0 } else { rates.1 };
+            Duration::from_nanos((chunk as f64 * 1e3 / rate) as u64)
+        };
         let (mut now, mut bus_free, mut done, mut queued) = (begin, begin, 0, 0);
-        let (mut busy, mut measured, mut sleeps) = (Duration::ZERO, 0, 0);
+        let (mut busy, mut late, mut sleeps) = (Duration::ZERO, Duration::ZERO, 0);
         let mut under_way: VecDeque<(Awaited, Instant)> = VecDeque::new();
         while done < chunks {
-            let began = now;
-            let first = done;
-            while done < first + in_run {
+            let until = chunks.min(done + in_run);
+            while done < until {
+                let began = now;
+                let is_later = done >= half;
                 while let Some((awaited, end)) = under_way.front_mut()
                     && awaited.is_due(now)
                 {
@@ -233,12 +298,15 @@ mod tests {
                         awaited.is_unfinished(now);
                         break;
                     }
+                    if is_later {
+                        late = late.max(now - *end);
+                    }
                     let (awaited, _) = under_way.pop_front().unwrap();
                     forecast.done(awaited, under_way.iter_mut().map(|(a, _)| a), now);
                     done += 1;
                 }
-                while under_way.len() < 2 && queued < first + in_run {
-                    bus_free = bus_free.max(now + launch) + time;
+                while under_way.len() < 2 && queued < until {
+                    bus_free = bus_free.max(now + launch) + time_of(queued);
                     under_way.push_back((forecast.start(chunk, now), bus_free));
                     now += launch;
                     queued += 1;
@@ -249,17 +317,20 @@ mod tests {
                         true => Duration::from_micros(1),
                         false => sleep + oversleep,
                     };
-                    sleeps += u32::from(first >= chunks / 2 && !sleep.is_zero());
+                    sleeps += u32::from(is_later && !sleep.is_zero());
                 }
-            }
-            if first >= chunks / 2 {
-                busy += now - began;
-                measured += in_run;
+                if is_later {
+                    busy += now - began;
+                }
             }
             now += Duration::from_millis(3);
         }
-        let used = time.as_secs_f64() * f64::from(measured) / busy.as_secs_f64();
-        (used, f64::from(sleeps) / f64::from(measured))
+        let measured = chunks - half;
+        Outcome {
+            used: time_of(half).as_secs_f64() * f64::from(measured) / busy.as_secs_f64(),
+            sleeps: f64::from(sleeps) / f64::from(measured),
+            late,
+        }
     }
 
     #[test]
@@ -269,7 +340,8 @@ mod tests {
                 let oversleep = Duration::from_micros(us);
                 for chunk in [32 << 20, 256 << 20] {
                     let delays = (oversleep, Duration::ZERO);
-                    let (used, sleeps) = run(rate, (chunk, 4000), delays, 8000);
+                    let outcome = run((rate, rate), (chunk, 4000), delays, 8000);
+                    let Outcome { used, sleeps, .. } = outcome;
                     assert!(
                         used > 0.97,
                         "{used:.3} of {rate} bytes/us, chunks of {chunk}, sleeps {us} us late"
@@ -290,7 +362,7 @@ mod tests {
                 (256 << 20, 1),
             ] {
                 let delays = (Duration::from_micros(us), Duration::from_micros(5));
-                let (used, _) = run(54_300.0, chunks, delays, 2 * chunks.1);
+                let used = run((54_300.0, 54_300.0), chunks, delays, 2 * chunks.1).used;
                 assert!(
                     used > 0.97,
                     "{chunks:?}, {us} us late: {used:.3} of the bus"
@@ -309,11 +381,55 @@ mod tests {
             (50, 500, 0.95),
         ] {
             let delays = (Duration::from_micros(us), Duration::from_micros(launch));
-            let (used, _) = run(54_300.0, (32 << 20, 32), delays, 4000);
+            let rates = (54_300.0, 54_300.0);
+            let used = run(rates, (32 << 20, 32), delays, 4096).used;
             assert!(
                 used > least,
                 "{used:.3} of the bus, {launch} us for each chunk"
             );
+        }
+    }
+
+    #[test]
+    fn a_bus_that_becomes_faster_is_used_at_once() {
+        let delays = (Duration::from_micros(8), Duration::from_micros(5));
+        for (slow, fast) in [
+            (12_000.0, 55_000.0),
+            (26_000.0, 54_000.0),
+            (40_000.0, 55_000.0),
+        ] {
+            for (chunk, in_run) in [
+                (256 << 20, 1000),
+                (256 << 20, 4),
+                (64 << 20, 16),
+                (32 << 20, 32),
+            ] {
+                let Outcome { used, late, .. } = run((slow, fast), (chunk, in_run), delays, 128);
+                let what = format!("{in_run} chunks of {chunk}, {slow} and then {fast}");
+                assert!(used > 0.9, "{used:.3} of the bus: {what}");
+                // A chunk's time on the slow bus at worst.
+                let most = Duration::from_nanos((chunk as f64 * 1.2e3 / slow) as u64);
+                assert!(late < most, "{late:?} late: {what}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_bus_that_stands_still_is_looked_at_less_and_less() {
+        for chunks in [1, 2] {
+            let begin = Instant::now();
+            let mut forecast = Forecast::new(begin);
+            let chunks: Vec<Awaited> = (0..chunks)
+                .map(|_| forecast.start(64 << 20, begin))
+                .collect();
+            let (mut now, mut looks) = (begin, 0);
+            while now < begin + Duration::from_secs(10) {
+                let look = Forecast::next_look(chunks.iter().copied(), now).unwrap();
+                // Each look takes a little.
+                now = look.max(now + Duration::from_micros(1));
+                looks += 1;
+            }
+            assert!(looks < 1000, "{looks} looks in ten seconds");
         }
     }
 

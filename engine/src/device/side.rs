@@ -15,6 +15,9 @@ use super::plan::{Limits, Source};
 use super::slot::{Cargo, Flight, Kernels, Slot};
 use super::turns::Turns;
 
+/// How long the bus may be busy with a chunk that is longer than others.
+const LONGEST: Duration = Duration::from_millis(6);
+
 /// What both directions use.
 pub(super) struct Gear {
     pub(super) card: Arc<Card>,
@@ -216,12 +219,20 @@ impl Side {
         Ok(())
     }
 
-    /// Most bytes of the next chunk.
+    /// Most bytes of the next chunk: in a whole number of others' chunks, as much as the bus takes
+    /// no longer for than whoever comes next may have to wait.
     fn longest(&self) -> u64 {
-        match self.turns.sessions() {
-            0 | 1 => self.lengths.long_bytes,
-            _ => self.lengths.chunk_bytes,
+        let Lengths {
+            chunk_bytes,
+            long_bytes,
+            ..
+        } = self.lengths;
+        if self.turns.sessions() > 1 {
+            return chunk_bytes;
         }
+        let in_time = self.forecast.bytes_in(LONGEST);
+        let whole = in_time - in_time % chunk_bytes.max(1);
+        long_bytes.min(whole.max(chunk_bytes))
     }
 
     /// The jobs whose chunks are under way, with where those begin. All slots are free afterwards:

@@ -33,8 +33,9 @@ const SLOTS: usize = 2;
 const CHUNK_BYTES: u64 = 32 << 20;
 /// Most bytes of a save's chunk that is a few large copies and no other session's save waits for:
 /// each look at the bus costs the thread the same, whatever has gone over it. A save of another
-/// session that comes then, and a cancellation, wait for two of them, which take 10 ms. Loads have
-/// a way of their own and do not wait.
+/// session that comes then, and a cancellation, wait for two of them, which take 10 ms; on a slower
+/// bus chunks are shorter, so that it is not much more. Loads have a way of their own and do not
+/// wait.
 const LONG_SAVE_BYTES: u64 = 256 << 20;
 /// The same of a load, for whose end an engine waits, perhaps one that asks for another next.
 const LONG_LOAD_BYTES: u64 = 64 << 20;

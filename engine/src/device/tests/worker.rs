@@ -469,6 +469,31 @@ fn a_save_that_no_other_waits_for_goes_in_longer_chunks_than_a_load_or_several()
 }
 
 #[test]
+fn on_a_slow_bus_chunks_are_shorter() {
+    const PAGE: usize = 4 << 20;
+    let mut rig = Rig::with_ranges(options(), true, POOL_BYTES as u64);
+    let engine = rig.engine(PAGE);
+    let target = bind(&engine, 1, &[(0, PAGE as u64, PAGE as u64)]);
+    let list = [(0, 0); 128];
+    let chunk = (0..100).find_map(|_| {
+        // Copied by this process, a page for each look: far below any bus.
+        rig.submit(task(1, Direction::Save, &target, &list[..64]));
+        rig.finish(1);
+        rig.driver.set_pace(Pace::Held);
+        let copies = task(1, Direction::Save, &target, &list);
+        let cancelled = copies.cancelled.clone();
+        rig.submit(copies);
+        let copies = copies_of_two_chunks(&mut rig);
+        cancelled.store(true, Ordering::Relaxed);
+        rig.driver.set_pace(Pace::Looked);
+        rig.finish(1);
+        (copies < list.len()).then_some(copies * PAGE / 2)
+    });
+    let chunk = chunk.expect("chunks that take as long as on a fast bus");
+    assert!(chunk.is_multiple_of(32 << 20), "{chunk}");
+}
+
+#[test]
 fn a_bandwidth_limit_spreads_saves_out_and_leaves_loads_alone() {
     let options = DeviceOptions {
         d2h_limit: Some(1 << 20),
