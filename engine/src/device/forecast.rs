@@ -44,6 +44,9 @@ const FRESH_SHARE: u32 = 3;
 const PROBED: u32 = 16;
 /// By which share of its time such a chunk is looked for late.
 const MARGIN: u32 = 6;
+/// Chunks with none behind them are looked for when they should be done, too. When so many in a row
+/// are done at the first look, more than the sleeps is late.
+const UNSEEN_ENDS: u32 = 8;
 /// By how much a chunk that was done at the first look lets the bus be taken for faster.
 const EARLIER: f64 = 1.08;
 
@@ -94,6 +97,8 @@ pub(super) struct Forecast {
     look_bytes: u64,
     /// A look has found several chunks done, and none under way since.
     is_behind: bool,
+    /// Chunks in a row, with none behind them, that were done at the first look.
+    unseen_ends: u32,
     /// Chunks that were started.
     started: u32,
 }
@@ -108,6 +113,7 @@ impl Forecast {
             look_began: None,
             look_bytes: 0,
             is_behind: false,
+            unseen_ends: 0,
             started: 0,
         }
     }
@@ -156,11 +162,19 @@ impl Forecast {
         let is_fresh = |at: &Instant| now.saturating_duration_since(*at) <= busy / FRESH_SHARE;
         let still_there = chunk.unfinished.filter(is_fresh);
         let is_seen = still_there.is_some();
+        let mut left = left.peekable();
         if chunk.bytes >= TELLING_BYTES && micros > 1.0 {
+            self.unseen_ends = match is_seen {
+                true => 0,
+                false => self
+                    .unseen_ends
+                    .saturating_add(u32::from(left.peek().is_none())),
+            };
+            let is_probed = chunk.margin.is_zero() || self.unseen_ends > UNSEEN_ENDS;
             let seen = chunk.bytes as f64 / micros;
             if is_seen && self.last_is_seen {
                 self.bytes_per_us += (seen - self.bytes_per_us) / 4.0;
-            } else if !is_seen && chunk.margin.is_zero() {
+            } else if !is_seen && is_probed {
                 self.bytes_per_us *= EARLIER;
             }
         }
@@ -411,6 +425,12 @@ mod tests {
                 let most = Duration::from_nanos((chunk as f64 * 1.2e3 / slow) as u64);
                 assert!(late < most, "{late:?} late: {what}");
             }
+            // Loads of one chunk each: after thirty they are noticed when they are done.
+            let used = run((slow, fast), (64 << 20, 1), delays, 512).used;
+            assert!(
+                used > 0.85,
+                "{used:.3} of the bus: single chunks, {slow} and then {fast}"
+            );
         }
     }
 
