@@ -1,10 +1,10 @@
 //! Named places at which a test lets the daemon die.
 //!
-//! A crash point stands between two steps of which a crash must not see the order reversed. In
-//! builds with debug assertions `PEGAFLOW_CRASH_AT=NAME[:N]` makes the `N`-th pass of a point (the
-//! first by default) end the process by SIGKILL, as the kernel would; [`arm`] makes a pass panic on
-//! the calling thread instead, with [`Crash`] as its payload, for a simulation that runs the daemon
-//! inside its own process. In other builds a point is nothing at all.
+//! A crash point stands between two steps of which a crash must not see the order reversed. In unit
+//! tests and in builds with debug assertions `PEGAFLOW_CRASH_AT=NAME[:N]` makes the `N`-th pass of
+//! a point (the first by default) end the process by SIGKILL, as the kernel would; [`arm`] makes a
+//! pass panic on the calling thread instead, with [`Crash`] as its payload, for a simulation that
+//! runs the daemon inside its own process. In other builds a point is nothing at all.
 
 #![forbid(unsafe_code)]
 
@@ -104,15 +104,15 @@ pub struct Crash {
 }
 
 /// A place at which a crash can be asked for.
-#[cfg(not(debug_assertions))]
+#[cfg(not(any(debug_assertions, test)))]
 #[inline(always)]
 pub fn point(_at: CrashPoint) {}
 
-#[cfg(debug_assertions)]
+#[cfg(any(debug_assertions, test))]
 pub use armed::{Arming, arm, check_environment, point};
 
 /// Checks the variable that arms a point; nothing reads it in this build.
-#[cfg(not(debug_assertions))]
+#[cfg(not(any(debug_assertions, test)))]
 pub fn check_environment() -> Result<(), UnknownPoint> {
     Ok(())
 }
@@ -122,7 +122,7 @@ pub fn check_environment() -> Result<(), UnknownPoint> {
 #[error("{CRASH_AT}={0}: give the name of a crash point, or NAME:N for its N-th pass from 1 on")]
 pub struct UnknownPoint(pub String);
 
-#[cfg(debug_assertions)]
+#[cfg(any(debug_assertions, test))]
 mod armed {
     use std::cell::Cell;
     use std::sync::OnceLock;
@@ -224,7 +224,6 @@ mod tests {
         assert_eq!(names.len(), CrashPoint::ALL.len());
     }
 
-    #[cfg(debug_assertions)]
     #[test]
     fn the_variable_names_a_point_and_a_pass() {
         for at in CrashPoint::ALL {
@@ -236,7 +235,6 @@ mod tests {
         }
     }
 
-    #[cfg(debug_assertions)]
     #[test]
     fn an_armed_point_panics_at_its_nth_pass_and_once() {
         let armed = arm(CrashPoint::IndexMade, 2);
