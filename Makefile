@@ -41,7 +41,7 @@ help: ## list the targets
 
 .PHONY: build
 build: ## build daemon, tools and library (release)
-	$(CARGO) build --release --workspace --bins
+	$(CARGO) build --release -p pegaflow-engine -p pegaflow-tools --bins
 	$(CARGO) build --release -p pegaflow-client
 
 .PHONY: lib
