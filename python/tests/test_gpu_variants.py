@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.gpu.variants import VARIANTS, altered, is_right, prompts
+from tests.vllm.gpu.answers import altered
+from tests.vllm.gpu.variants import VARIANTS, VOCABULARY, is_right, prompts
 
 RIGHT: dict[str, Any] = {
     "prompts": 2,
@@ -44,7 +45,7 @@ def test_a_single_defect_is_wrong(wrong: dict[str, Any]) -> None:
 
 def test_a_prompt_is_altered_in_its_middle_alone() -> None:
     for prompt in prompts():
-        other = altered(prompt)
+        other = altered(prompt, VOCABULARY)
         pairs = enumerate(zip(prompt, other, strict=True))
         changed = [at for at, (one, two) in pairs if one != two]
         middle = len(prompt) // 2

@@ -131,17 +131,15 @@ fn start_engine(
 fn expect_ready(engine: &mut Engine) -> Result<(), ToolError> {
     match engine.answers.expect::<Said<RequestDone>>()? {
         Said::Ready => Ok(()),
-        Said::Failed(what) => Err(ToolError::Child {
-            process: "an engine".into(),
-            what,
-        }),
-        Said::Done(_) => {
-            let what = "answered before it was asked".to_owned();
-            Err(ToolError::Child {
-                process: "an engine".into(),
-                what,
-            })
-        }
+        Said::Failed(what) => Err(engine_failed(what)),
+        Said::Done(_) => Err(engine_failed("answered before it was asked".to_owned())),
+    }
+}
+
+fn engine_failed(what: String) -> ToolError {
+    ToolError::Child {
+        process: "an engine".into(),
+        what,
     }
 }
 
@@ -225,10 +223,7 @@ fn collect(
             let event = match reader.expect::<Said<RequestDone>>() {
                 Ok(Said::Done(done)) => Ok(done),
                 Ok(Said::Ready) => continue,
-                Ok(Said::Failed(what)) => Err(ToolError::Child {
-                    process: "an engine".into(),
-                    what,
-                }),
+                Ok(Said::Failed(what)) => Err(engine_failed(what)),
                 Err(error) => Err(error),
             };
             let ends = event.is_err();

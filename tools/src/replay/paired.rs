@@ -18,7 +18,7 @@ use super::report::Report;
 use super::scheduler::RequestDone;
 use super::trace::Request;
 use super::worker::Said;
-use super::{Engine, MadeFiles, expect_ready, progress_bar, start_engine};
+use super::{Engine, MadeFiles, engine_failed, expect_ready, progress_bar, start_engine};
 use crate::daemon::DaemonInUse;
 use crate::error::ToolError;
 use crate::node::NodePlace;
@@ -98,8 +98,8 @@ fn do_all(engine: &mut Engine, requests: &[Request]) -> Result<Vec<RequestDone>,
             .iter()
             .map(|_| match from.expect::<Said<RequestDone>>()? {
                 Said::Done(done) => Ok(done),
-                Said::Failed(what) => Err(failed(what)),
-                Said::Ready => Err(failed("is ready twice".to_owned())),
+                Said::Failed(what) => Err(engine_failed(what)),
+                Said::Ready => Err(engine_failed("is ready twice".to_owned())),
             })
             .collect();
         // An engine that ends early says why before its pipe breaks.
@@ -109,13 +109,6 @@ fn do_all(engine: &mut Engine, requests: &[Request]) -> Result<Vec<RequestDone>,
             Err(panic) => std::panic::resume_unwind(panic),
         }
     })
-}
-
-fn failed(what: String) -> ToolError {
-    ToolError::Child {
-        process: "an engine".into(),
-        what,
-    }
 }
 
 /// Latencies of queries that needed nothing from below the pool on either side.

@@ -10,21 +10,19 @@ result is printed as one line of JSON when it is there; the table comes last.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import random
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
+from tests.vllm.gpu.answers import LOWEST, altered, differing
 from tests.vllm.gpu.report import Results
-from tests.vllm.gpu.setups import Engine, Settings, Setup, setups
+from tests.vllm.gpu.setups import Engine, Settings, Setup, command_line, log_folder, setups
 from tests.vllm.process import EngineError
 
 VOCABULARY = 150_000
@@ -55,7 +53,7 @@ class Bench:
     def prompt(self, tokens: int) -> list[int]:
         """Tokens that no prompt before had."""
         count = self.settings.scaled(tokens)
-        return [self.generator.randrange(5, VOCABULARY) for _ in range(count)]
+        return [self.generator.randrange(LOWEST, VOCABULARY) for _ in range(count)]
 
     def whole(self, tokens: int) -> int:
         """Tokens of such a prompt that a cache can give."""
@@ -110,19 +108,12 @@ class Bench:
         def answers(engine: Engine) -> list[list[int]]:
             return [engine.run([prompt], max_tokens=16).tokens[0] for prompt in prompts]
 
-        def unequal(left: list[list[int]], right: list[list[int]]) -> int:
-            return sum(one != other for one, other in zip(left, right, strict=True))
-
-        # One other block in the middle of a prompt, computed in the same shapes, has to give
-        # another answer: a wrong cache cannot hide then.
-        others = [
-            prompt[: len(prompt) // 2] + self.prompt(16) + prompt[len(prompt) // 2 + 16 :]
-            for prompt in prompts
-        ]
         with self.turn(NONE) as none:
             cold_none, own_none = answers(none), answers(none)
+            # Computed in the same shapes as the first answers: nothing is cached under this salt.
             cold_others = [
-                none.run([prompt], max_tokens=16, cache_salt="other").tokens[0] for prompt in others
+                none.run([altered(prompt, VOCABULARY)], max_tokens=16, cache_salt="other").tokens[0]
+                for prompt in prompts
             ]
         for name in self.turns(0, names):
             with self.turn(name) as engine:
@@ -134,10 +125,10 @@ class Bench:
                     "identity",
                     prompts=len(prompts),
                     settled=settled,
-                    cold_differs=unequal(cold, cold_none),
-                    warm_differs=unequal(warm, own_none),
-                    vllm_cold_against_cached=unequal(cold_none, own_none),
-                    altered_differs=unequal(cold_none, cold_others),
+                    cold_differs=differing(cold, cold_none),
+                    warm_differs=differing(warm, own_none),
+                    vllm_cold_against_cached=differing(cold_none, own_none),
+                    altered_differs=differing(cold_none, cold_others),
                 )
 
     def first_tokens(self, part: int, names: Sequence[str]) -> None:
@@ -297,9 +288,7 @@ class Bench:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="measure vLLM with and without connectors")
-    parser.add_argument("--pack", type=Path, required=True, help="folder of the unpacked pack")
-    parser.add_argument("--folder", type=Path, help="for logs [a temporary one]")
+    parser = command_line("measure vLLM with and without connectors")
     parser.add_argument("--setups", nargs="+", default=[OURS, "offloading", "public", *LATE])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seconds", type=float, default=480.0, help="start no new round then")
@@ -308,10 +297,8 @@ def main() -> int:
     parser.add_argument("--pool-gib", type=int, default=20, help="pool of each connector")
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs for decode steps")
     parser.add_argument("--served", action="store_true", help="engines in their own processes")
-    parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="pegaflow-vllm-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = log_folder(options)
     settings = Settings(
         pack=options.pack,
         folder=folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sysconfig
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -241,6 +243,22 @@ def setups(settings: Settings) -> dict[str, Setup]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings.shape, indent=1), encoding="utf-8")
     return {setup.name: setup for setup in listed}
+
+
+def command_line(description: str) -> argparse.ArgumentParser:
+    """Arguments of everything that runs with a pack."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--pack", type=Path, required=True, help="folder of the unpacked pack")
+    parser.add_argument("--folder", type=Path, help="for logs [a temporary one]")
+    parser.add_argument("--rehearse", action="store_true", help="go through it on a CPU")
+    return parser
+
+
+def log_folder(options: argparse.Namespace) -> Path:
+    """The folder that the arguments name, or one that is made."""
+    folder: Path = options.folder or Path(tempfile.mkdtemp(prefix="pegaflow-vllm-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextlib.contextmanager

@@ -11,12 +11,9 @@ cache could hide behind it.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -27,7 +24,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from tests.vllm.gpu.setups import SHAPE, Settings, Setup, daemon
+from tests.vllm.gpu.answers import LOWEST, altered, differing
+from tests.vllm.gpu.setups import SHAPE, Settings, Setup, command_line, daemon, log_folder
 from tests.vllm.place import connector
 from tests.vllm.process import Vllm
 
@@ -169,21 +167,10 @@ def prompts() -> list[list[int]]:
     generator = random.Random(23)
 
     def tokens(count: int) -> list[int]:
-        return [generator.randrange(5, VOCABULARY) for _ in range(count)]
+        return [generator.randrange(LOWEST, VOCABULARY) for _ in range(count)]
 
     shared = tokens(700)
     return [tokens(150), shared + tokens(37), shared + tokens(411), tokens(2049), tokens(5003)]
-
-
-def altered(prompt: list[int]) -> list[int]:
-    """The same prompt, with 16 other tokens in its middle."""
-    middle = len(prompt) // 2
-    others = [5 + (token + 77) % (VOCABULARY - 5) for token in prompt[middle : middle + 16]]
-    return prompt[:middle] + others + prompt[middle + 16 :]
-
-
-def differing(left: list[list[int]], right: list[list[int]]) -> int:
-    return sum(one != other for one, other in zip(left, right, strict=True))
 
 
 def check(shape: Shape) -> dict[str, Any]:
@@ -199,7 +186,7 @@ def check(shape: Shape) -> dict[str, Any]:
         own, own_cached = answers(engine)
         # Nothing is cached under this salt: computed in the same shapes as the first answers.
         others = [
-            engine.run([altered(prompt)], max_tokens=12, cache_salt="altered").tokens[0]
+            engine.run([altered(prompt, VOCABULARY)], max_tokens=12, cache_salt="altered").tokens[0]
             for prompt in asked
         ]
         settled = engine.call("settle")["settled"]
@@ -261,15 +248,11 @@ def gpu_count() -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="compare loaded answers on GPUs in many shapes")
-    parser.add_argument("--pack", type=Path, required=True, help="folder of the unpacked pack")
-    parser.add_argument("--folder", type=Path, help="for logs [a temporary one]")
+    parser = command_line("compare loaded answers on GPUs in many shapes")
     parser.add_argument("--only", nargs="+", choices=[one.name for one in VARIANTS])
     parser.add_argument("--jobs", type=int, default=6, help="engines alive at the same time")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU")
     options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="pegaflow-variants-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = log_folder(options)
     settings = Settings(
         pack=options.pack,
         folder=folder,
@@ -282,17 +265,18 @@ def main() -> int:
     gpus = Gpus(count)
     for job in range(options.jobs):
         gpus.free.put(job % count)
-    wanted = [one for one in VARIANTS if options.only is None or one.name in options.only]
+    chosen = [one for one in VARIANTS if options.only is None or one.name in options.only]
+    wanted = [one for one in chosen if one.gpus <= count]
+    for variant in chosen:
+        if variant not in wanted:
+            print(f"{variant.name}: SKIPPED, wants {variant.gpus} GPUs, here are {count}")
     began = time.monotonic()
     wrong: list[str] = []
 
     def attempt(variant: Variant) -> None:
-        if variant.gpus > count:
-            print(f"{variant.name}: SKIPPED, wants {variant.gpus} GPUs, here are {count}")
-            return
         line: dict[str, Any] = {"variant": variant.name}
         try:
-            with gpus.of(variant) as chosen:
+            with gpus.of(variant) as numbers:
                 salt = connector(**{"pegaflow.salt": variant.name})
                 shape = Shape(
                     variant.name,
@@ -302,7 +286,7 @@ def main() -> int:
                     multiprocess=variant.gpus > 1,
                     runner=variant.runner,
                     variant=variant,
-                    gpus=chosen,
+                    gpus=numbers,
                 )
                 shape.write()
                 line |= check(shape)
@@ -319,10 +303,13 @@ def main() -> int:
         # Those of two processes take longest.
         for one in [pool.submit(attempt, each) for each in sorted(wanted, key=lambda v: -v.gpus)]:
             one.result()
-    print(f"{len(wanted)} variants, wrong: {', '.join(sorted(wrong)) or 'none'}; logs: {folder}")
+    skipped = len(chosen) - len(wanted)
+    print(
+        f"{len(wanted)} variants, {skipped} skipped, wrong: {', '.join(sorted(wrong)) or 'none'};"
+        f" logs: {folder}"
+    )
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    os.umask(0o077)
     sys.exit(main())

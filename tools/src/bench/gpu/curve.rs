@@ -118,19 +118,13 @@ pub(super) fn render(points: &[Point]) -> String {
             String::new(),
         ]);
         for (compute, slow) in &point.beside {
-            let (alone, saving, loading) = (slow.alone, slow.saving, slow.loading);
-            let times = |with: super::engine::Product| {
-                let median = with.median_ns / alone.median_ns;
-                let mean = with.mean_ns / alone.mean_ns;
-                format!("x{median:.3} (x{mean:.3})")
-            };
             rows.add_row([
                 point.way.to_owned(),
                 (*compute).to_owned(),
                 rate(slow.save_gbps),
                 rate(slow.load_gbps),
-                times(saving),
-                times(loading),
+                slow.saving.times(slow.alone).to_string(),
+                slow.loading.times(slow.alone).to_string(),
             ]);
         }
     }

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -183,6 +184,29 @@ impl Product {
             median_ns: (one.median_ns + other.median_ns) / 2.0,
             mean_ns: (one.mean_ns + other.mean_ns) / 2.0,
         }
+    }
+
+    /// How many times as long as `alone` it takes.
+    pub fn times(self, alone: Product) -> Times {
+        Times {
+            median: self.median_ns / alone.median_ns,
+            mean: self.mean_ns / alone.mean_ns,
+        }
+    }
+}
+
+/// How much longer a product takes, as a factor.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// Of the medians.
+    pub median: f64,
+    /// Of the means.
+    pub mean: f64,
+}
+
+impl fmt::Display for Times {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "x{:.3} (x{:.3})", self.median, self.mean)
     }
 }
 

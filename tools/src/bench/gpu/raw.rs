@@ -182,8 +182,7 @@ pub struct RawRow {
 impl RawRow {
     /// By how much a product slows down in the median, beside copies to the host and to the GPU.
     pub fn slowdowns(&self) -> [f64; 2] {
-        let alone = self.alone.median_ns;
-        [self.beside_out, self.beside_in].map(|beside| beside.median_ns / alone)
+        [self.beside_out, self.beside_in].map(|beside| beside.times(self.alone).median)
     }
 }
 
@@ -252,19 +251,14 @@ pub(super) fn render(rows: &[RawRow]) -> String {
     let mut raws = table(&header, &[0, 3, 4, 5, 6]);
     let rate = |gbps: f64| format!("{gbps:.1} GB/s");
     for row in rows {
-        let times = |with: Product| {
-            let median = with.median_ns / row.alone.median_ns;
-            let mean = with.mean_ns / row.alone.mean_ns;
-            format!("x{median:.3} (x{mean:.3})")
-        };
         raws.add_row([
             row.gpu.to_string(),
             row.name.to_owned(),
             row.compute.to_owned(),
             rate(row.out_gbps),
             rate(row.in_gbps),
-            times(row.beside_out),
-            times(row.beside_in),
+            row.beside_out.times(row.alone).to_string(),
+            row.beside_in.times(row.alone).to_string(),
         ]);
     }
     format!("Copies of a process of its own, without a daemon\n{raws}")

@@ -217,14 +217,13 @@ impl Report {
                 name: format!("{}, {}", case.name, compute.name()),
                 ..case.clone()
             };
-            let times = product.median_ns / slow.alone.median_ns;
-            self.add(&[gpu], &case, what, Row::slowdown(times, raw, most));
-            let times = product.mean_ns / slow.alone.mean_ns;
+            let times = product.times(slow.alone);
+            self.add(&[gpu], &case, what, Row::slowdown(times.median, raw, most));
             self.add(
                 &[gpu],
                 &case,
                 what,
-                Row::at_most(times, "x in the mean", None),
+                Row::at_most(times.mean, "x in the mean", None),
             );
             self.add(&[gpu], &case, what, Row::rate(gbps, limit, None));
         }
