@@ -18,11 +18,11 @@ exec </dev/null
 mode=${DEVICE_RUN:-full}
 case $mode in
 short)
-    soak=60 memory=1GiB rounds=6 part_ms=350 curve_memory=512MiB step_limit=200
+    soak=60 memory=1GiB rounds=6 part_ms=200 curve_memory=512MiB step_limit=200
     several=(2-MiB 16-KiB)
     ;;
 full)
-    soak=300 memory=2GiB rounds=12 part_ms=1500 curve_memory=1GiB step_limit=600
+    soak=300 memory=2GiB rounds=12 part_ms=400 curve_memory=1GiB step_limit=600
     several=(2-MiB segments)
     ;;
 *)

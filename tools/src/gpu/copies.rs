@@ -49,15 +49,15 @@ fn has_batches() -> bool {
 }
 
 impl Pair {
-    /// So many bytes of each.
+    /// Memories with these bytes.
     ///
     /// # Errors
     /// GPU or host have not as much.
-    pub fn allocate(bytes: usize) -> Result<Pair, GpuError> {
-        let mut host = PinnedMemory::allocate(bytes)?;
-        host.fill(0x5A);
-        let device = DeviceMemory::allocate(bytes)?;
-        device.fill(0xA5)?;
+    pub fn of(bytes: &[u8]) -> Result<Pair, GpuError> {
+        let mut host = PinnedMemory::allocate(bytes.len())?;
+        host.put(0, bytes);
+        let device = DeviceMemory::allocate(bytes.len())?;
+        device.write(0, bytes)?;
         Ok(Pair { device, host })
     }
 

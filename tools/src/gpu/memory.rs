@@ -204,6 +204,9 @@ pub struct PinnedMemory {
     bytes: usize,
 }
 
+// SAFETY: the process's memory, which any thread may use and give back.
+unsafe impl Send for PinnedMemory {}
+
 impl PinnedMemory {
     /// Allocates it.
     ///

@@ -90,7 +90,8 @@ impl GpuCache {
     }
 }
 
-fn value(seed: u64, at: usize) -> u64 {
+/// The eight bytes of a place: no two are alike, and their bits are mixed.
+pub(super) fn value(seed: u64, at: usize) -> u64 {
     (at as u64 ^ seed.rotate_left(40)).wrapping_mul(0x9E37_79B9_7F4A_7C15)
 }
 

@@ -125,31 +125,37 @@ pub fn cases(total: usize, rounds: usize) -> Vec<Case> {
 /// What a GPU computes beside the copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Compute {
-    /// bf16, 4096 x 4096 x 4096.
+    /// bf16, 4096 x 4096 x 4096, of numbers as a model has them.
     Matmul,
+    /// The same of zeros, which takes so little power that the GPU keeps its highest clock.
+    MatmulOfZeros,
     /// bf16, a vector times each of 16 matrices of 8192 x 8192: bound by memory.
     Gemv,
 }
 
 impl Compute {
-    /// Both.
-    pub const ALL: [Compute; 2] = [Compute::Matmul, Compute::Gemv];
+    /// All of them.
+    pub const ALL: [Compute; 3] = [Compute::Matmul, Compute::MatmulOfZeros, Compute::Gemv];
+    /// Those that an engine has.
+    pub const OF_MODELS: [Compute; 2] = [Compute::Matmul, Compute::Gemv];
 
     /// What the table calls it.
     pub fn name(self) -> &'static str {
         match self {
             Compute::Matmul => "matmul 4096^3",
+            Compute::MatmulOfZeros => "matmul 4096^3 of zeros",
             Compute::Gemv => "gemv 8192^2 x16",
         }
     }
 
-    /// By how much it may slow down, with segments as given.
-    pub fn most_slowdown(self, shape: GpuShape) -> f64 {
+    /// By how much it may slow down, with segments as given; no engine computes with zeros.
+    pub fn most_slowdown(self, shape: GpuShape) -> Option<f64> {
         match (self, shape.is_of_pages()) {
-            (Compute::Matmul, true) => 1.03,
-            (Compute::Gemv, true) => 1.09,
-            (Compute::Matmul, false) => 1.06,
-            (Compute::Gemv, false) => 1.12,
+            (Compute::Matmul, true) => Some(1.03),
+            (Compute::Gemv, true) => Some(1.09),
+            (Compute::Matmul, false) => Some(1.06),
+            (Compute::Gemv, false) => Some(1.12),
+            (Compute::MatmulOfZeros, _) => None,
         }
     }
 }

@@ -5,6 +5,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+
 use super::case::Compute;
 use super::engine::Product;
 use crate::gpu::{Blas, DeviceMemory, Event, Gpu, GpuError, Matrix, Stream};
@@ -15,6 +18,8 @@ const GEMV: i32 = 8192;
 const GEMV_MATRICES: usize = 16;
 /// Products that are submitted before the first is waited for: the GPU never runs dry.
 const AHEAD: usize = 8;
+/// Bytes of numbers that are made; operands that are longer have them again and again.
+const NUMBERS: usize = 32 << 20;
 
 /// One kind of product, with its memory.
 pub struct ComputeLoop {
@@ -34,11 +39,14 @@ impl ComputeLoop {
         let blas = Blas::new(&stream)?;
         let matrix = |rows: i32| 2 * rows as usize * rows as usize;
         let bytes = match kind {
-            Compute::Matmul => 3 * matrix(MATMUL),
+            Compute::Matmul | Compute::MatmulOfZeros => 3 * matrix(MATMUL),
             Compute::Gemv => GEMV_MATRICES * matrix(GEMV) + 4 * GEMV as usize,
         };
         let operands = DeviceMemory::allocate(bytes)?;
-        operands.fill(0)?;
+        match kind {
+            Compute::MatmulOfZeros => operands.fill(0)?,
+            Compute::Matmul | Compute::Gemv => fill_with_numbers(&operands)?,
+        }
         Ok(ComputeLoop {
             kind,
             blas,
@@ -56,7 +64,7 @@ impl ComputeLoop {
         let (blas, memory) = (&mut self.blas, &self.operands);
         let at = |offset| Matrix { memory, offset };
         match self.kind {
-            Compute::Matmul => {
+            Compute::Matmul | Compute::MatmulOfZeros => {
                 let bytes = 2 * MATMUL as usize * MATMUL as usize;
                 let size = (MATMUL, MATMUL, MATMUL);
                 blas.multiply(size, at(0), at(bytes), at(2 * bytes))
@@ -106,10 +114,61 @@ impl ComputeLoop {
         }
         self.stream.synchronize()?;
         // The first ones warm up clocks and library.
-        let warm = &times[times.len() / 10..];
+        let warm = &times[times.len() / 4..];
         Ok(Product {
             median_ns: median(warm),
             mean_ns: warm.iter().sum::<f64>() / warm.len().max(1) as f64,
         })
+    }
+}
+
+/// Writes numbers as weights and activations are: spread about normally around 0. The power that a
+/// product takes, and with it the clock of the GPU, depends on them.
+fn fill_with_numbers(operands: &DeviceMemory) -> Result<(), GpuError> {
+    let mut random = SmallRng::seed_from_u64(1);
+    let numbers: Vec<u8> = (0..NUMBERS / 2)
+        .flat_map(|_| bf16(normal(random.random())).to_le_bytes())
+        .collect();
+    let parts = (0..operands.bytes()).step_by(NUMBERS);
+    parts.into_iter().try_for_each(|at| {
+        let bytes = NUMBERS.min(operands.bytes() - at);
+        operands.write(at, &numbers[..bytes])
+    })
+}
+
+/// Of random bits a number that is about normal, with mean 0 and variance 1: the sum of four even
+/// ones.
+fn normal(bits: u64) -> f32 {
+    let parts = [0, 16, 32, 48].map(|shift| f32::from((bits >> shift) as u16) / 65_536.0 - 0.5);
+    parts.iter().sum::<f32>() * 3.0_f32.sqrt()
+}
+
+/// The upper half of an f32, which is all that bf16 keeps.
+fn bf16(number: f32) -> u16 {
+    (number.to_bits() >> 16) as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operands_are_spread_as_a_normal_distribution_is() {
+        let mut random = SmallRng::seed_from_u64(7);
+        let numbers: Vec<f32> = (0..100_000).map(|_| normal(random.random())).collect();
+        let count = numbers.len() as f32;
+        let mean = numbers.iter().sum::<f32>() / count;
+        let variance = numbers.iter().map(|n| (n - mean).powi(2)).sum::<f32>() / count;
+        assert!(mean.abs() < 0.02, "{mean}");
+        assert!((variance - 1.0).abs() < 0.03, "{variance}");
+        let near = numbers.iter().filter(|n| n.abs() < 1.0).count() as f32 / count;
+        assert!((0.64..0.72).contains(&near), "{near}");
+    }
+
+    #[test]
+    fn bf16_keeps_sign_exponent_and_seven_bits() {
+        assert_eq!(bf16(1.0), 0x3F80);
+        assert_eq!(bf16(-2.0), 0xC000);
+        assert_eq!(bf16(1.0 + 1.0 / 128.0), 0x3F81);
     }
 }

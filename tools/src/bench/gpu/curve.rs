@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::case::{Case, Compute, cases};
-use super::engine::{Answer, Order, Slowdown};
-use super::{Engine, GpuArgs, MAX_BLOCKS, interfere, measure, say};
+use super::engine::{Answer, Order};
+use super::interference::{self, Slowdown};
+use super::{Engine, GpuArgs, MAX_BLOCKS, measure, say};
 use crate::daemon::{DaemonInUse, DaemonSpec};
 use crate::error::ToolError;
 use crate::node::NodePlace;
@@ -83,8 +84,8 @@ fn point(
     let bytes = case.shape.total_bytes() as f64;
     let (save_gbps, load_gbps) = (bytes / figures.save_ns, bytes / figures.load_ns);
     let mut beside = BTreeMap::new();
-    for compute in Compute::ALL {
-        let slowdown = interfere(&mut engine, compute, args.part_ms)?;
+    for compute in Compute::OF_MODELS {
+        let (slowdown, _) = interference::measure(&mut engine, None, compute, args.part_ms)?;
         beside.insert(compute.name(), slowdown);
     }
     Ok(Point {

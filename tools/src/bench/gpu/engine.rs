@@ -14,11 +14,11 @@ use serde::{Deserialize, Serialize};
 use super::cache::GpuCache;
 use super::case::{Case, Compute, GpuShape, Target};
 use super::compute::ComputeLoop;
-use super::raw::{Copying, Shape};
+use super::raw::{self, Copying, Shape};
 use crate::bench::save::ThreadTimes;
 use crate::children::die_with_parent;
 use crate::error::ToolError;
-use crate::gpu::{DeviceMemory, Gpu, PinnedMemory, Stream};
+use crate::gpu::{DeviceMemory, Gpu, Pair, PinnedMemory, Stream};
 use crate::replay::kv::{KvShape, MemoryKind};
 use crate::replay::latency::median;
 use crate::replay::member::{Identity, Member, expect_ok};
@@ -77,19 +77,15 @@ pub enum Order {
         /// Process of the daemon.
         daemon: u32,
     },
-    /// Compute alone, while saving and while loading; answered [`Answer::Slowdown`].
-    Interfere {
-        /// What to compute.
-        compute: Compute,
-        /// How long each part takes.
-        part_ms: u64,
-    },
-    /// Compute; answered [`Answer::Product`].
+    /// Compute, while what was prepared is saved or loaded again and again if so wished, which
+    /// [`Order::WarmUp`] has to go before; answered [`Answer::Product`].
     Compute {
         /// What to compute.
         compute: Compute,
         /// For how long.
         part_ms: u64,
+        /// Not both.
+        beside: Option<Way>,
     },
     /// Copy without a daemon until [`Order::StopCopies`]; answered [`Answer::Done`] when the first
     /// copies are.
@@ -124,10 +120,8 @@ pub enum Answer {
     },
     /// Of one case and way; of both at once only if the case has a rate.
     Measured(Option<Measured>),
-    /// Of one computation.
-    Product(Product),
-    /// The same alone and beside saves and loads.
-    Slowdown(Slowdown),
+    /// Of one computation, and the rate in GB/s of what went on beside it.
+    Product(Product, Option<f64>),
     /// It could not be done.
     Failed(String),
 }
@@ -178,11 +172,15 @@ pub struct Product {
 }
 
 impl Product {
-    /// What lies in the middle of two.
-    pub fn between(one: Product, other: Product) -> Product {
+    /// Of several turns: the median of their medians, and of their means.
+    pub fn of_turns(turns: &[Product]) -> Product {
+        let middle = |figure: fn(&Product) -> f64| {
+            let figures: Vec<f64> = turns.iter().map(figure).collect();
+            median(&figures)
+        };
         Product {
-            median_ns: (one.median_ns + other.median_ns) / 2.0,
-            mean_ns: (one.mean_ns + other.mean_ns) / 2.0,
+            median_ns: middle(|turn| turn.median_ns),
+            mean_ns: middle(|turn| turn.mean_ns),
         }
     }
 
@@ -208,21 +206,6 @@ impl fmt::Display for Times {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "x{:.3} (x{:.3})", self.median, self.mean)
     }
-}
-
-/// What the copies cost a computation.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Slowdown {
-    /// A product alone.
-    pub alone: Product,
-    /// While saving.
-    pub saving: Product,
-    /// While loading.
-    pub loading: Product,
-    /// Rate of the saves meanwhile.
-    pub save_gbps: f64,
-    /// Rate of the loads meanwhile.
-    pub load_gbps: f64,
 }
 
 /// Hidden command: does what the lines of standard input say.
@@ -260,6 +243,7 @@ struct Engine {
     raw: Option<RawCopies>,
     computing: Option<ComputeLoop>,
     copying: Option<Copying>,
+    pair: Option<Pair>,
     gpu: Option<Arc<Gpu>>,
     /// Of the bytes, which differ from GPU to GPU.
     seed: u64,
@@ -304,23 +288,28 @@ impl Engine {
             Order::Measure { way, daemon } => {
                 Ok(Answer::Measured(self.prepared()?.measure(way, daemon)?))
             }
-            Order::Interfere { compute, part_ms } => {
-                let gpu = self.gpu()?;
+            Order::Compute {
+                compute,
+                part_ms,
+                beside,
+            } => {
                 let part = Duration::from_millis(part_ms);
-                let slowdown = self.prepared()?.interfere(&gpu, compute, part)?;
-                Ok(Answer::Slowdown(slowdown))
-            }
-            Order::Compute { compute, part_ms } => {
-                let (gpu, part) = (self.gpu()?, Duration::from_millis(part_ms));
-                Ok(Answer::Product(self.compute(&gpu, compute, part)?))
+                let (product, gbps) = self.compute(compute, part, beside)?;
+                Ok(Answer::Product(product, gbps))
             }
             Order::StartCopies { way, shape } => {
-                self.copying = Some(Copying::start(&self.gpu()?, way, shape)?);
+                let pair = match self.pair.take() {
+                    Some(pair) => pair,
+                    None => raw::pair()?,
+                };
+                self.copying = Some(Copying::start(&self.gpu()?, pair, way, shape)?);
                 Ok(Answer::Done)
             }
             Order::StopCopies => {
                 let copying = self.copying.take().ok_or_else(not_prepared)?;
-                Ok(Answer::Rate(copying.stop()?))
+                let (gbps, pair) = copying.stop()?;
+                self.pair = Some(pair);
+                Ok(Answer::Rate(gbps))
             }
         }
     }
@@ -329,21 +318,30 @@ impl Engine {
         self.gpu.clone().ok_or_else(not_prepared)
     }
 
-    /// Computes for so long, with the same memory as the last time if it was the same.
+    /// Computes for so long, with the same memory as the last time if it was the same; gives also
+    /// the rate of what went on beside it.
     fn compute(
         &mut self,
-        gpu: &Gpu,
         compute: Compute,
         part: Duration,
-    ) -> Result<Product, ToolError> {
+        way: Option<Way>,
+    ) -> Result<(Product, Option<f64>), ToolError> {
+        let gpu = self.gpu()?;
         if self.computing.as_ref().is_none_or(|l| l.kind() != compute) {
             self.computing = None;
             let mut products = ComputeLoop::new(compute)?;
-            products.run(gpu, part, &AtomicBool::new(true))?;
+            products.run(&gpu, part, &AtomicBool::new(true))?;
             self.computing = Some(products);
         }
         let products = self.computing.as_mut().ok_or_else(not_prepared)?;
-        Ok(products.run(gpu, part, &AtomicBool::new(true))?)
+        let Some(way) = way else {
+            let product = products.run(&gpu, part, &AtomicBool::new(true))?;
+            return Ok((product, None));
+        };
+        let prepared = self.prepared.as_mut().ok_or_else(not_prepared)?;
+        let (product, times) = beside(&gpu, part, products, || prepared.copy(way))?;
+        let bytes = prepared.case.shape.total_bytes() as f64;
+        Ok((product, Some(bytes / median(&times))))
     }
 
     fn prepared(&mut self) -> Result<&mut Prepared, ToolError> {
@@ -491,19 +489,10 @@ impl Prepared {
         let mut times = Vec::new();
         let before = cpu()?;
         match way {
-            Way::Out => {
+            Way::Out | Way::In => {
                 for _ in 0..self.case.rounds {
-                    let hashes = self.new_hashes();
-                    times.push(self.save(&hashes)?);
-                    self.held = hashes;
+                    times.push(self.copy(way)?);
                 }
-            }
-            Way::In => {
-                let hashes = std::mem::take(&mut self.held);
-                for _ in 0..self.case.rounds {
-                    times.push(self.load(&hashes, false)?);
-                }
-                self.held = hashes;
             }
             Way::Both => {
                 let hashes = std::mem::take(&mut self.held);
@@ -545,32 +534,20 @@ impl Prepared {
         Ok(times)
     }
 
-    fn interfere(
-        &mut self,
-        gpu: &Gpu,
-        compute: Compute,
-        part: Duration,
-    ) -> Result<Slowdown, ToolError> {
-        let mut products = ComputeLoop::new(compute)?;
-        let alone = |products: &mut ComputeLoop| products.run(gpu, part, &AtomicBool::new(true));
-        alone(&mut products)?;
-        let before = alone(&mut products)?;
-        let mut hashes = self.new_hashes();
-        self.save(&hashes)?;
-        let (saving, saves) = beside(gpu, part, &mut products, || {
-            hashes = self.new_hashes();
-            self.save(&hashes)
-        })?;
-        let (loading, loads) = beside(gpu, part, &mut products, || self.load(&hashes, false))?;
-        let after = alone(&mut products)?;
-        let bytes = self.case.shape.total_bytes() as f64;
-        Ok(Slowdown {
-            alone: Product::between(before, after),
-            saving,
-            loading,
-            save_gbps: bytes / median(&saves),
-            load_gbps: bytes / median(&loads),
-        })
+    /// Saves all blocks under new hashes, or loads what was saved last; gives nanoseconds.
+    fn copy(&mut self, way: Way) -> Result<f64, ToolError> {
+        let both = || ToolError::Plan("a computation runs beside one way".into());
+        let hashes = match way {
+            Way::Out => self.new_hashes(),
+            Way::In => std::mem::take(&mut self.held),
+            Way::Both => return Err(both()),
+        };
+        let time = match way {
+            Way::In => self.load(&hashes, false)?,
+            _ => self.save(&hashes)?,
+        };
+        self.held = hashes;
+        Ok(time)
     }
 }
 

@@ -9,6 +9,7 @@ mod case;
 mod compute;
 mod curve;
 mod engine;
+mod interference;
 mod raw;
 mod report;
 
@@ -24,7 +25,8 @@ use rustix::fs::statvfs;
 pub use engine::{ENGINE_ARGUMENT, engine_main};
 
 use self::case::{Case, Compute, cases};
-use self::engine::{Answer, Figures, Limit, Measured, Order, Slowdown, Way};
+use self::engine::{Answer, Figures, Limit, Measured, Order, Way};
+use self::interference::Copier;
 use self::report::Report;
 use crate::daemon::{DaemonInUse, DaemonSpec};
 use crate::error::ToolError;
@@ -61,8 +63,8 @@ pub struct GpuArgs {
     /// daemon of its own for each
     #[arg(long)]
     pub curve: bool,
-    /// How long each computation and each copying beside it takes
-    #[arg(long, default_value_t = 1500, value_name = "MS",
+    /// How long each computation, alone and beside copies, takes; there are five of each in turns
+    #[arg(long, default_value_t = 400, value_name = "MS",
           value_parser = clap::value_parser!(u64).range(10..=60_000))]
     pub part_ms: u64,
     /// Further argument of the daemon, such as --daemon-arg=--pin=background
@@ -188,12 +190,13 @@ fn run(args: &GpuArgs, daemon: &DaemonInUse) -> Result<Report, ToolError> {
             let figures = measure(&mut [&mut *engine], daemon, case)?;
             report.add_case(case, &figures);
             if args.interference && INTERFERING.iter().any(|name| case.name.contains(name)) {
-                for compute in Compute::ALL {
-                    let slowdown = interfere(engine, compute, args.part_ms)?;
-                    let mut raws = Vec::new();
-                    if case.shape.is_of_pages() {
-                        raws = raw::measure(engine, compute, args.part_ms)?;
-                    }
+                let (mut copier, computes) = match case.shape.is_of_pages() {
+                    true => (Some(Copier::start(gpu)?), &Compute::ALL[..]),
+                    false => (None, &Compute::OF_MODELS[..]),
+                };
+                for compute in computes.iter().copied() {
+                    let (slowdown, raws) =
+                        interference::measure(engine, copier.as_mut(), compute, args.part_ms)?;
                     report.add_slowdown(gpu, case, compute, (&slowdown, &raws));
                     report.add_raws(raws);
                 }
@@ -309,14 +312,6 @@ fn measure(
         }
     }
     Ok(all)
-}
-
-fn interfere(engine: &mut Engine, compute: Compute, part_ms: u64) -> Result<Slowdown, ToolError> {
-    say(&format!("{} beside them", compute.name()));
-    match engine.ask(&Order::Interfere { compute, part_ms })? {
-        Answer::Slowdown(slowdown) => Ok(slowdown),
-        other => Err(engine.unexpected(&other)),
-    }
 }
 
 #[cfg(test)]

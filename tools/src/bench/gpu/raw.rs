@@ -11,12 +11,10 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::case::Compute;
-use super::engine::{Answer, Order, Product, Way};
-use super::{Engine, say};
+use super::cache::value;
+use super::engine::Way;
 use crate::error::ToolError;
 use crate::gpu::{Direction, Event, Gpu, GpuError, Pair, Rows, Stream};
-use crate::output::table;
 
 /// GPU memory and pinned memory of the copying process.
 const BYTES: usize = 512 << 20;
@@ -41,9 +39,11 @@ pub enum Shape {
 }
 
 impl Shape {
-    const ALL: [Shape; 4] = [Shape::Whole, Shape::Pages, Shape::Pieces, Shape::Rows];
+    /// All of them.
+    pub const ALL: [Shape; 4] = [Shape::Whole, Shape::Pages, Shape::Pieces, Shape::Rows];
 
-    fn name(self) -> &'static str {
+    /// What the table calls it.
+    pub fn name(self) -> &'static str {
         match self {
             Shape::Whole => "copies of 64 MiB",
             Shape::Pages => "batches of 2-MiB copies",
@@ -82,15 +82,26 @@ impl Shape {
 /// Copies that go on until they are stopped.
 pub struct Copying {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<Result<f64, GpuError>>,
+    thread: JoinHandle<Result<(f64, Pair), GpuError>>,
+}
+
+/// Memories between which they go, with bytes like those that a daemon has to copy: what bytes are
+/// decides how much power a copy takes.
+///
+/// # Errors
+/// GPU or host have not as much.
+pub fn pair() -> Result<Pair, GpuError> {
+    let words = (0..BYTES).step_by(8).map(|at| value(0, at));
+    let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+    Pair::of(&bytes)
 }
 
 impl Copying {
     /// Begins, and returns when the first are done.
     ///
     /// # Errors
-    /// The GPU fails, or has too little memory.
-    pub fn start(gpu: &Arc<Gpu>, way: Way, shape: Shape) -> Result<Copying, ToolError> {
+    /// The GPU fails.
+    pub fn start(gpu: &Arc<Gpu>, pair: Pair, way: Way, shape: Shape) -> Result<Copying, ToolError> {
         let direction = match way {
             Way::Out => Direction::ToHost,
             Way::In => Direction::ToDevice,
@@ -101,11 +112,11 @@ impl Copying {
         let told = stop.clone();
         let thread = std::thread::spawn(move || {
             gpu.bind()?;
-            let pair = Pair::allocate(BYTES)?;
-            copy_until(&told, &pair, (direction, shape), || {
+            let gbps = copy_until(&told, &pair, (direction, shape), || {
                 // Who waits for this may have given up.
                 let _ = begun.send(());
-            })
+            })?;
+            Ok((gbps, pair))
         });
         let copying = Copying { stop, thread };
         if has_begun.recv().is_ok() {
@@ -114,11 +125,11 @@ impl Copying {
         copying.stop().and_then(|_| Err(ended()))
     }
 
-    /// Ends them; gives GB/s.
+    /// Ends them; gives GB/s, and the memories.
     ///
     /// # Errors
     /// The GPU has failed.
-    pub fn stop(self) -> Result<f64, ToolError> {
+    pub fn stop(self) -> Result<(f64, Pair), ToolError> {
         self.stop.store(true, Ordering::Relaxed);
         Ok(self.thread.join().map_err(|_| ended())??)
     }
@@ -160,106 +171,4 @@ fn copy_until(
     streams.iter().try_for_each(Stream::synchronize)?;
     let chunks = queued - counted_from;
     Ok((chunks * CHUNK) as f64 / started.elapsed().as_nanos() as f64)
-}
-
-/// What copies of one shape cost a computation.
-#[derive(Clone, Debug, Serialize)]
-pub struct RawRow {
-    gpu: u32,
-    pub shape: Shape,
-    name: &'static str,
-    compute: &'static str,
-    /// A product alone.
-    alone: Product,
-    /// Beside copies to the host, and to the GPU.
-    beside_out: Product,
-    beside_in: Product,
-    /// Their rates meanwhile.
-    out_gbps: f64,
-    in_gbps: f64,
-}
-
-impl RawRow {
-    /// By how much a product slows down in the median, beside copies to the host and to the GPU.
-    pub fn slowdowns(&self) -> [f64; 2] {
-        [self.beside_out, self.beside_in].map(|beside| beside.times(self.alone).median)
-    }
-}
-
-/// Measures all shapes beside one computation.
-pub(super) fn measure(
-    engine: &mut Engine,
-    compute: Compute,
-    part_ms: u64,
-) -> Result<Vec<RawRow>, ToolError> {
-    let gpu = engine.gpu;
-    let mut copier = Engine::start(gpu)?;
-    match copier.ask(&Order::Open { gpu })? {
-        Answer::Opened { .. } => {}
-        other => return Err(copier.unexpected(&other)),
-    }
-    let order = Order::Compute { compute, part_ms };
-    let mut product = || match engine.ask(&order)? {
-        Answer::Product(product) => Ok(product),
-        other => Err(engine.unexpected(&other)),
-    };
-    let mut rows = Vec::new();
-    let mut before = product()?;
-    for shape in Shape::ALL {
-        say(&format!("{} beside {}", compute.name(), shape.name()));
-        let mut beside = |way| {
-            match copier.ask(&Order::StartCopies { way, shape })? {
-                Answer::Done => {}
-                other => return Err(copier.unexpected(&other)),
-            }
-            let product = product()?;
-            match copier.ask(&Order::StopCopies)? {
-                Answer::Rate(gbps) => Ok((product, gbps)),
-                other => Err(copier.unexpected(&other)),
-            }
-        };
-        let (beside_out, out_gbps) = beside(Way::Out)?;
-        let (beside_in, in_gbps) = beside(Way::In)?;
-        let after = product()?;
-        rows.push(RawRow {
-            gpu,
-            shape,
-            name: shape.name(),
-            compute: compute.name(),
-            alone: Product::between(before, after),
-            beside_out,
-            beside_in,
-            out_gbps,
-            in_gbps,
-        });
-        before = after;
-    }
-    Ok(rows)
-}
-
-/// As a table.
-pub(super) fn render(rows: &[RawRow]) -> String {
-    let header = [
-        "GPU",
-        "raw copies",
-        "engine",
-        "out",
-        "in",
-        "slow-down by out (mean)",
-        "by in (mean)",
-    ];
-    let mut raws = table(&header, &[0, 3, 4, 5, 6]);
-    let rate = |gbps: f64| format!("{gbps:.1} GB/s");
-    for row in rows {
-        raws.add_row([
-            row.gpu.to_string(),
-            row.name.to_owned(),
-            row.compute.to_owned(),
-            rate(row.out_gbps),
-            rate(row.in_gbps),
-            row.beside_out.times(row.alone).to_string(),
-            row.beside_in.times(row.alone).to_string(),
-        ]);
-    }
-    format!("Copies of a process of its own, without a daemon\n{raws}")
 }

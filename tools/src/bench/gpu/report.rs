@@ -8,8 +8,9 @@ use serde::Serialize;
 
 use super::case::{Case, Compute, Target};
 use super::curve::{self, Point};
-use super::engine::{Figures, Limit, Slowdown};
-use super::raw::{self, RawRow, Shape};
+use super::engine::{Figures, Limit};
+use super::interference::{self, RawRow, Slowdown};
+use super::raw::Shape;
 use crate::output::table;
 
 /// Most CPU of the daemon at full rate with 2-MiB pages, in cores.
@@ -93,11 +94,11 @@ impl Row {
         }
     }
 
-    fn slowdown(value: f64, raw: Option<f64>, most: f64) -> Row {
+    fn slowdown(value: f64, raw: Option<f64>, most: Option<f64>) -> Row {
         Row {
             limit: raw,
             ratio: raw.map(|raw| value / raw),
-            ..Row::at_most(value, "x", Some(most))
+            ..Row::at_most(value, "x", most)
         }
     }
 }
@@ -291,7 +292,7 @@ impl Report {
         }
         let mut text = format!("{gpus}\n{rows}");
         if !self.raw.is_empty() {
-            text += &format!("\n{}", raw::render(&self.raw));
+            text += &format!("\n{}", interference::render(&self.raw));
         }
         if !self.curve.is_empty() {
             text += &format!("\n{}", curve::render(&self.curve));
