@@ -3,6 +3,9 @@
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use clap::Args;
 use comfy_table::Table;
@@ -12,7 +15,7 @@ use pegaflow_ssd::{BadPage, ShardFill, ShardLayout, ShardView, Verified};
 use serde_json::{Value, json};
 
 use crate::error::ToolError;
-use crate::node::{NodePlace, NodeView};
+use crate::node::{Liveness, NodePlace, NodeView};
 use crate::output::{age, count, percent, print_json, size, table};
 
 /// Damaged pages that a table shows; JSON has all.
@@ -31,14 +34,27 @@ pub struct SsdArgs {
     pub verify: bool,
 }
 
+/// [`SsdRow::state`] of a shard that takes no requests.
+const DEGRADED: u32 = 2;
+/// How long a drive may take to show anything of a shard: for one that the daemon found out of
+/// order, and for others, whose tables may be large.
+const BRIEF: Duration = Duration::from_secs(2);
+const PATIENT: Duration = Duration::from_secs(60);
+
 /// What is known of one shard.
 struct Seen {
     path: PathBuf,
+    /// None if its drive does not answer.
+    file: Option<SeenFile>,
+    /// What the daemon that uses it says of it.
+    health: Option<Health>,
+}
+
+/// What its file shows.
+struct SeenFile {
     layout: ShardLayout,
     fill: ShardFill,
     verified: Option<Verified>,
-    /// What the daemon that uses it says of it.
-    health: Option<Health>,
 }
 
 struct Health {
@@ -51,13 +67,14 @@ impl Seen {
     /// that are not valid are no harm: crashes and reclaimed segments leave them.
     fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
-        let layout = &self.layout;
-        if layout.file_bytes < layout.expected_bytes {
-            problems.push(format!(
+        match self.file.as_ref().map(|file| &file.layout) {
+            Some(layout) if layout.file_bytes < layout.expected_bytes => problems.push(format!(
                 "the file was cut: {} instead of {}",
                 size(layout.file_bytes),
                 size(layout.expected_bytes)
-            ));
+            )),
+            Some(_) => {}
+            None => problems.push("its drive does not answer: nothing of the file is shown".into()),
         }
         if let Some(health) = self
             .health
@@ -66,11 +83,8 @@ impl Seen {
         {
             problems.push(format!("{}: {}", health.state, health.reason));
         }
-        let bad = self
-            .verified
-            .iter()
-            .map(|verified| verified.bad_pages.len());
-        let bad: usize = bad.sum();
+        let verified = self.file.iter().flat_map(|file| &file.verified);
+        let bad: usize = verified.map(|verified| verified.bad_pages.len()).sum();
         if bad > 0 {
             problems.push(format!("{} damaged pages", count(bad as u64)));
         }
@@ -84,10 +98,10 @@ impl Seen {
 /// A file is not a shard, or cannot be read.
 pub fn ssd(args: &SsdArgs, place: &NodePlace, as_json: bool) -> Result<bool, ToolError> {
     // Named shards can be looked at without any daemon.
-    let rows = match NodeView::open(place) {
-        Ok(view) => view.reader.ssds(),
+    let (rows, runs) = match NodeView::open(place) {
+        Ok(view) => (view.reader.ssds(), view.liveness() != Liveness::Dead),
         Err(error) if args.paths.is_empty() => return Err(error),
-        Err(_) => Vec::new(),
+        Err(_) => (Vec::new(), false),
     };
     let mut paths = args.paths.clone();
     if paths.is_empty() {
@@ -101,7 +115,11 @@ pub fn ssd(args: &SsdArgs, place: &NodePlace, as_json: bool) -> Result<bool, Too
     }
     let seen: Vec<Seen> = paths
         .iter()
-        .map(|path| look(path, &rows, args.verify))
+        .map(|path| {
+            let is_its = |row: &&SsdRow| Path::new(&field_text(&row.path)) == path;
+            // Of a daemon that died, the node file is the last state.
+            look(path, rows.iter().filter(|_| runs).find(is_its), args.verify)
+        })
         .collect::<Result<_, _>>()?;
     let fine = seen.iter().all(|shard| shard.problems().is_empty());
     if as_json {
@@ -129,40 +147,81 @@ pub fn ssd(args: &SsdArgs, place: &NodePlace, as_json: bool) -> Result<bool, Too
     Ok(fine)
 }
 
-fn look(path: &Path, rows: &[SsdRow], verify: bool) -> Result<Seen, ToolError> {
-    let view = ShardView::open(path)?;
-    let failed = || ToolError::io(path.display().to_string());
-    let fill = view.fill().map_err(failed())?;
-    let verified = if verify {
-        Some(verify_all(&view, path).map_err(failed())?)
-    } else {
-        None
-    };
-    // Of a daemon that died, the node file is the last state: nobody uses the shard then.
-    let used = view.layout().used_by.is_some();
-    let row = rows
-        .iter()
-        .find(|row| used && Path::new(&field_text(&row.path)) == path);
+/// Looks at a shard and at what the running daemon says of it.
+fn look(path: &Path, row: Option<&SsdRow>, verify: bool) -> Result<Seen, ToolError> {
+    // One that is not open yet is not locked.
+    let opening = |row: &&SsdRow| row.state == DEGRADED;
+    let patience = row.filter(opening).map_or(PATIENT, |_| BRIEF);
+    let file = look_at_file(path, verify, patience)?;
+    let used = file
+        .as_ref()
+        .is_none_or(|file| file.layout.used_by.is_some());
+    let row = row.filter(|row| used || opening(row));
     let health = row.map(|row| Health {
         state: row.state_text(),
         reason: field_text(&row.reason),
     });
     Ok(Seen {
         path: path.to_owned(),
+        file,
         health,
+    })
+}
+
+/// Looks at a file on a thread of its own. None if the drive shows nothing more for so long: what
+/// waits for it then ends with the program.
+fn look_at_file(
+    path: &Path,
+    verify: bool,
+    patience: Duration,
+) -> Result<Option<SeenFile>, ToolError> {
+    let (sender, receiver) = mpsc::channel();
+    let pages = Arc::new(AtomicU64::new(0));
+    let (seen, name) = (Arc::clone(&pages), path.to_owned());
+    let started = std::thread::Builder::new().spawn(move || {
+        // Nobody may wait any more.
+        let _ = sender.send(see_file(&name, verify, &seen));
+    });
+    started.map_err(ToolError::io("start of a thread"))?;
+    let mut before = 0;
+    loop {
+        match receiver.recv_timeout(patience) {
+            Ok(seen) => return seen.map(Some),
+            Err(_) => {
+                let now = pages.load(Ordering::Relaxed);
+                if now == before {
+                    return Ok(None);
+                }
+                before = now;
+            }
+        }
+    }
+}
+
+fn see_file(path: &Path, verify: bool, pages: &AtomicU64) -> Result<SeenFile, ToolError> {
+    let view = ShardView::open(path)?;
+    let failed = || ToolError::io(path.display().to_string());
+    let fill = view.fill().map_err(failed())?;
+    let verified = if verify {
+        Some(verify_all(&view, path, pages).map_err(failed())?)
+    } else {
+        None
+    };
+    Ok(SeenFile {
         layout: view.layout(),
         fill,
         verified,
     })
 }
 
-fn verify_all(view: &ShardView, path: &Path) -> std::io::Result<Verified> {
+fn verify_all(view: &ShardView, path: &Path, pages: &AtomicU64) -> std::io::Result<Verified> {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     if let Ok(style) = ProgressStyle::with_template(STYLE) {
         bar.set_style(style);
     }
     bar.set_message(path.display().to_string());
     let verified = view.verify(|done, total| {
+        pages.fetch_add(1, Ordering::Relaxed);
         bar.set_length(total);
         bar.set_position(done);
     });
@@ -171,7 +230,21 @@ fn verify_all(view: &ShardView, path: &Path) -> std::io::Result<Verified> {
 }
 
 fn to_json(shard: &Seen) -> Value {
-    let (layout, fill) = (&shard.layout, &shard.fill);
+    let health = shard.health.as_ref().map(|health| {
+        json!({
+            "state": health.state, "reason": health.reason,
+        })
+    });
+    let Some(SeenFile {
+        layout,
+        fill,
+        verified,
+    }) = &shard.file
+    else {
+        return json!({
+            "path": shard.path, "answers": false, "health": health, "problems": shard.problems(),
+        });
+    };
     let page = |page: &BadPage| {
         json!({
             "scope": hex(&page.scope), "group": page.group, "hash": hex(&page.hash),
@@ -179,7 +252,7 @@ fn to_json(shard: &Seen) -> Value {
             "error": page.error,
         })
     };
-    let verified = shard.verified.as_ref().map(|verified| {
+    let verified = verified.as_ref().map(|verified| {
         json!({
             "good_pages": verified.good_pages,
             "good_bytes": verified.good_bytes,
@@ -189,6 +262,7 @@ fn to_json(shard: &Seen) -> Value {
     });
     json!({
         "path": shard.path,
+        "answers": true,
         "layout_version": layout.layout_version,
         "node": layout.node,
         "set": hex(&layout.set),
@@ -211,9 +285,7 @@ fn to_json(shard: &Seen) -> Value {
         "bad_chunks": fill.bad_chunks,
         "generation": fill.generation,
         "verified": verified,
-        "health": shard.health.as_ref().map(|health| json!({
-            "state": health.state, "reason": health.reason,
-        })),
+        "health": health,
         "problems": shard.problems(),
     })
 }
@@ -224,7 +296,9 @@ fn layouts(seen: &[Seen]) -> Table {
     ];
     let mut layouts = table(&header, &[3, 5, 6, 7]);
     for shard in seen {
-        let layout = &shard.layout;
+        let Some(SeenFile { layout, .. }) = &shard.file else {
+            continue;
+        };
         layouts.add_row([
             shard.path.display().to_string(),
             layout.node.clone(),
@@ -257,11 +331,17 @@ fn fills(seen: &[Seen]) -> Table {
     ];
     let mut fills = table(&header, &[1, 2, 3, 4, 5, 6, 7, 8, 9]);
     for shard in seen {
-        let (layout, fill) = (&shard.layout, &shard.fill);
+        let Some(SeenFile {
+            layout,
+            fill,
+            verified,
+        }) = &shard.file
+        else {
+            continue;
+        };
         let capacity = u64::from(layout.segments) * u64::from(layout.segment_bytes);
         let verified = |of: &dyn Fn(&Verified) -> u64| {
-            shard
-                .verified
+            verified
                 .as_ref()
                 .map_or("not read".to_owned(), |verified| count(of(verified)))
         };
@@ -282,7 +362,7 @@ fn fills(seen: &[Seen]) -> Table {
 }
 
 fn bad_pages(shard: &Seen) -> Option<Table> {
-    let bad = &shard.verified.as_ref()?.bad_pages;
+    let bad = &shard.file.as_ref()?.verified.as_ref()?.bad_pages;
     if bad.is_empty() {
         return None;
     }
@@ -309,7 +389,7 @@ fn hex(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use pegaflow_ssd::{BlockKey, Options, PageRef, PoolMemory, ShardSpec, Tier};
 
@@ -362,8 +442,9 @@ mod tests {
         };
         assert!(ssd(&args, &nowhere(folder.path()), true).expect("reads"));
         assert!(ssd(&args, &nowhere(folder.path()), false).expect("reads"));
-        let seen = look(&path, &[], true).expect("reads");
-        assert_eq!((seen.fill.blocks, seen.fill.page_bytes), (10, 40_960));
+        let seen = look(&path, None, true).expect("reads");
+        let fill = &seen.file.as_ref().expect("seen").fill;
+        assert_eq!((fill.blocks, fill.page_bytes), (10, 40_960));
         let json = to_json(&seen);
         assert_eq!(json["verified"]["good_pages"], 10);
         assert_eq!(json["node"], "test");
@@ -380,7 +461,7 @@ mod tests {
             !ssd(&args, &nowhere(folder.path()), true).expect("reads"),
             "the exit status says so"
         );
-        let seen = look(&path, &[], true).expect("reads");
+        let seen = look(&path, None, true).expect("reads");
         assert_eq!(seen.problems(), ["1 damaged pages"]);
         assert!(bad_pages(&seen).is_some());
         assert_eq!(

@@ -165,6 +165,7 @@ impl Config {
         options.sqpoll_idle = self.ssd_sqpoll;
         options.policy = self.ssd_policy;
         options.write_limit = self.ssd_write_limit;
+        options.open_wait = self.ssd_open_wait;
         options.stall_limit = self.ssd_stall_limit;
         Some(options)
     }
@@ -212,6 +213,7 @@ pub(super) fn check_ssd(config: &Config, problems: &mut Problems) {
         problems.range(option, value, 1, high, &format!("give 1 to {high}"));
     }
     for (option, value) in [
+        ("ssd-open-wait", config.ssd_open_wait),
         ("ssd-stall-limit", config.ssd_stall_limit),
         ("prefetch-timeout", config.prefetch_timeout),
     ] {

@@ -62,7 +62,7 @@ impl Progress {
             match &self.bar {
                 None if self.drives.load(Ordering::Relaxed) => tracing::warn!(
                     "the shards of the SSD tier are not open yet: a drive is slow or does not \
-                     answer; start without its shards to serve from the pool alone"
+                     answer; its shards are waited for no longer than --ssd-open-wait"
                 ),
                 Some(bar) => bar.set_position(done),
                 None => {

@@ -107,8 +107,8 @@ pub fn start(
         move || copy_wake.wake_if_parked(),
     )?;
     workers.serve_devices(devices.clone(), opened.pool_memory.clone());
-    // Before anything of the pool is used anew: what a killed daemon's drives may still be writing
-    // to has drained once its shards can be opened.
+    // What a killed daemon's drives may still have been writing to has drained: their rings kept
+    // the pool's lock, which is this daemon's by now.
     let store = match open_store {
         Some(open) => Some(open(&opened.pool_memory, wake.clone())?),
         None => None,

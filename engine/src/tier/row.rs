@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use pegaflow_shm::node::{SSD_BUCKETS, SsdRow, text_field};
-use pegaflow_ssd::{LatencyHistogram, ShardHealth, ShardStats};
+use pegaflow_ssd::{LatencyHistogram, ShardFault, ShardHealth, ShardStats};
 
 const _: () = assert!(SSD_BUCKETS == LatencyHistogram::BUCKETS);
 
@@ -12,6 +12,10 @@ pub fn ssd_row(stats: &ShardStats) -> SsdRow {
     let (state, reason) = match &stats.health {
         ShardHealth::Healthy => (0, String::new()),
         ShardHealth::ReadsOnly(fault) => (1, fault.to_string()),
+        // Its reason is longer than the field.
+        ShardHealth::Degraded(ShardFault::Unusable(_)) => {
+            (2, "cannot be used: the log says why".to_owned())
+        }
         ShardHealth::Degraded(fault) => (2, fault.to_string()),
     };
     SsdRow {
@@ -47,7 +51,31 @@ pub fn ssd_row(stats: &ShardStats) -> SsdRow {
 mod tests {
     use super::*;
     use pegaflow_shm::node::{field_text, ssd_bucket_end};
-    use pegaflow_ssd::ShardFault;
+
+    #[test]
+    fn every_reason_fits_its_field() {
+        for fault in [
+            ShardFault::NoSpace,
+            ShardFault::ReadOnly,
+            ShardFault::Stalled,
+            ShardFault::Truncated,
+            ShardFault::Stopped,
+            ShardFault::Opening,
+            ShardFault::Unusable("a".repeat(100)),
+        ] {
+            let stats = ShardStats {
+                health: ShardHealth::Degraded(fault.clone()),
+                ..ShardStats::default()
+            };
+            let row = ssd_row(&stats);
+            let told = field_text(&row.reason);
+            assert!(told.len() < row.reason.len(), "{told}");
+            assert!(
+                told == fault.to_string() || told.contains("the log"),
+                "{told}"
+            );
+        }
+    }
 
     #[test]
     fn a_row_tells_the_state_with_its_reason_and_the_same_buckets() {

@@ -52,29 +52,38 @@ impl SsdStore {
     }
 }
 
+fn tell_shard(shard: &ssd::ShardReport) {
+    let ssd::ShardReport {
+        path,
+        created,
+        io,
+        notes,
+        blocks,
+        dropped_blocks,
+        bad_chunks,
+        direct,
+        segments,
+        segment_bytes,
+        segment_pages,
+    } = shard;
+    tracing::info!(
+        path = %path.display(), created, io, direct, segments, segment_bytes,
+        segment_pages, blocks,
+        dropped_blocks, bad_chunks, "SSD shard"
+    );
+    for note in notes {
+        tracing::warn!(path = %path.display(), "SSD shard: {note}");
+    }
+}
+
 fn tell(report: &ssd::OpenReport) {
-    for shard in &report.shards {
-        let ssd::ShardReport {
-            path,
-            created,
-            io,
-            notes,
-            blocks,
-            dropped_blocks,
-            bad_chunks,
-            direct,
-            segments,
-            segment_bytes,
-            segment_pages,
-        } = shard;
-        tracing::info!(
-            path = %path.display(), created, io, direct, segments, segment_bytes,
-            segment_pages, blocks,
-            dropped_blocks, bad_chunks, "SSD shard"
+    report.shards.iter().for_each(tell_shard);
+    for path in &report.late {
+        tracing::warn!(
+            path = %path.display(),
+            "SSD shard: not open yet, since its drive, or another one of the set, does not answer: \
+             the daemon serves without it, and it joins when its drive answers"
         );
-        for note in notes {
-            tracing::warn!(path = %path.display(), "SSD shard: {note}");
-        }
     }
     if report.missing_shards > 0 {
         tracing::warn!(
@@ -153,6 +162,9 @@ impl BlockStore for SsdStore {
 
     fn poll(&mut self, now: Instant, done: &mut Vec<StoreDone>) {
         self.tier.poll(now, &mut self.ended);
+        while let Some(report) = self.tier.joined() {
+            tell_shard(&report);
+        }
         done.extend(self.ended.drain(..).map(|ended| StoreDone {
             ticket: ended.ticket,
             outcome: match ended.outcome {

@@ -89,4 +89,6 @@ pub enum OpenError {
          container's seccomp profile) or choose threads", path.display()
     )]
     NoUring { path: PathBuf, source: io::Error },
+    #[error("{}: the thread that opens it panicked (a defect); it was left as it is", path.display())]
+    Panicked { path: PathBuf },
 }

@@ -52,7 +52,13 @@ fn failed(path: &Path, call: &'static str) -> impl FnOnce(io::Error) -> OpenErro
 
 /// Looks at what has the name and locks it if it is a shard; changes nothing.
 pub(crate) fn look(path: &Path, write: bool) -> Result<Named, OpenError> {
-    let file = match OpenOptions::new().read(true).write(write).open(path) {
+    // Not to wait for whoever may open a FIFO's other end.
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(write)
+        .custom_flags(libc::O_NONBLOCK);
+    let file = match options.open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Named::Nothing),
         Err(error) if error.kind() == ErrorKind::IsADirectory => {

@@ -1,18 +1,17 @@
-//! Opening a set of shards: first everything is looked at, then what has to be changed is changed.
+//! The steps of opening shards: first everything is looked at, then what has to be changed is
+//! changed. Who takes which step when is [`crate::opening`]'s business.
 
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
-use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::block::BlockKey;
 use crate::error::OpenError;
-use crate::file::{Named, ShardFile, look, make};
-use crate::format::{Geometry, Id, MEMBERS_MAX, Record, Superblock};
+use crate::file::{Named, ShardFile, make};
+use crate::format::{Geometry, Id, MEMBERS_MAX, Superblock};
 use crate::io::{Engine, Threads, Uring};
 use crate::memory::PoolMemory;
 use crate::mover::{Alignment, Mover, bounce_area};
@@ -21,7 +20,7 @@ use crate::port::{Port, ThreadPort};
 use crate::scan::scan;
 use crate::shard::{Found, OWN_COMMANDS, Page, Parts, Shard};
 use crate::stats::ShardStats;
-use crate::tier::{OpenReport, ShardReport, Tier};
+use crate::tier::ShardReport;
 
 /// The longest node name.
 const NODE_BYTES_MAX: usize = 64;
@@ -31,47 +30,8 @@ const DEPTH_MAX: u32 = 1024;
 /// What is called when something has ended.
 pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
 
-/// Opens the shards of `options`.
-pub(crate) fn open(
-    options: &Options,
-    pool: &PoolMemory,
-    wake: &Wake,
-) -> Result<(Tier, OpenReport), OpenError> {
-    let started = Instant::now();
-    check(options)?;
-    let named: Vec<Named> = options
-        .shards
-        .iter()
-        .map(|spec| look(&spec.path, true))
-        .collect::<Result<_, _>>()?;
-    check_set(options, &named)?;
-    let sizes = plan_sizes(options, &named)?;
-    let (files, mut reports) = apply(options, named, &sizes)?;
-    let missing_shards = write_members(&files)?;
-    let found = scan_all(&files)?;
-    let mut shards = Vec::new();
-    for (index, file) in files.iter().enumerate() {
-        let report = &mut reports[index];
-        let shard = start(options, index as u16, file, pool, wake, report)?;
-        shards.push(shard);
-    }
-    let last_write_id = found.iter().map(Found::last_write_id).max().unwrap_or(0);
-    let index = take_in(&mut shards, &found, &mut reports);
-    // Newer than all there is, and than what a shard that is missing has.
-    let unix_ns = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_nanos() as u64);
-    let next_write_id = last_write_id.max(unix_ns).min(Record::WRITE_ID_MAX) + 1;
-    let tier = Tier::assemble(started, options, pool, shards, index, next_write_id);
-    let report = OpenReport {
-        shards: reports,
-        missing_shards,
-        took: started.elapsed(),
-    };
-    Ok((tier, report))
-}
-
-fn check(options: &Options) -> Result<(), OpenError> {
+/// What can be said of options without looking at a file.
+pub(crate) fn check(options: &Options) -> Result<(), OpenError> {
     if options.shards.len() > Options::MAX_SHARDS {
         return Err(OpenError::TooManyShards {
             count: options.shards.len(),
@@ -95,136 +55,103 @@ fn check(options: &Options) -> Result<(), OpenError> {
     Ok(())
 }
 
-/// All shards that are there are this node's, of one set, and different ones.
-fn check_set(options: &Options, named: &[Named]) -> Result<(), OpenError> {
-    let mut first: Option<&ShardFile> = None;
-    let mut seen: HashMap<Id, &Path> = HashMap::new();
-    for file in named.iter().filter_map(Named::shard) {
-        let superblock = &file.superblock;
-        if superblock.node != options.node {
-            return Err(OpenError::OtherNode {
-                path: file.path.clone(),
-                found: superblock.node.clone(),
-                expected: options.node.clone(),
-            });
-        }
-        let first = *first.get_or_insert(file);
-        if superblock.set != first.superblock.set {
-            return Err(OpenError::OtherSet {
-                path: file.path.clone(),
-                other: first.path.clone(),
-            });
-        }
-        if let Some(other) = seen.insert(superblock.shard, &file.path) {
-            return Err(OpenError::SameShard {
-                path: file.path.clone(),
-                other: other.into(),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// The geometry that each shard is to have.
-fn plan_sizes(options: &Options, named: &[Named]) -> Result<Vec<Geometry>, OpenError> {
-    let plan = |spec: &ShardSpec, named: &Named| {
-        let path = || spec.path.clone();
-        let (mut geometry, bytes) = match named {
-            Named::Nothing => {
-                let bytes = spec.bytes.ok_or(OpenError::SizeMissing { path: path() })?;
-                let geometry = Geometry::for_file(bytes, options.segment_bytes);
-                (geometry, bytes)
-            }
-            Named::Shard(file) => {
-                let mut geometry = file.superblock.geometry;
-                // A file that was cut has lost the segments at its end.
-                geometry.segments = geometry.segments.min(geometry.segments_in(file.bytes));
-                if let Some(bytes) = spec.bytes {
-                    geometry.segments = geometry.segments_in(bytes);
-                }
-                (geometry, spec.bytes.unwrap_or(file.bytes))
-            }
-        };
-        if geometry.segments < Geometry::MIN_SEGMENTS {
-            geometry.segments = Geometry::MIN_SEGMENTS;
-            return Err(OpenError::TooSmall {
-                path: path(),
-                bytes,
-                least: geometry.file_bytes(),
-            });
-        }
-        Ok(geometry)
-    };
-    let both = options.shards.iter().zip(named);
-    both.map(|(spec, named)| plan(spec, named)).collect()
-}
-
-/// Makes and resizes the files.
-fn apply(
+/// The geometry that a shard is to have.
+pub(crate) fn plan_size(
     options: &Options,
-    named: Vec<Named>,
-    sizes: &[Geometry],
-) -> Result<(Vec<ShardFile>, Vec<ShardReport>), OpenError> {
-    let set = named
-        .iter()
-        .find_map(Named::shard)
-        .map_or_else(random_id, |file| file.superblock.set);
-    let mut files = Vec::new();
-    let mut reports = Vec::new();
-    for ((spec, named), geometry) in options.shards.iter().zip(named).zip(sizes) {
-        let mut report = ShardReport {
-            path: spec.path.clone(),
-            ..ShardReport::default()
-        };
-        let file = match named {
-            Named::Nothing => {
-                report.created = true;
-                let superblock = Superblock {
-                    sequence: 1,
-                    created_unix_s: unix_s(),
-                    geometry: *geometry,
-                    set,
-                    shard: random_id(),
-                    node: options.node.clone(),
-                    members: Vec::new(),
-                };
-                let (file, note) = make(&spec.path, superblock, options.preallocate)?;
-                report.notes.extend(note);
-                file
+    spec: &ShardSpec,
+    named: &Named,
+) -> Result<Geometry, OpenError> {
+    let path = || spec.path.clone();
+    let (mut geometry, bytes) = match named {
+        Named::Nothing => {
+            let bytes = spec.bytes.ok_or(OpenError::SizeMissing { path: path() })?;
+            let geometry = Geometry::for_file(bytes, options.segment_bytes);
+            (geometry, bytes)
+        }
+        Named::Shard(file) => {
+            let mut geometry = file.superblock.geometry;
+            // A file that was cut has lost the segments at its end.
+            geometry.segments = geometry.segments.min(geometry.segments_in(file.bytes));
+            if let Some(bytes) = spec.bytes {
+                geometry.segments = geometry.segments_in(bytes);
             }
-            Named::Shard(mut file) => {
-                let had = file.superblock.geometry;
-                if file.bytes < had.file_bytes() {
-                    report.notes.push(format!(
-                        "the file was cut from {} to {} bytes: what was at its end is lost",
-                        had.file_bytes(),
-                        file.bytes
-                    ));
-                }
-                if had.segments != geometry.segments {
-                    report.notes.push(format!(
-                        "resized from {} to {} segments",
-                        had.segments, geometry.segments
-                    ));
-                    let note = file.resize(geometry.segments, options.preallocate)?;
-                    report.notes.extend(note);
-                }
-                file
-            }
-        };
-        files.push(file);
-        reports.push(report);
+            (geometry, spec.bytes.unwrap_or(file.bytes))
+        }
+    };
+    if geometry.segments < Geometry::MIN_SEGMENTS {
+        geometry.segments = Geometry::MIN_SEGMENTS;
+        return Err(OpenError::TooSmall {
+            path: path(),
+            bytes,
+            least: geometry.file_bytes(),
+        });
     }
-    for (file, report) in files.iter().zip(&mut reports) {
-        let geometry = &file.superblock.geometry;
-        report.segments = geometry.segments;
-        report.segment_bytes = geometry.segment_bytes;
-        report.segment_pages = geometry.records_max();
-    }
-    Ok((files, reports))
+    Ok(geometry)
 }
 
-fn random_id() -> Id {
+/// Whose a shard is: its set, and its own name in it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Identity {
+    pub set: Id,
+    pub shard: Id,
+}
+
+/// Makes or resizes a shard's file.
+pub(crate) fn prepare(
+    options: &Options,
+    spec: &ShardSpec,
+    named: Named,
+    geometry: Geometry,
+    identity: Identity,
+) -> Result<(ShardFile, ShardReport), OpenError> {
+    let mut report = ShardReport {
+        path: spec.path.clone(),
+        ..ShardReport::default()
+    };
+    let file = match named {
+        Named::Nothing => {
+            report.created = true;
+            let superblock = Superblock {
+                sequence: 1,
+                created_unix_s: unix_s(),
+                geometry,
+                set: identity.set,
+                shard: identity.shard,
+                node: options.node.clone(),
+                members: Vec::new(),
+            };
+            let (file, note) = make(&spec.path, superblock, options.preallocate)?;
+            report.notes.extend(note);
+            file
+        }
+        Named::Shard(mut file) => {
+            let had = file.superblock.geometry;
+            if file.bytes < had.file_bytes() {
+                report.notes.push(format!(
+                    "the file was cut from {} to {} bytes: what was at its end is lost",
+                    had.file_bytes(),
+                    file.bytes
+                ));
+            }
+            if had.segments != geometry.segments {
+                report.notes.push(format!(
+                    "resized from {} to {} segments",
+                    had.segments, geometry.segments
+                ));
+                let note = file.resize(geometry.segments, options.preallocate)?;
+                report.notes.extend(note);
+            }
+            file
+        }
+    };
+    let geometry = &file.superblock.geometry;
+    report.segments = geometry.segments;
+    report.segment_bytes = geometry.segment_bytes;
+    report.segment_pages = geometry.records_max();
+    Ok((file, report))
+}
+
+pub(crate) fn random_id() -> Id {
     let mut id = [0; 16];
     // The kernel's generator is seeded long before anything opens a drive; what it does not give
     // stays zero, and the shard is refused as a copy of another one.
@@ -238,66 +165,39 @@ fn unix_s() -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
-/// Lets every shard know of the others. Says how many of the set were not named.
-fn write_members(files: &[ShardFile]) -> Result<u32, OpenError> {
-    let here: BTreeSet<Id> = files.iter().map(|file| file.superblock.shard).collect();
-    let known: BTreeSet<Id> = files
-        .iter()
-        .flat_map(|file| file.superblock.members.iter().copied())
-        .collect();
-    let missing: Vec<Id> = known.difference(&here).copied().collect();
+/// Lets a shard know of its set: `here` are the shards that are open, `known` all that there are.
+pub(crate) fn write_members(
+    file: &mut ShardFile,
+    here: &BTreeSet<Id>,
+    known: &BTreeSet<Id>,
+) -> Result<(), OpenError> {
+    let missing = known.difference(here);
     let members: Vec<Id> = here
         .iter()
-        .chain(&missing)
+        .chain(missing)
         .copied()
         .take(MEMBERS_MAX)
         .collect();
-    for file in files {
-        if file.superblock.members != members {
-            let mut superblock = file.superblock.clone();
-            superblock.members = members.clone();
-            superblock.sequence += 1;
-            file.rewrite_superblock(&superblock)?;
-        }
+    if file.superblock.members != members {
+        file.superblock.members = members;
+        file.superblock.sequence += 1;
+        file.rewrite_superblock(&file.superblock)?;
     }
-    Ok(missing.len() as u32)
+    Ok(())
 }
 
-/// Reads all tables, each shard's in a thread of its own.
-fn scan_all(files: &[ShardFile]) -> Result<Vec<Found>, OpenError> {
-    let scan_one = |file: &ShardFile| {
-        scan(
-            &*file.plain,
-            file.superblock.shard,
-            &file.superblock.geometry,
-        )
-    };
-    let results: Vec<io::Result<Found>> = std::thread::scope(|scope| {
-        let scans: Vec<_> = files
-            .iter()
-            .map(|file| scope.spawn(move || scan_one(file)))
-            .collect();
-        scans
-            .into_iter()
-            .map(|scan| {
-                scan.join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-            .collect()
-    });
-    let both = files.iter().zip(results);
-    both.map(|(file, result)| {
-        result.map_err(|source| OpenError::Io {
-            path: file.path.clone(),
-            call: "read",
-            source,
-        })
+/// Reads all tables.
+pub(crate) fn read_tables(file: &ShardFile) -> Result<Found, OpenError> {
+    let superblock = &file.superblock;
+    scan(&*file.plain, superblock.shard, &superblock.geometry).map_err(|source| OpenError::Io {
+        path: file.path.clone(),
+        call: "read",
+        source,
     })
-    .collect()
 }
 
 /// Starts a shard's thread.
-fn start(
+pub(crate) fn start(
     options: &Options,
     index: u16,
     file: &ShardFile,

@@ -57,6 +57,10 @@ pub struct Options {
     pub commit_interval: Duration,
     /// How many written bytes may wait before they are made durable.
     pub commit_bytes: u64,
+    /// How long opening waits for drives that do not answer before the tier goes on without their
+    /// shards, which join it once they do. Each of its steps (looking at the files, making and
+    /// resizing them, reading their tables) may take so long.
+    pub open_wait: Duration,
     /// A shard of which a request takes longer is degraded until the request ends.
     pub stall_limit: Duration,
     /// How long a shard whose requests fail is left alone before one is tried again.
@@ -70,7 +74,8 @@ impl Options {
     pub const MAX_PAGES: usize = 128;
 
     /// io_uring if allowed, 32 requests at the drive and 256 pending, LRU, no write limit, segments
-    /// of 64 MiB, durable within 200 ms or 256 MiB, degraded after 2 s, tried again after 30 s.
+    /// of 64 MiB, durable within 200 ms or 256 MiB, 10 s for drives to answer when it opens,
+    /// degraded after 2 s, tried again after 30 s.
     pub fn new(node: impl Into<String>, shards: Vec<ShardSpec>) -> Self {
         Self {
             node: node.into(),
@@ -85,6 +90,7 @@ impl Options {
             preallocate: true,
             commit_interval: Duration::from_millis(200),
             commit_bytes: 256 << 20,
+            open_wait: Duration::from_secs(10),
             stall_limit: Duration::from_secs(2),
             retry_after: Duration::from_secs(30),
         }

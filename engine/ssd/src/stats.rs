@@ -21,6 +21,10 @@ pub enum ShardFault {
     Truncated,
     /// The shard's thread has ended.
     Stopped,
+    /// It is not open yet.
+    Opening,
+    /// It was late, and cannot be used, for this reason.
+    Unusable(String),
 }
 
 impl fmt::Display for ShardFault {
@@ -32,6 +36,8 @@ impl fmt::Display for ShardFault {
             Self::Stalled => f.write_str("the drive does not answer"),
             Self::Truncated => f.write_str("the file is shorter than it was"),
             Self::Stopped => f.write_str("the shard's thread has ended"),
+            Self::Opening => f.write_str("not open yet: a drive has not answered since the start"),
+            Self::Unusable(why) => f.write_str(why),
         }
     }
 }
@@ -55,6 +61,8 @@ impl ShardFault {
             Self::Stalled => "stalled",
             Self::Truncated => "truncated",
             Self::Stopped => "stopped",
+            Self::Opening => "opening",
+            Self::Unusable(_) => "unusable",
         }
     }
 }

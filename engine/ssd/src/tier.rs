@@ -9,9 +9,12 @@ use std::time::{Duration, Instant};
 
 use crate::block::{BlockInfo, BlockKey, PageRef};
 use crate::error::OpenError;
+use crate::format::Record;
+use crate::late::{LateIndex, Outsiders};
 use crate::limiter::Limiter;
 use crate::memory::PoolMemory;
 use crate::open::Index;
+use crate::opening::Joining;
 use crate::options::Options;
 use crate::outcome::{Completion, Refused};
 use crate::shard::{Page, Shard};
@@ -20,8 +23,10 @@ use crate::stats::ShardStats;
 /// What opening found, for the log.
 #[derive(Clone, Debug, Default)]
 pub struct OpenReport {
-    /// What was found of each shard, in the order of the options.
+    /// What was found of each shard that is open, in the order of the options.
     pub shards: Vec<ShardReport>,
+    /// Shards whose drives have not answered yet: see [`Tier::joined`].
+    pub late: Vec<PathBuf>,
     /// Shards that belong to the set and were not named: their blocks are missing.
     pub missing_shards: u32,
     /// How long it took.
@@ -58,8 +63,15 @@ pub struct ShardReport {
 
 /// The tier. One thread owns it; it never waits for a drive.
 pub struct Tier {
+    /// Those that are open: first those that were in time, then the others as they came.
     shards: Vec<Shard>,
+    /// What is on them, but for what late shards have brought.
     index: Index,
+    /// What each late shard has brought, with its place among the shards. A key may be here and in
+    /// the index, since nobody knew of the late block: both have its bytes.
+    brought: Vec<(u16, LateIndex)>,
+    outsiders: Option<Outsiders>,
+    joined: Vec<ShardReport>,
     limiter: Option<Limiter>,
     pool_bytes: u64,
     next_write_id: u64,
@@ -67,16 +79,19 @@ pub struct Tier {
 
 impl Tier {
     /// Opens the shards of `options`. `wake` is called on a shard's thread whenever
-    /// [`Tier::poll`] has something to do.
+    /// [`Tier::poll`] has something to do. A shard whose drive does not answer within
+    /// [`Options::open_wait`] is not waited for: it refuses everything until it does, joins then,
+    /// and [`Tier::joined`] tells.
     ///
     /// # Errors
-    /// Names the first shard that cannot be used, which is left as it is.
+    /// Names the first shard that cannot be used, which is left as it is. (One that turns out so
+    /// later is degraded, with the reason.)
     pub fn open(
         options: Options,
         pool: PoolMemory,
         wake: impl Fn() + Send + Sync + 'static,
     ) -> Result<(Self, OpenReport), OpenError> {
-        crate::open::open(&options, &pool, &(Arc::new(wake) as crate::open::Wake))
+        crate::opening::open(options, pool, Arc::new(wake), Arc::new(|_, _| ()))
     }
 
     pub(crate) fn assemble(
@@ -90,32 +105,60 @@ impl Tier {
         Self {
             shards,
             index,
+            brought: Vec::new(),
+            outsiders: None,
+            joined: Vec::new(),
             limiter: options.write_limit.map(|limit| Limiter::new(limit, now)),
             pool_bytes: pool.bytes(),
             next_write_id,
         }
     }
 
-    fn pages(&self, key: &BlockKey) -> Option<(u16, &[Page])> {
-        let &(shard, block) = self.index.get(key)?;
-        Some((shard, self.shards[usize::from(shard)].readable(block)?))
+    /// These shards are not open yet.
+    pub(crate) fn wait_for(&mut self, outsiders: Outsiders) {
+        self.outsiders = Some(outsiders);
+    }
+
+    /// Where a block is, as far as it is known.
+    fn places(&self, key: &BlockKey) -> impl Iterator<Item = (u16, u32)> {
+        let brought = self.brought.iter();
+        let brought = brought.filter_map(|(shard, index)| Some((*shard, index.get(key)?)));
+        self.index.get(key).copied().into_iter().chain(brought)
+    }
+
+    /// Where a block can be read now.
+    fn pages(&self, key: &BlockKey) -> Option<(u16, u32, &[Page])> {
+        self.places(key).find_map(|(shard, block)| {
+            let pages = self.shards[usize::from(shard)].readable(block)?;
+            Some((shard, block, pages))
+        })
+    }
+
+    fn info(&self, shard: u16, pages: &[Page]) -> BlockInfo {
+        let page_bytes = pages[0].bytes;
+        BlockInfo {
+            shard: self.shards[usize::from(shard)].place(),
+            pages: pages.len() as u16,
+            page_bytes,
+            uniform: pages.iter().all(|page| page.bytes == page_bytes),
+        }
     }
 
     /// What is known of a block that can be read now; none if it is not held, still on its way, or
     /// on a shard that does not take reads.
     pub fn lookup(&self, key: &BlockKey) -> Option<BlockInfo> {
-        let (shard, pages) = self.pages(key)?;
-        Some(info(shard, pages))
+        let (shard, _, pages) = self.pages(key)?;
+        Some(self.info(shard, pages))
     }
 
     /// Whether a block is held or on its way, even if it cannot be read now.
     pub fn knows(&self, key: &BlockKey) -> bool {
-        self.index.contains_key(key)
+        self.places(key).next().is_some()
     }
 
     /// The length of page `page` of a block that can be read now, in bytes.
     pub fn page_bytes(&self, key: &BlockKey, page: u16) -> Option<u32> {
-        let (_, pages) = self.pages(key)?;
+        let (_, _, pages) = self.pages(key)?;
         pages.get(usize::from(page)).map(|page| page.bytes)
     }
 
@@ -134,7 +177,7 @@ impl Tier {
         if self.shards.is_empty() {
             return Err(Refused::NoShard);
         }
-        if self.index.contains_key(key) {
+        if self.knows(key) {
             return Err(Refused::Known);
         }
         self.check_pages(pages)?;
@@ -214,7 +257,9 @@ impl Tier {
         key: &BlockKey,
         pages: &[PageRef],
     ) -> Result<(), Refused> {
-        let &(shard, block) = self.index.get(key).ok_or(Refused::Unknown)?;
+        let readable = self.pages(key).map(|(shard, block, _)| (shard, block));
+        let known = readable.or_else(|| self.places(key).next());
+        let (shard, block) = known.ok_or(Refused::Unknown)?;
         self.check_pages(pages)?;
         self.shards[usize::from(shard)].read(now, ticket, block, pages)
     }
@@ -228,6 +273,9 @@ impl Tier {
     /// Brings what has ended, and moves on what has to happen behind it (commits, reclaiming).
     /// Never waits.
     pub fn poll(&mut self, now: Instant, out: &mut Vec<Completion>) {
+        if self.outsiders.is_some() {
+            self.take_joining();
+        }
         for index in 0..self.shards.len() {
             self.shards[index].poll(now);
             self.forget_gone(index);
@@ -238,10 +286,50 @@ impl Tier {
         self.start();
     }
 
+    /// Takes in the shards whose drives have answered meanwhile. They bring indexes of their own,
+    /// however many blocks there are: whoever calls this serves others.
+    fn take_joining(&mut self) {
+        let Some(outsiders) = &mut self.outsiders else {
+            return;
+        };
+        for joining in outsiders.joining() {
+            let Joining {
+                mut shard,
+                report,
+                mut index,
+                last_write_id,
+            } = joining;
+            for key in outsiders.removed() {
+                if let Some(block) = index.remove(key) {
+                    shard.forget(block);
+                }
+            }
+            let last = last_write_id.min(Record::WRITE_ID_MAX);
+            self.next_write_id = self.next_write_id.max(last + 1);
+            self.brought.push((self.shards.len() as u16, index));
+            self.shards.push(shard);
+            self.joined.push(report);
+        }
+        if outsiders.is_empty() {
+            self.outsiders = None;
+        }
+    }
+
+    /// What was found of a shard that was late and has joined since the last call.
+    pub fn joined(&mut self) -> Option<ShardReport> {
+        self.joined.pop()
+    }
+
     fn forget_gone(&mut self, index: usize) {
+        let shard = index as u16;
         while let Some((key, block)) = self.shards[index].next_gone() {
-            if self.index.get(&key) == Some(&(index as u16, block)) {
+            if self.index.get(&key) == Some(&(shard, block)) {
                 self.index.remove(&key);
+            }
+            for (_, brought) in self.brought.iter_mut().filter(|(of, _)| *of == shard) {
+                if brought.get(&key) == Some(block) {
+                    brought.remove(&key);
+                }
             }
         }
     }
@@ -257,20 +345,35 @@ impl Tier {
         if let Some((shard, block)) = self.index.remove(key) {
             self.shards[usize::from(shard)].forget(block);
         }
+        for (shard, brought) in &mut self.brought {
+            if let Some(block) = brought.remove(key) {
+                self.shards[usize::from(*shard)].forget(block);
+            }
+        }
+        if let Some(outsiders) = &mut self.outsiders {
+            outsiders.note_removed(key);
+        }
     }
 
     /// Notes a use of a block.
     pub fn touch(&mut self, key: &BlockKey) {
-        if let Some(&(shard, block)) = self.index.get(key) {
+        let place = self.places(key).next();
+        if let Some((shard, block)) = place {
             self.shards[usize::from(shard)].touch(block);
         }
     }
 
-    /// Every block that is there, on shards that do not take reads too.
+    /// Every block that is there, on shards that do not take reads too; twice if a late shard has
+    /// brought it once more.
     pub fn blocks(&self) -> impl Iterator<Item = (BlockKey, BlockInfo)> + '_ {
-        self.index.iter().filter_map(|(key, &(shard, block))| {
+        let brought = self.brought.iter().flat_map(|(shard, index)| {
+            let blocks = index.iter();
+            blocks.map(|(key, block)| (key, (*shard, block)))
+        });
+        let index = self.index.iter().map(|(key, place)| (key, *place));
+        index.chain(brought).filter_map(|(key, (shard, block))| {
             let pages = self.shards[usize::from(shard)].live(block)?;
-            Some((*key, info(shard, pages)))
+            Some((*key, self.info(shard, pages)))
         })
     }
 
@@ -281,19 +384,24 @@ impl Tier {
 
     /// How many shards there are.
     pub fn shard_count(&self) -> usize {
-        self.shards.len()
+        self.shards.len() + self.outsiders.as_ref().map_or(0, Outsiders::len)
     }
 
     /// Numbers and states, one per shard in the order of the options.
     pub fn stats(&self) -> Vec<ShardStats> {
-        self.shards.iter().map(Shard::stats).collect()
+        let open = self.shards.iter();
+        let open = open.map(|shard| (usize::from(shard.place()), shard.stats()));
+        let mut stats: Vec<_> = open.collect();
+        stats.extend(self.outsiders.iter().flat_map(Outsiders::stats));
+        stats.sort_by_key(|(place, _)| *place);
+        stats.into_iter().map(|(_, stats)| stats).collect()
     }
 
     /// Whether a block that is there would survive a power loss.
     #[cfg(test)]
     pub(crate) fn is_durable(&self, key: &BlockKey) -> bool {
-        let at = self.index.get(key);
-        at.is_some_and(|&(shard, block)| self.shards[usize::from(shard)].is_durable(block))
+        let at = self.places(key).next();
+        at.is_some_and(|(shard, block)| self.shards[usize::from(shard)].is_durable(block))
     }
 
     /// Starts to make durable what was written, without waiting for the interval.
@@ -345,17 +453,8 @@ impl fmt::Debug for Tier {
         f.debug_struct("Tier")
             .field("shards", &self.shards.len())
             .field("blocks", &self.index.len())
+            .field("late", &self.outsiders.as_ref().map_or(0, Outsiders::len))
             .finish_non_exhaustive()
-    }
-}
-
-fn info(shard: u16, pages: &[Page]) -> BlockInfo {
-    let page_bytes = pages[0].bytes;
-    BlockInfo {
-        shard,
-        pages: pages.len() as u16,
-        page_bytes,
-        uniform: pages.iter().all(|page| page.bytes == page_bytes),
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::{Pool, Rig, bytes_for, key, options, page};
 use pegaflow_ssd::{IoChoice, OpenError, Options, Outcome, ShardSpec, ShardView, Tier};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, flock, mknodat};
 
 const MIB: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -94,6 +94,22 @@ fn a_file_that_is_no_shard_is_refused_by_name_and_left_alone() {
     }
     let error = place.error(options(IoChoice::Auto, &[(place.folder.path(), 16 * MIB)]));
     assert!(matches!(error, OpenError::NotAFile { .. }), "{error}");
+}
+
+#[test]
+fn what_is_no_regular_file_is_refused_by_name_whoever_looks() {
+    let place = Place::new();
+    let fifo = place.path("fifo");
+    let mode = Mode::RUSR | Mode::WUSR;
+    mknodat(CWD, &fifo, FileType::Fifo, mode, 0).expect("a FIFO");
+    let link = place.path("link");
+    std::os::unix::fs::symlink("/dev/null", &link).expect("a link");
+    for path in [&fifo, &link, &PathBuf::from("/dev/zero")] {
+        let error = place.error(options(IoChoice::Auto, &[(path, 16 * MIB)]));
+        assert!(matches!(error, OpenError::NotAFile { .. }), "{error}");
+        let error = ShardView::open(path).expect_err("it is none");
+        assert!(matches!(error, OpenError::NotAFile { .. }), "{error}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use nix::sys::signal::Signal;
 use pegaflow::{BlockHash, Fetch, State, Status};
 use pegaflow_shm::node::{Counter, Gauge, field_text};
 use pegaflow_tests::content::hashes;
@@ -226,19 +227,94 @@ fn a_start_that_waits_for_a_drive_says_so_and_goes_on_with_it() {
     let Some(drive) = Drive::mount() else {
         return skip("ssd: a start that waits", "mounting needs root and ext4");
     };
-    let (mut daemon, worker, _) = filled(&drive, &["--pool", "adopt"]);
+    let patient = ["--pool", "adopt", "--ssd-open-wait", "10m"];
+    let (mut daemon, worker, _) = filled(&drive, &patient);
     drop(worker);
     daemon.stop();
     let stopped = drive.stop();
-    // A shard that grows is written to before it is opened.
-    let larger = format!("{}:160MiB", drive.at().join("shard").display());
-    daemon.set_argument("--ssd", &larger);
+    daemon.set_argument("--ssd", &larger(&drive));
     daemon.spawn();
     let told = || daemon.log().contains("a drive is slow or does not answer");
     assert!(eventually(told), "{}", daemon.log());
     drop(stopped);
     assert!(eventually(|| daemon.is_serving()), "{}", daemon.log());
     assert!(daemon.stop().success());
+}
+
+/// A start that goes on soon without a drive.
+const BRIEF: [&str; 4] = ["--pool", "adopt", "--ssd-open-wait", "1s"];
+
+/// The drive's shard with another size: it is written to before it is opened.
+fn larger(drive: &Drive) -> String {
+    format!("{}:160MiB", drive.at().join("shard").display())
+}
+
+#[test]
+fn a_drive_that_stands_still_at_the_start_costs_the_tier_and_joins_when_it_answers() {
+    let Some(drive) = Drive::mount() else {
+        return skip(
+            "ssd: a drive that stands still at the start",
+            "mounting needs root and ext4",
+        );
+    };
+    let (mut daemon, worker, names) = filled(&drive, &BRIEF);
+    let in_pool = &names[names.len() - 40..];
+    assert_eq!(fetch_up(&worker, 1, in_pool), 40);
+    daemon.stop();
+    let stopped = drive.stop();
+    daemon.set_argument("--ssd", &larger(&drive));
+    daemon.launch();
+    expect_trouble(&daemon, "has not answered since the start");
+    let (text, fine) = pegactl_ssd(&daemon);
+    assert!(!fine && text.contains("has not answered since"), "{text}");
+    // The pool was adopted, and serves saves, queries and loads.
+    assert!(eventually(|| worker.client.state() == State::Connected));
+    worker.wait_ready();
+    assert_eq!(fetch_up(&worker, 2, in_pool), 40);
+    for seed in 3..6 {
+        expect_service(&worker, seed);
+    }
+    let early = query_up(&worker, 3, &names[..20], Fetch::Wait(None));
+    assert_eq!((early.status, early.count), (Status::Ok, 0));
+    // A block of the shard is saved once more before that is there.
+    save_all(&worker, &names[..4]);
+    drop(stopped);
+    let joined = || rows(&daemon)[0].state == 0 && rows(&daemon)[0].blocks > 0;
+    assert!(eventually(joined), "{:?}", rows(&daemon));
+    assert!(eventually(|| daemon.log().contains("in order again")));
+    for (key, part) in (10..).zip(names.chunks(40)) {
+        assert_eq!(fetch_up(&worker, key, part), part.len());
+    }
+    let (text, fine) = pegactl_ssd(&daemon);
+    assert!(fine && text.contains("healthy"), "{text}");
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn a_daemon_stops_also_while_a_drive_has_not_answered_since_the_start() {
+    let Some(drive) = Drive::mount() else {
+        return skip(
+            "ssd: a stop while a drive stands still",
+            "mounting needs root and ext4",
+        );
+    };
+    let (mut daemon, worker, names) = filled(&drive, &BRIEF);
+    drop(worker);
+    daemon.stop();
+    let stopped = drive.stop();
+    daemon.set_argument("--ssd", &larger(&drive));
+    daemon.launch();
+    daemon.signal(Signal::SIGTERM);
+    let told = || daemon.log().contains("sealed blocks stay in shared memory");
+    assert!(eventually(told), "{}", daemon.log());
+    drop(stopped);
+    assert!(daemon.wait().success());
+    daemon.launch();
+    let all = || rows(&daemon).iter().map(|row| row.blocks).sum::<u64>();
+    assert!(
+        eventually(|| all() == names.len() as u64),
+        "nothing is lost"
+    );
 }
 
 #[test]

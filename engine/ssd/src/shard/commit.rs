@@ -250,7 +250,7 @@ impl Shard {
         slot: u32,
         records: Vec<Record>,
     ) {
-        let place: Place = self.place(segment);
+        let place: Place = self.place_in(segment);
         let content = Chunk {
             place,
             slot,

@@ -169,6 +169,16 @@ impl Shard {
         }
     }
 
+    /// Its place in the options.
+    pub fn place(&self) -> u16 {
+        self.index
+    }
+
+    /// It was out of order until now: its drive did not answer at the start.
+    pub fn came_late(&mut self) {
+        self.health.degradations += 1;
+    }
+
     /// Takes in what has ended and does what follows from it.
     pub fn poll(&mut self, now: Instant) {
         // Asked first: what ended before is still received.
@@ -298,7 +308,7 @@ impl Shard {
             .is_some_and(|block| block.write_id == write_id)
     }
 
-    fn place(&self, segment: u32) -> Place {
+    fn place_in(&self, segment: u32) -> Place {
         Place {
             shard: self.id,
             segment,

@@ -97,7 +97,7 @@ impl Shard {
             let op = Op::Write {
                 page: page.offset,
                 bytes: page.bytes,
-                seed: record.seed(&self.place(at.segment)),
+                seed: record.seed(&self.place_in(at.segment)),
                 plain: page.checksum,
             };
             let under = Under::Write {
@@ -157,7 +157,7 @@ impl Shard {
             let op = Op::Read {
                 page: page.offset,
                 bytes: page.bytes,
-                seed: record.seed(&self.place(at.segment)),
+                seed: record.seed(&self.place_in(at.segment)),
                 checksum: at.checksum,
                 plain: page.checksum,
             };

@@ -40,6 +40,9 @@ pub(super) struct Rig {
     next_block: u64,
 }
 
+/// How long a drive may take to make the file.
+const OPEN_WAIT: Duration = Duration::from_secs(600);
+
 impl Rig {
     pub(super) fn open(args: &SsdArgs, path: &Path, page: u32) -> Result<Self, ToolError> {
         let depth = args.depth.get();
@@ -53,15 +56,21 @@ impl Rig {
         options.io = args.io.into();
         options.queue_depth = depth;
         options.sqpoll_idle = args.sqpoll_ms.map(Duration::from_millis);
+        options.open_wait = OPEN_WAIT;
         // Some wait in the tier, so that the drive is never short of them.
         let slots = 2 * depth as usize;
         let (pool, memory) = Memory::new(args.hugepages, page as usize * slots)?;
         let owner: Thread = std::thread::current();
         let (tier, report) = Tier::open(options, pool, move || owner.unpark())?;
-        for note in &report.shards[0].notes {
+        let Some(shard) = report.shards.first() else {
+            let path = path.display();
+            return Err(ToolError::Plan(format!(
+                "{path}: the drive does not answer"
+            )));
+        };
+        for note in &shard.notes {
             eprintln!("{}: {note}", path.display());
         }
-        let shard = &report.shards[0];
         let segments = u64::from(shard.segments.saturating_sub(EMPTY_SEGMENTS));
         let place_bytes = page.next_multiple_of(PLACE_BYTES);
         let segment_pages = (shard.segment_bytes / place_bytes).min(shard.segment_pages);
