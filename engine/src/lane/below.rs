@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use pegaflow_shm::BlockHash;
 use pegaflow_shm::desc::{MissReason, flags};
+use pegaflow_shm::index::EntryId;
 use pegaflow_shm::node::{Counter, Histogram};
 use pegaflow_shm::status::Status;
 
@@ -246,12 +247,9 @@ impl<M: Machine> Lane<M> {
     ) -> Below {
         let below = self.with_tier(|lane, tier| {
             let id = tier.prefetches.of(&request);
-            let (total, digest) = (query.list.head.total, query.digest);
-            let same = id
-                .and_then(|id| tier.prefetches.get(id))
-                .filter(|prefetch| {
-                    prefetch.digest == digest && prefetch.total == total && prefetch.scope == *scope
-                });
+            let same = id.and_then(|id| tier.prefetches.get(id));
+            let same = same.filter(|prefetch| prefetch.is_for(scope, query));
+            let awaited = same.is_some_and(|prefetch| !prefetch.waiters.is_empty());
             let (Some(id), true) = (id, same.is_some() && query.reach != Reach::Now) else {
                 if query.resumed {
                     // It was ended under the query that waited for it. What another query may have
@@ -259,7 +257,8 @@ impl<M: Machine> Lane<M> {
                     query.miss_all(MissReason::InFlight);
                     return Below::Settled;
                 }
-                if let Some(other) = id {
+                // Who wants it now ends no wait of others for the same.
+                if let Some(other) = id.filter(|_| !awaited) {
                     lane.tally.add(Counter::PrefetchAbandoned, 1);
                     lane.end_prefetch(tier, other);
                 }
@@ -271,6 +270,10 @@ impl<M: Machine> Lane<M> {
                 return Below::Settled;
             };
             prefetch.asked = now;
+            if !prefetch.is_settled() && query.resumed && awaited {
+                lane.share_prefetch(tier, id, query);
+                return Below::Settled;
+            }
             if prefetch.is_settled() || query.resumed {
                 lane.take_prefetch(tier, id, query, now);
                 return Below::Settled;
@@ -287,6 +290,18 @@ impl<M: Machine> Lane<M> {
             }
         });
         below.unwrap_or(Below::Settled)
+    }
+
+    /// Whether blocks are on their way for this very query.
+    pub(super) fn has_prefetch(
+        &self,
+        request: &RequestKey,
+        scope: &QueryScope,
+        query: &QueryRequest,
+    ) -> bool {
+        let tier = self.tier.as_ref();
+        let prefetch = tier.and_then(|tier| tier.prefetches.get(tier.prefetches.of(request)?));
+        prefetch.is_some_and(|prefetch| prefetch.is_for(scope, query))
     }
 
     /// A query that has just been asked, or asked with other hashes.
@@ -403,42 +418,47 @@ impl<M: Machine> Lane<M> {
         prefetch.drop_held(|entry| cache.is_withdrawn(domain, entry), &mut loose);
         let took = now.duration_since(prefetch.started).as_nanos() as u64;
         let pieces = std::mem::take(&mut prefetch.pieces);
-        let (total, after) = (prefetch.total, prefetch.after);
-        let is_prefix = prefetch.is_prefix();
+        let after = prefetch.after;
         self.cache.unpin(domain, &loose);
-        query.misses.fill(0);
-        query.bits.fill(0);
-        query.bits.resize((total as usize).div_ceil(64), 0);
-        query.miss = if is_prefix { after } else { None };
-        for piece in pieces {
-            let at = piece.position as usize;
-            match piece.state {
-                PieceState::Held { entry, fetched } => {
-                    query.entries.push(entry);
-                    query.fetched += u32::from(fetched);
-                    query.bits[at / 64] |= 1 << (at % 64);
-                }
-                PieceState::Missing(reason) => {
-                    query.misses[reason as usize] += 1;
-                    query.miss.get_or_insert(reason);
-                }
-                PieceState::Coming { .. } | PieceState::Wanted(_) => {}
-            }
-        }
-        if is_prefix {
-            query.bits.clear();
-            let missed = total - query.entries.len() as u32;
-            if missed > 0 {
-                let reason = *query.miss.get_or_insert(MissReason::Absent);
-                query.misses[reason as usize] += 1;
-                query.misses[MissReason::AfterMiss as usize] += missed - 1;
-            } else {
-                query.miss = None;
-            }
-        }
+        fill_from(query, pieces.into_iter(), after);
         self.tally.add(Counter::PrefetchReady, 1);
         self.node.observe(Histogram::Prefetch, took);
         self.end_prefetch(tier, id);
+    }
+
+    /// The query's time has passed, and others wait on for the same blocks: it gets its own hold on
+    /// what is there, and theirs goes on.
+    fn share_prefetch(&mut self, tier: &mut LaneTier, id: PrefetchId, query: &mut QueryRequest) {
+        let Some(prefetch) = tier.prefetches.get(id) else {
+            return;
+        };
+        let domain = prefetch.scope.domain;
+        let mut pieces = prefetch.pieces.clone();
+        let mut after = prefetch.after;
+        for at in 0..pieces.len() {
+            let state = match pieces[at].state {
+                PieceState::Held { entry, .. } if self.cache.is_withdrawn(domain, entry) => {
+                    PieceState::Missing(MissReason::Absent)
+                }
+                PieceState::Held { entry, fetched } => {
+                    match self.cache.pin_sealed(domain, EntryId(entry)) {
+                        Ok(entry) => PieceState::Held { entry, fetched },
+                        Err(reason) => PieceState::Missing(reason),
+                    }
+                }
+                PieceState::Coming { .. } | PieceState::Wanted(_) => {
+                    PieceState::Missing(MissReason::InFlight)
+                }
+                missing @ PieceState::Missing(_) => missing,
+            };
+            pieces[at].state = state;
+            if let (PieceState::Missing(reason), true) = (state, prefetch.is_prefix()) {
+                after = Some(reason);
+                pieces.truncate(at);
+                break;
+            }
+        }
+        fill_from(query, pieces.into_iter(), after);
     }
 
     /// Ends a prefetch and gives back what was set aside for it.
@@ -461,6 +481,30 @@ impl<M: Machine> Lane<M> {
                     lane.tally.add(Counter::PrefetchAbandoned, 1);
                     lane.end_prefetch(tier, id);
                 }
+            }
+        });
+    }
+
+    /// A session ends: what others wait for is theirs from now on.
+    pub(super) fn hand_prefetches_over(&mut self, session: SessionId) {
+        self.with_tier(|lane, tier| {
+            for id in tier.prefetches.ids() {
+                let Some(prefetch) = tier.prefetches.get_mut(id) else {
+                    continue;
+                };
+                prefetch.waiters.retain(|waiter| waiter.session != session);
+                if prefetch.session != session {
+                    continue;
+                }
+                let mut heirs = prefetch.waiters.iter().map(|waiter| waiter.session);
+                let heir = heirs.find_map(|heir| Some((heir, *lane.by_id.get(&heir)?)));
+                let Some((heir, place)) = heir else {
+                    continue;
+                };
+                let (domain, promised) = (prefetch.scope.domain, prefetch.promised);
+                lane.leases.take_back(prefetch.place, domain, promised);
+                lane.leases.promise(place, domain, promised);
+                (prefetch.session, prefetch.place) = (heir, place);
             }
         });
     }
@@ -580,6 +624,47 @@ impl<M: Machine> Lane<M> {
         self.cache.uncount_hits(scope.domain, &held);
         self.cache.unpin(scope.domain, &held);
         query.entries = self.entry_lists.pop().unwrap_or_default();
+    }
+}
+
+/// Gives a query the blocks of these pieces; `after` is why the position behind the last one is a
+/// miss, of a prefix query.
+fn fill_from(
+    query: &mut QueryRequest,
+    pieces: impl Iterator<Item = Piece>,
+    after: Option<MissReason>,
+) {
+    let total = query.list.head.total;
+    let is_prefix = query.scope.is_some_and(|scope| scope.group == 0);
+    query.misses.fill(0);
+    query.bits.fill(0);
+    query.bits.resize((total as usize).div_ceil(64), 0);
+    query.miss = if is_prefix { after } else { None };
+    for piece in pieces {
+        let at = piece.position as usize;
+        match piece.state {
+            PieceState::Held { entry, fetched } => {
+                query.entries.push(entry);
+                query.fetched += u32::from(fetched);
+                query.bits[at / 64] |= 1 << (at % 64);
+            }
+            PieceState::Missing(reason) => {
+                query.misses[reason as usize] += 1;
+                query.miss.get_or_insert(reason);
+            }
+            PieceState::Coming { .. } | PieceState::Wanted(_) => {}
+        }
+    }
+    if is_prefix {
+        query.bits.clear();
+        let missed = total - query.entries.len() as u32;
+        if missed > 0 {
+            let reason = *query.miss.get_or_insert(MissReason::Absent);
+            query.misses[reason as usize] += 1;
+            query.misses[MissReason::AfterMiss as usize] += missed - 1;
+        } else {
+            query.miss = None;
+        }
     }
 }
 

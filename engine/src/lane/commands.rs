@@ -364,6 +364,7 @@ impl<M: Machine> Lane<M> {
         for (instance, registration) in memberships {
             self.leave_instance(instance, session, registration);
         }
+        self.hand_prefetches_over(session);
         self.end_prefetches(|prefetch| prefetch.session == session);
         if let Some(tier) = self.tier.as_mut() {
             tier.forget_saves(session);

@@ -14,7 +14,7 @@ use pegaflow_shm::desc::MissReason;
 
 use crate::cache::lease::RequestKey;
 use crate::lane::api::SessionId;
-use crate::lane::request::QueryScope;
+use crate::lane::request::{QueryRequest, QueryScope};
 
 /// Names a prefetch; an old name never means a later one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +93,11 @@ pub(super) struct Prefetch {
 impl Prefetch {
     pub(super) fn is_prefix(&self) -> bool {
         self.scope.group == 0
+    }
+
+    /// Whether it is this query's: its key's, with the same hashes.
+    pub(super) fn is_for(&self, scope: &QueryScope, query: &QueryRequest) -> bool {
+        (self.digest, self.total) == (query.digest, query.list.head.total) && self.scope == *scope
     }
 
     pub(super) fn is_settled(&self) -> bool {

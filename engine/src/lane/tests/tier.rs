@@ -4,6 +4,7 @@ mod cancel;
 mod checksums;
 mod hot;
 mod late;
+mod shared;
 mod waits;
 mod withdrawn;
 
