@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod begin;
 mod down;
 mod hold;
 
@@ -138,6 +139,7 @@ pub(super) struct LaneTier {
     told_unfit: bool,
     dice: u32,
     put_off: Option<Instant>,
+    unbegun: begin::Unbegun,
     /// No fetch can begin before something ends, or before then.
     blocked: Option<Instant>,
     done: Vec<StoreDone>,
@@ -179,6 +181,7 @@ impl LaneTier {
             told_unfit: false,
             dice: 0,
             put_off: None,
+            unbegun: begin::Unbegun::default(),
             blocked: None,
             done: Vec::new(),
             pages: Vec::new(),
@@ -285,11 +288,13 @@ impl LaneTier {
         any
     }
 
-    /// True when the lane must not sleep: something has ended.
+    /// The lane is about to sleep: all that was held back begins. True when it must not sleep,
+    /// since something has ended.
     pub(super) fn has_done(&mut self, now: Instant) -> bool {
         let mut done = std::mem::take(&mut self.done);
         self.store.poll(now, &mut done);
         self.done = done;
+        self.begin();
         !self.done.is_empty()
     }
 
@@ -301,7 +306,7 @@ impl LaneTier {
             more |= self.begin_fetches(cache, moment);
         }
         more |= self.begin_writes(cache, moment.now);
-        self.store.start();
+        self.begin_if_due(cache, moment.now);
         let sparing = self
             .options
             .save_wait
@@ -594,6 +599,7 @@ impl LaneTier {
                     prefetch.bytes += bytes;
                 }
                 self.fetched_bytes += bytes;
+                self.unbegun.wanted = true;
                 self.by_entry.insert((domain, entry.0), moving);
                 Ok(entry)
             }

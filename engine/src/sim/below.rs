@@ -262,6 +262,17 @@ impl World {
         })
     }
 
+    /// Whatever the tier has taken has begun: nobody would do it while the lane sleeps.
+    pub fn inv_6_a_lane_that_sleeps_holds_nothing_back(&self) -> Checked {
+        let open = self.drives.iter().flat_map(SimDrives::open_requests);
+        let unbegun: Vec<_> = open.filter(|request| !request.started).collect();
+        ensure(
+            unbegun.is_empty(),
+            "inv_6_a_lane_that_sleeps_holds_nothing_back",
+            || format!("the lane sleeps, and nobody has had these begin: {unbegun:?}"),
+        )
+    }
+
     /// The drives end what they have, and the lane has nothing left to do with them.
     pub fn drives_settle(&mut self) -> Checked {
         let Some((_, drives)) = self.tier() else {

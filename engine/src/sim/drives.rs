@@ -58,6 +58,8 @@ pub struct DriveRequest {
     pub spans: Vec<PageSpan>,
     /// The pages of a write as they were when it was taken.
     pages: Vec<StoredPage>,
+    /// The lane has had it begin.
+    pub started: bool,
     ended: bool,
 }
 
@@ -252,13 +254,14 @@ impl SimDrives {
         }
     }
 
-    /// Requests that have not ended and whose drive would end them now.
+    /// Requests that have begun and not ended, and whose drive would end them now.
     pub fn numbers(&self) -> Vec<u64> {
         let shared = self.lock();
         let open = shared
             .requests
             .iter()
-            .filter(|(_, request)| !request.ended && shared.mood(&request.key) != Mood::Stalled);
+            .filter(|(_, request)| request.started && !request.ended)
+            .filter(|(_, request)| shared.mood(&request.key) != Mood::Stalled);
         open.map(|(number, _)| *number).collect()
     }
 
@@ -454,6 +457,7 @@ impl BlockStore for SimStore {
             is_write: true,
             spans: spans.to_vec(),
             pages: spans.iter().map(page).collect(),
+            started: false,
             ended: false,
         })
     }
@@ -480,8 +484,15 @@ impl BlockStore for SimStore {
             is_write: false,
             spans: spans.to_vec(),
             pages: Vec::new(),
+            started: false,
             ended: false,
         })
+    }
+
+    fn start(&mut self) {
+        for request in self.0.lock().requests.values_mut() {
+            request.started = true;
+        }
     }
 
     fn poll(&mut self, _: Instant, done: &mut Vec<StoreDone>) {
@@ -509,7 +520,8 @@ impl BlockStore for SimStore {
     }
 
     /// What a drive does not end stays undone; all that was written is durable.
-    fn close(self: Box<Self>, _: Duration) -> bool {
+    fn close(mut self: Box<Self>, _: Duration) -> bool {
+        self.start();
         let numbers = self.0.numbers();
         for number in numbers {
             self.0.end(number, false);

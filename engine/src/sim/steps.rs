@@ -224,6 +224,9 @@ impl World {
         };
         let asleep = daemon.lane.fall_asleep();
         self.note(|| format!("the lane falls asleep: {asleep}"));
+        if asleep {
+            self.inv_6_a_lane_that_sleeps_holds_nothing_back()?;
+        }
         self.gauges_are_true()
     }
 

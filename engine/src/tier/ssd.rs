@@ -161,7 +161,7 @@ impl BlockStore for SsdStore {
     }
 
     fn poll(&mut self, now: Instant, done: &mut Vec<StoreDone>) {
-        self.tier.poll(now, &mut self.ended);
+        self.tier.take_ended(now, &mut self.ended);
         while let Some(report) = self.tier.joined() {
             tell_shard(&report);
         }

@@ -111,8 +111,8 @@ pub trait BlockStore: Send {
         pages: &[PageSpan],
     ) -> Result<(), Refused>;
 
-    /// Has the requests begin that were taken since, if they have not: called behind the last of
-    /// several.
+    /// Has the requests begin that were taken since, and whatever [`Self::poll`] has brought about
+    /// behind those that have ended: called for several at a time, and before the lane sleeps.
     fn start(&mut self) {}
 
     /// Appends the requests that have ended.

@@ -273,6 +273,13 @@ impl Tier {
     /// Brings what has ended, and moves on what has to happen behind it (commits, reclaiming).
     /// Never waits.
     pub fn poll(&mut self, now: Instant, out: &mut Vec<Completion>) {
+        self.take_ended(now, out);
+        self.start();
+    }
+
+    /// [`Tier::poll`], but what is to happen begins with the next [`Tier::start`] only: for whoever
+    /// has something more urgent to do than to wake the shards' threads.
+    pub fn take_ended(&mut self, now: Instant, out: &mut Vec<Completion>) {
         if self.outsiders.is_some() {
             self.take_joining();
         }
@@ -283,7 +290,6 @@ impl Tier {
                 out.push(completion);
             }
         }
-        self.start();
     }
 
     /// Takes in the shards whose drives have answered meanwhile. They bring indexes of their own,

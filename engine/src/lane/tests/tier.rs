@@ -1,5 +1,6 @@
 //! Blocks leave for the tier below the pool and come back: right, in time, or not at all.
 
+mod begin;
 mod cancel;
 mod checksums;
 mod hot;

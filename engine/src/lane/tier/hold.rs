@@ -81,6 +81,11 @@ impl LaneTier {
         self.held_saves.front().map(|held| held.until)
     }
 
+    /// Whether saves wait for the tier.
+    pub(super) fn holds_saves(&self, cache: &Cache, now: Instant) -> bool {
+        !self.held_saves.is_empty() && self.is_behind(cache, now)
+    }
+
     /// Much of what the next saves would evict is not written yet, but will be.
     fn is_behind(&self, cache: &Cache, now: Instant) -> bool {
         let recent = |at: Instant| Some(now.duration_since(at)) < self.options.save_wait;
