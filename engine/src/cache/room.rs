@@ -201,7 +201,8 @@ impl Cache {
         Some((domain, EntryId(victim)))
     }
 
-    /// The extent of a victim none of whose pages has the wanted size.
+    /// The extent of a victim none of whose pages has the wanted size: one that was not tried in
+    /// vain, if its pages lie in several.
     fn foreign_extent(
         &self,
         domain: DomainId,
@@ -218,7 +219,10 @@ impl Cache {
                 if self.pool.page_bytes_of_extent(extent) == Some(wanted) {
                     return None;
                 }
-                foreign = Some(extent);
+                let is_busy = |extent| self.busy_extents.contains(&extent);
+                if foreign.is_none_or(is_busy) {
+                    foreign = Some(extent);
+                }
             }
         }
         foreign

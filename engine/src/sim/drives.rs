@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use pegaflow_ssd::ShardStats;
+use pegaflow_ssd::{ShardStats, page_checksum};
 
 use crate::copy::{Direction, NO_CHECKSUM, PageCopy, PoolMemory};
 use crate::lane::LaneWake;
@@ -162,10 +162,19 @@ impl Shared {
             StoreOutcome::Bad => drop(self.blocks.remove(&request.key)),
             StoreOutcome::Read | StoreOutcome::Failed => {}
         }
+        let checksum = |span: &PageSpan| match span.checksum {
+            NO_CHECKSUM => NO_CHECKSUM,
+            _ => page_checksum(&read_page(&pool, span)),
+        };
+        let checksums: Vec<u64> = request.spans.iter().map(checksum).collect();
+        let wanted = request.spans.iter().map(|span| span.checksum);
+        if request.is_write && !wanted.eq(checksums.iter().copied()) {
+            self.fault(format!("a page does not have its checksum: {request:?}"));
+        }
         self.done.push_back(StoreDone {
             ticket: request.ticket,
             outcome,
-            checksums: vec![NO_CHECKSUM; request.spans.len()],
+            checksums,
         });
         if let Some(wake) = &self.wake {
             wake.wake_if_parked();

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use crate::copy::ChecksumMode;
 use crate::policy::{AdmissionKind, PolicyKind};
 use crate::sim::rng::Rng;
 use crate::tier::{AdmitWhen, TierOptions};
@@ -175,6 +176,8 @@ pub struct Plan {
     pub steps: usize,
     /// Every other seed has one.
     pub tier: Option<TierPlan>,
+    /// Which pages have checksums, by a chance of its own.
+    pub checksum: ChecksumMode,
 }
 
 const PAGES: [u64; 5] = [512, 576, 1024, 1536, 2048];
@@ -214,7 +217,17 @@ impl Plan {
             wrong_arguments: rng.pick(&[0, 3, 15]),
             steps: rng.between(200, 1600),
             tier: None,
+            checksum: ChecksumMode::Off,
         }
+    }
+
+    /// Gives pages checksums, or some of them, or none.
+    pub fn add_checksums(&mut self, rng: &mut Rng) {
+        self.checksum = rng.pick(&[
+            ChecksumMode::Off,
+            ChecksumMode::Sampled,
+            ChecksumMode::Always,
+        ]);
     }
 
     /// Puts drives below the pool, given a chance of their own.

@@ -93,6 +93,7 @@ impl World {
         if seed % 2 == 1 {
             plan.add_tier(&mut chance);
         }
+        plan.add_checksums(&mut Rng::new(mix(mix(seed))));
         let drives = plan.tier.clone().map(|tier| SimDrives::new(tier, chance));
         let processes = plan.processes.iter().enumerate().map(|(number, process)| {
             let namespace = &plan.namespaces[process.namespace];
@@ -186,7 +187,7 @@ impl World {
             policy: plan.policy,
             admission: plan.admission,
             copy_threads: 1,
-            checksum: crate::copy::ChecksumMode::Off,
+            checksum: plan.checksum,
             lease_ttl: plan.lease_ttl,
             lease_ttl_max: plan.lease_ttl * 2,
             incomplete_ttl: plan.incomplete_ttl,

@@ -13,6 +13,7 @@ const SETUP: Setup = Setup {
     shards: 1,
     segments: 8,
     alignment: 512,
+    checksums: false,
 };
 
 fn key(block: u64) -> BlockKey {
@@ -40,7 +41,7 @@ impl World {
 
     fn write(&mut self, block: u64) -> Result<Outcome, Refused> {
         let content = [vec![block as u8; 3000], vec![!block as u8; 4096]];
-        let taken = self.rig.write(&key(block), &content, &mut self.dice);
+        let taken = self.rig.write(&key(block), &content, false, &mut self.dice);
         let ticket = taken.expect("the pool has room")?;
         Ok(self.end_of(ticket))
     }
@@ -187,7 +188,7 @@ fn a_drive_that_hangs_is_noticed_refuses_at_once_and_recovers_by_itself() {
     let content = [vec![9; 100]];
     let writing = world
         .rig
-        .write(&key(9), &content, &mut world.dice)
+        .write(&key(9), &content, false, &mut world.dice)
         .expect("the pool has room")
         .expect("nothing is known yet");
     // Somebody looks when the limit is over, even if nothing else happens.
@@ -202,7 +203,7 @@ fn a_drive_that_hangs_is_noticed_refuses_at_once_and_recovers_by_itself() {
         world.rig.pass(Duration::from_secs(1));
         let refused = world
             .rig
-            .write(&key(100 + second), &content, &mut world.dice);
+            .write(&key(100 + second), &content, false, &mut world.dice);
         assert_eq!(refused, Some(Err(Refused::Degraded(ShardFault::Stalled))));
         assert!(world.rig.tier.lookup(&key(2)).is_none());
         assert!(

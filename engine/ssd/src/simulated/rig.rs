@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::block::{BlockKey, NO_CHECKSUM, PageRef};
+use crate::block::{BlockKey, NO_CHECKSUM, PageRef, page_checksum};
 use crate::format::Geometry;
 use crate::io::disk::{Dice, Disk, DiskEngine, SharedDisk};
 use crate::memory::{Area, aligned};
@@ -69,6 +69,8 @@ pub(super) struct Setup {
     pub shards: usize,
     pub segments: u32,
     pub alignment: u32,
+    /// Pages of the pool have checksums.
+    pub checksums: bool,
 }
 
 /// The tier with its drives.
@@ -159,6 +161,10 @@ impl Rig {
         }
     }
 
+    pub fn has_checksums(&self) -> bool {
+        self.setup.checksums
+    }
+
     /// The power goes, and comes back.
     pub fn lose_power(self) -> Self {
         for mover in &self.movers {
@@ -193,17 +199,28 @@ impl Rig {
         self.free.extend(slots);
     }
 
-    /// Writes a block of that content. None if the pool is full.
+    /// Writes a block of that content, of which one bit has changed in the pool if that is `damaged`.
+    /// None if the pool is full.
     pub fn write(
         &mut self,
         key: &BlockKey,
         content: &[Vec<u8>],
+        damaged: bool,
         dice: &mut Dice,
     ) -> Option<Result<u64, Refused>> {
         let lengths: Vec<u32> = content.iter().map(|page| page.len() as u32).collect();
-        let (ticket, pages) = self.take_slots(&lengths, dice)?;
-        for (page, content) in pages.iter().zip(content) {
+        let (ticket, mut pages) = self.take_slots(&lengths, dice)?;
+        for (page, content) in pages.iter_mut().zip(content) {
             self.pool.fill(page.offset, content);
+            if self.setup.checksums {
+                page.checksum = page_checksum(content);
+            }
+        }
+        if damaged {
+            let at = dice.below(content.len() as u64) as usize;
+            let byte = dice.below(u64::from(lengths[at])) as usize;
+            let wrong = [content[at][byte] ^ 1 << dice.below(8)];
+            self.pool.fill(pages[at].offset + byte as u64, &wrong);
         }
         let taken = self.tier.write(self.now, ticket, key, &pages);
         if taken.is_err() {
@@ -222,7 +239,10 @@ impl Rig {
         let lengths: Vec<u32> = (0..info.pages)
             .map(|page| self.tier.page_bytes(key, page).expect("it has that page"))
             .collect();
-        let (ticket, pages) = self.take_slots(&lengths, dice)?;
+        let (ticket, mut pages) = self.take_slots(&lengths, dice)?;
+        for page in pages.iter_mut().filter(|_| self.setup.checksums) {
+            page.checksum = 1;
+        }
         let taken = self.tier.read(self.now, ticket, key, &pages);
         if taken.is_err() {
             self.give_slots(ticket);
