@@ -99,9 +99,14 @@ impl World {
         })
     }
 
-    /// A client that waits on its bell hears it when there is something.
+    /// A client that waits on its bell hears it when there is something; one that writes anything
+    /// anywhere may have written over the word that says that it waits.
     fn inv_6_a_sleeper_is_woken(&mut self) -> Checked {
-        for process in &mut self.processes {
+        for number in 0..self.processes.len() {
+            if self.is_hostile(number) {
+                continue;
+            }
+            let process = &mut self.processes[number];
             let Some(session) = process.session.as_mut() else {
                 continue;
             };

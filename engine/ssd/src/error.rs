@@ -80,6 +80,10 @@ pub enum OpenError {
     )]
     SameShard { path: PathBuf, other: PathBuf },
     #[error(
+        "{} and {} are one file, by a link or a mount; name it once", path.display(), other.display()
+    )]
+    SameFile { path: PathBuf, other: PathBuf },
+    #[error(
         "{}: another process uses it as its SSD shard, or its drive has not ended yet what a \
          killed one asked of it", path.display()
     )]

@@ -4,12 +4,16 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, StatxFlags, fallocate, flock, statx};
+use rustix::fs::{
+    AtFlags, CWD, FallocateFlags, FlockOperation, RenameFlags, StatxFlags, fallocate, flock,
+    renameat_with, statx,
+};
+use rustix::io::Errno;
 
 use crate::error::OpenError;
 use crate::format::{
@@ -24,6 +28,8 @@ const DIO_ALIGN: StatxFlags = StatxFlags::from_bits_retain(0x2000);
 /// what holds the lock, only after the process is gone.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
+/// Links that lead from one to another, as many as the kernel follows.
+const LINKS_MAX: usize = 40;
 
 /// A file that is ours: locked as long as it is open.
 #[derive(Debug)]
@@ -50,8 +56,28 @@ fn failed(path: &Path, call: &'static str) -> impl FnOnce(io::Error) -> OpenErro
     move |source| OpenError::Io { path, call, source }
 }
 
-/// Looks at what has the name and locks it if it is a shard; changes nothing.
-pub(crate) fn look(path: &Path, write: bool) -> Result<Named, OpenError> {
+/// Which file it is, whatever its names.
+pub(crate) type FileId = (u64, u64);
+
+/// Looks at what has the name; changes nothing and locks nothing.
+pub(crate) fn look(path: &Path) -> Result<Named, OpenError> {
+    look_and(path, false, |_| Ok(()))
+}
+
+/// Looks at what has the name and locks it if it is a file, but only if `mine` says that it is for
+/// this one to lock; changes nothing.
+pub(crate) fn look_to_own(
+    path: &Path,
+    mine: impl FnOnce(FileId) -> Result<(), OpenError>,
+) -> Result<Named, OpenError> {
+    look_and(path, true, mine)
+}
+
+fn look_and(
+    path: &Path,
+    write: bool,
+    mine: impl FnOnce(FileId) -> Result<(), OpenError>,
+) -> Result<Named, OpenError> {
     // Not to wait for whoever may open a FIFO's other end.
     let mut options = OpenOptions::new();
     options
@@ -70,6 +96,7 @@ pub(crate) fn look(path: &Path, write: bool) -> Result<Named, OpenError> {
     if !metadata.is_file() {
         return Err(OpenError::NotAFile { path: path.into() });
     }
+    mine((metadata.dev(), metadata.ino()))?;
     if write {
         lock(path, &file)?;
     }
@@ -104,13 +131,13 @@ fn lock(path: &Path, file: &File) -> Result<(), OpenError> {
     loop {
         match flock(file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(()),
-            Err(rustix::io::Errno::WOULDBLOCK) if started.elapsed() < LOCK_WAIT => {
+            Err(Errno::WOULDBLOCK) if started.elapsed() < LOCK_WAIT => {
                 std::thread::sleep(LOCK_PAUSE);
             }
-            Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(Errno::WOULDBLOCK) => {
                 return Err(OpenError::InUse { path: path.into() });
             }
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Err(error) => return Err(failed(path, "flock")(error.into())),
         }
     }
@@ -142,7 +169,8 @@ pub(crate) fn make(
     superblock: Superblock,
     preallocate: bool,
 ) -> Result<(ShardFile, Option<String>), OpenError> {
-    let Some(draft) = unfinished(path) else {
+    let target = target_of(path).map_err(failed(path, "readlink"))?;
+    let Some(draft) = unfinished(&target) else {
         return Err(OpenError::NotAFile { path: path.into() });
     };
     let mut options = OpenOptions::new();
@@ -154,27 +182,15 @@ pub(crate) fn make(
         .mode(0o600);
     let file = options.open(&draft).map_err(failed(&draft, "open"))?;
     lock(&draft, &file)?;
-    // Whatever an earlier try left is no shard yet.
-    file.set_len(0).map_err(failed(&draft, "ftruncate"))?;
-    let bytes = superblock.geometry.file_bytes();
-    let reserved = reserve(&file, bytes, preallocate);
-    let shortfall = match reserved {
-        Ok(shortfall) => shortfall,
-        Err(error) => {
-            // The space is given back; the error is what matters.
-            let _ = std::fs::remove_file(&draft);
-            return Err(failed(path, "fallocate")(error));
-        }
-    };
-    let shard = ShardFile {
-        path: path.into(),
-        plain: Arc::new(file),
-        superblock,
-        bytes,
-    };
-    shard.rewrite_superblock(&shard.superblock)?;
-    std::fs::rename(&draft, path).map_err(failed(path, "rename"))?;
-    let folder = path
+    let made = fill(path, file, superblock, preallocate).and_then(|made| {
+        give_name(&draft, &target).map_err(failed(&target, "rename"))?;
+        Ok(made)
+    });
+    let (shard, shortfall) = made.inspect_err(|_| {
+        // The space is given back; the error is what matters.
+        let _ = std::fs::remove_file(&draft);
+    })?;
+    let folder = target
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty());
     let folder = folder.unwrap_or(Path::new("."));
@@ -184,12 +200,60 @@ pub(crate) fn make(
     Ok((shard, shortfall))
 }
 
+/// Makes a file that is locked and not a shard yet one.
+fn fill(
+    path: &Path,
+    file: File,
+    superblock: Superblock,
+    preallocate: bool,
+) -> Result<(ShardFile, Option<String>), OpenError> {
+    // Whatever an earlier try left is no shard.
+    file.set_len(0).map_err(failed(path, "ftruncate"))?;
+    let bytes = superblock.geometry.file_bytes();
+    let shortfall = reserve(&file, bytes, preallocate).map_err(failed(path, "fallocate"))?;
+    let shard = ShardFile {
+        path: path.into(),
+        plain: Arc::new(file),
+        superblock,
+        bytes,
+    };
+    shard.rewrite_superblock(&shard.superblock)?;
+    Ok((shard, shortfall))
+}
+
+/// Gives a draft its name, unless something has that by now. An empty file is nothing.
+fn give_name(draft: &Path, target: &Path) -> io::Result<()> {
+    match renameat_with(CWD, draft, CWD, target, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        Err(Errno::EXIST) if target.metadata()?.len() > 0 => Err(Errno::EXIST.into()),
+        // Some file systems cannot promise it.
+        Err(Errno::EXIST | Errno::INVAL | Errno::NOSYS) => std::fs::rename(draft, target),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Where a file of that name is made: where links point, which stay.
+fn target_of(path: &Path) -> io::Result<PathBuf> {
+    let mut target = path.to_owned();
+    for _ in 0..LINKS_MAX {
+        match std::fs::read_link(&target) {
+            Ok(next) => target = target.parent().unwrap_or(Path::new("/")).join(next),
+            // Nothing, or no link.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidInput) => {
+                return Ok(target);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Errno::LOOP.into())
+}
+
 /// Gives a file its size, with space on the drive if that can be had.
 fn reserve(file: &File, bytes: u64, preallocate: bool) -> io::Result<Option<String>> {
     if preallocate {
         match fallocate(file, FallocateFlags::empty(), 0, bytes) {
             Ok(()) => return Ok(None),
-            Err(rustix::io::Errno::OPNOTSUPP) => {}
+            Err(Errno::OPNOTSUPP) => {}
             Err(error) => return Err(error.into()),
         }
     }
@@ -279,7 +343,6 @@ impl ShardFile {
             Err(error) => return Err(failed(&self.path, "open")(error)),
         };
         let same = |a: &File, b: &File| -> io::Result<bool> {
-            use std::os::unix::fs::MetadataExt;
             let (a, b) = (a.metadata()?, b.metadata()?);
             Ok((a.dev(), a.ino()) == (b.dev(), b.ino()))
         };

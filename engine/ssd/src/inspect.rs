@@ -110,7 +110,7 @@ impl ShardView {
     /// # Errors
     /// It is not there, cannot be read, or is not a shard that this program knows.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
-        match look(path, false)? {
+        match look(path)? {
             Named::Shard(file) => Ok(Self { file }),
             Named::Nothing => Err(OpenError::Io {
                 path: path.into(),

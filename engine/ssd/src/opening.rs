@@ -21,7 +21,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::error::OpenError;
-use crate::file::look;
+use crate::file::{FileId, look_to_own};
 use crate::format::{Id, Record, Superblock};
 use crate::late::{LateIndex, Outsiders};
 use crate::memory::PoolMemory;
@@ -114,6 +114,8 @@ struct State {
     shards: Vec<Progress>,
     /// Who was not in time for some step: nobody waits for them any more.
     late: Vec<bool>,
+    /// Which files were found, so that none is opened twice by two names.
+    files: Vec<Option<FileId>>,
     /// What the files say that were looked at and not refused.
     members: Vec<Option<Member>>,
     /// The name of the set, once it is known, and the file that says so; none if it is a new one.
@@ -162,6 +164,7 @@ pub(crate) fn open(
             phase: Phase::Looking,
             shards: (0..count).map(|_| Progress::Under).collect(),
             late: vec![false; count],
+            files: vec![None; count],
             members: (0..count).map(|_| None).collect(),
             set: None,
             here: BTreeSet::new(),
@@ -446,7 +449,7 @@ impl Shared {
     fn open_one(&self, place: usize) -> Result<Option<Box<Opened>>, OpenError> {
         let spec = &self.options.shards[place];
         (self.before)(Step::Look, &spec.path);
-        let named = look(&spec.path, true)?;
+        let named = look_to_own(&spec.path, |file| self.claim(place, file))?;
         let geometry = open::plan_size(&self.options, spec, &named)?;
         let superblock = named.shard().map(|file| file.superblock.clone());
         let Some(identity) = self.meet_looked(place, superblock)? else {
@@ -467,6 +470,21 @@ impl Shared {
             report,
             found,
         })))
+    }
+
+    /// A file is this shard's, unless it is another one's by another name.
+    fn claim(&self, place: usize, file: FileId) -> Result<(), OpenError> {
+        let mut state = self.lock();
+        if let Some(other) = state.files.iter().position(|other| *other == Some(file)) {
+            let path = |place: usize| self.options.shards[place].path.clone();
+            let (first, second) = (place.min(other), place.max(other));
+            return Err(OpenError::SameFile {
+                path: path(second),
+                other: path(first),
+            });
+        }
+        state.files[place] = Some(file);
+        Ok(())
     }
 
     /// Waits until all have looked or nobody waits for them. None if nobody wants it any more.

@@ -90,7 +90,7 @@ fn a_full_set_opens_by_its_tables() {
         file.plain.sync_all().expect("synced");
         specs.push(ShardSpec { path, bytes: None });
     }
-    assert!(matches!(look(&specs[0].path, false), Ok(Named::Shard(_))));
+    assert!(matches!(look(&specs[0].path), Ok(Named::Shard(_))));
     let pool = PoolMemory::with_content(&[0; 4096]);
     let (mut tier, report) = Tier::open(Options::new("test", specs), pool, || ()).expect("opens");
     eprintln!(

@@ -113,6 +113,61 @@ fn what_is_no_regular_file_is_refused_by_name_whoever_looks() {
 }
 
 #[test]
+fn one_file_under_two_names_is_refused_by_both() {
+    let place = Place::new();
+    let (a, soft, hard) = (place.path("a"), place.path("soft"), place.path("hard"));
+    place.fill(&[(&a, 16 * MIB)], 3);
+    std::os::unix::fs::symlink(&a, &soft).expect("a link");
+    fs::hard_link(&a, &hard).expect("a link");
+    for other in [&soft, &hard] {
+        let both = options(IoChoice::Auto, &[(&a, 16 * MIB), (other, 16 * MIB)]);
+        let error = refused(&place, &a, both);
+        assert!(matches!(error, OpenError::SameFile { .. }), "{error}");
+        assert!(error.to_string().contains(&other.display().to_string()));
+    }
+    // Also if it is still to be made.
+    let (new, link) = (place.path("new"), place.path("to-new"));
+    std::os::unix::fs::symlink(&new, &link).expect("a link");
+    let both = options(IoChoice::Auto, &[(&link, 16 * MIB), (&new, 16 * MIB)]);
+    let error = place.error(both);
+    assert!(error.to_string().contains("new"), "{error}");
+    // By one of its names it is fine.
+    let mut rig = place.open(&[(&soft, 16 * MIB)]).expect("opens");
+    assert_eq!(place.count(&mut rig, 3), 3);
+    assert!(rig.tier.close(LIMIT));
+}
+
+#[test]
+fn a_shard_is_made_where_a_link_points_and_what_cannot_be_made_leaves_no_file() {
+    let place = Place::new();
+    let (link, there) = (place.path("link"), place.path("drive"));
+    std::os::unix::fs::symlink("drive/shard", &link).expect("a link");
+    let gone = || options(IoChoice::Auto, &[(&link, 16 * MIB)]);
+    // The drive is not mounted: nothing takes the link's place.
+    let error = place.error(gone());
+    assert!(matches!(error, OpenError::Io { .. }), "{error}");
+    fs::create_dir(&there).expect("a folder");
+    place.fill(&[(&link, 16 * MIB)], 3);
+    assert!(fs::symlink_metadata(&link).expect("it stays").is_symlink());
+    let mut rig = place
+        .open(&[(&there.join("shard"), 16 * MIB)])
+        .expect("it is there");
+    assert_eq!(place.count(&mut rig, 3), 3);
+    assert!(rig.tier.close(LIMIT));
+    // A name that no file can have, and more than there is space for.
+    let files = || fs::read_dir(place.folder.path()).expect("a folder").count();
+    let before = files();
+    let folder = place.folder.path().join("new/");
+    let error = place.error(options(IoChoice::Auto, &[(&folder, 16 * MIB)]));
+    assert!(error.to_string().contains("new"), "{error}");
+    assert_eq!(files(), before);
+    let loops = place.path("loop");
+    std::os::unix::fs::symlink(&loops, &loops).expect("a link");
+    let error = place.error(options(IoChoice::Auto, &[(&loops, 16 * MIB)]));
+    assert!(matches!(error, OpenError::Io { .. }), "{error}");
+}
+
+#[test]
 fn a_shard_of_another_node_version_or_set_is_refused_and_a_copy_too() {
     let place = Place::new();
     let (a, b) = (place.path("a"), place.path("b"));

@@ -199,7 +199,7 @@ impl Rig {
         self.free.extend(slots);
     }
 
-    /// Writes a block of that content, of which one bit has changed in the pool if that is `damaged`.
+    /// Writes a block of that content, of which one bit has changed in the pool if it is `damaged`.
     /// None if the pool is full.
     pub fn write(
         &mut self,
