@@ -116,7 +116,9 @@ pub fn ssd(args: &SsdArgs, place: &NodePlace, as_json: bool) -> Result<bool, Too
     let seen: Vec<Seen> = paths
         .iter()
         .map(|path| {
-            let is_its = |row: &&SsdRow| Path::new(&field_text(&row.path)) == path;
+            // The daemon's are absolute.
+            let full = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let is_its = |row: &&SsdRow| Path::new(&field_text(&row.path)) == full;
             // Of a daemon that died, the node file is the last state.
             look(path, rows.iter().filter(|_| runs).find(is_its), args.verify)
         })

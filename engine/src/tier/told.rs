@@ -6,14 +6,42 @@ use pegaflow_ssd::{ShardHealth, ShardStats};
 
 /// The state of each shard that the log knows.
 #[derive(Debug, Default)]
-pub struct ToldHealth(Vec<(ShardHealth, u64)>);
+pub struct ToldHealth {
+    health: Vec<(ShardHealth, u64)>,
+    /// So many of its pages had other bytes than were written when that was told last.
+    bad_pages: Vec<u64>,
+}
 
 impl ToldHealth {
     /// Tells the log what has changed since the last time; true if anything has.
     pub fn tell(&mut self, shards: &[ShardStats]) -> bool {
-        self.0.resize(shards.len(), (ShardHealth::Healthy, 0));
+        let bad = self.tell_bad_pages(shards);
+        self.tell_health(shards) || bad
+    }
+
+    /// The first one is told, and then each time that there are twice as many.
+    fn tell_bad_pages(&mut self, shards: &[ShardStats]) -> bool {
+        self.bad_pages.resize(shards.len(), 0);
         let mut any = false;
-        for (told, shard) in self.0.iter_mut().zip(shards) {
+        for (told, shard) in self.bad_pages.iter_mut().zip(shards) {
+            if shard.bad_pages == 0 || shard.bad_pages < 2 * *told {
+                continue;
+            }
+            *told = shard.bad_pages;
+            any = true;
+            tracing::warn!(
+                path = %shard.path.display(), bad_pages = shard.bad_pages,
+                "SSD shard: pages have other bytes than were written: their blocks are misses \
+                 (pegactl ssd --verify finds all of them)"
+            );
+        }
+        any
+    }
+
+    fn tell_health(&mut self, shards: &[ShardStats]) -> bool {
+        self.health.resize(shards.len(), (ShardHealth::Healthy, 0));
+        let mut any = false;
+        for (told, shard) in self.health.iter_mut().zip(shards) {
             let now = (shard.health.clone(), shard.degradations);
             if *told == now {
                 continue;
@@ -60,5 +88,19 @@ mod tests {
         assert!(told.tell(&shards) && !told.tell(&shards));
         shards[0].degradations = 1;
         assert!(told.tell(&shards) && !told.tell(&shards));
+    }
+
+    #[test]
+    fn bad_pages_are_told_when_there_is_one_and_when_they_are_twice_as_many() {
+        let mut told = ToldHealth::default();
+        let mut shards = vec![ShardStats::default(), ShardStats::default()];
+        let mut tells = Vec::new();
+        for bad in 0..9 {
+            shards[1].bad_pages = bad;
+            if told.tell(&shards) {
+                tells.push(bad);
+            }
+        }
+        assert_eq!(tells, [1, 2, 4, 8]);
     }
 }

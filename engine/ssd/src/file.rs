@@ -301,12 +301,12 @@ impl ShardFile {
                 .set_len(end)
                 .map_err(failed(&self.path, "ftruncate"))?;
             self.superblock.geometry.segments = segments;
-            shortfall = reserve(
-                &self.plain,
-                self.superblock.geometry.file_bytes(),
-                preallocate,
-            )
-            .map_err(failed(&self.path, "fallocate"))?;
+            let bytes = self.superblock.geometry.file_bytes();
+            shortfall = reserve(&self.plain, bytes, preallocate).map_err(|error| {
+                // What there was space for is given back; the error is what matters.
+                let _ = self.plain.set_len(end);
+                failed(&self.path, "fallocate")(error)
+            })?;
         }
         self.superblock.geometry.segments = segments;
         self.superblock.sequence += 1;

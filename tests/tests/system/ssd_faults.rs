@@ -291,6 +291,35 @@ fn a_drive_that_stands_still_at_the_start_costs_the_tier_and_joins_when_it_answe
 }
 
 #[test]
+fn a_shard_that_cannot_grow_gives_the_space_back_and_keeps_what_it_has() {
+    let Some(drive) = Drive::mount() else {
+        return skip("ssd: no space to grow", "mounting needs root and ext4");
+    };
+    let (mut daemon, worker, names) = filled(&drive, &["--pool", "adopt"]);
+    drop(worker);
+    daemon.stop();
+    let shard = drive.at().join("shard");
+    let before = fs::metadata(&shard).expect("it is there").len();
+    let (small, large) = (shard.display().to_string(), "600MiB");
+    daemon.set_argument("--ssd", &format!("{small}:{large}"));
+    daemon.spawn();
+    assert!(!daemon.wait().success());
+    let log = daemon.log();
+    assert!(
+        log.contains(&small) && log.contains("No space left"),
+        "{log}"
+    );
+    assert_eq!(fs::metadata(&shard).expect("it is there").len(), before);
+    daemon.set_argument("--ssd", &small);
+    daemon.launch();
+    let all = || rows(&daemon).iter().map(|row| row.blocks).sum::<u64>();
+    assert!(
+        eventually(|| all() == names.len() as u64),
+        "nothing is lost"
+    );
+}
+
+#[test]
 fn a_daemon_stops_also_while_a_drive_has_not_answered_since_the_start() {
     let Some(drive) = Drive::mount() else {
         return skip(
