@@ -34,8 +34,8 @@ pub(super) struct Clocks {
     short: Instant,
     long: Instant,
     published: Instant,
-    /// When the rows of the SSD shards were written.
-    shards: Instant,
+    /// When the rows of the SSD shards were written, if they were.
+    shards: Option<Instant>,
 }
 
 impl Clocks {
@@ -45,7 +45,7 @@ impl Clocks {
             short: now,
             long: now,
             published: now,
-            shards: now,
+            shards: None,
         }
     }
 }
@@ -169,8 +169,9 @@ impl<M: Machine> Lane<M> {
             node.set(Gauge::SsdWriting, u64::from(down));
             node.set(Gauge::SsdReading, u64::from(up));
             node.set(Gauge::Prefetches, tier.prefetches.len() as u64);
-            if now.duration_since(self.clocks.shards) >= PUBLISH_TICK {
-                self.clocks.shards = now;
+            let is_fresh = |at: Instant| now.duration_since(at) < PUBLISH_TICK;
+            if !self.clocks.shards.is_some_and(is_fresh) {
+                self.clocks.shards = Some(now);
                 let shards = tier.store.shards();
                 tier.told_health.tell(&shards);
                 for (position, shard) in shards.iter().enumerate() {

@@ -312,6 +312,7 @@ fn a_shard_that_cannot_grow_gives_the_space_back_and_keeps_what_it_has() {
     assert_eq!(fs::metadata(&shard).expect("it is there").len(), before);
     daemon.set_argument("--ssd", &small);
     daemon.launch();
+    assert_eq!(rows(&daemon).len(), 1, "it is shown from the start on");
     let all = || rows(&daemon).iter().map(|row| row.blocks).sum::<u64>();
     assert!(
         eventually(|| all() == names.len() as u64),
