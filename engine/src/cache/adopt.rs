@@ -136,7 +136,7 @@ pub fn open_cache(
     }
     Ok(OpenedCache {
         cache,
-        pool_memory: pool_memory(file),
+        pool_memory: pool_memory(file).in_huge_pages(options.hugepages),
         adopted_blocks,
         discarded_pages,
     })

@@ -27,6 +27,8 @@ pub struct PoolMemory {
     base: NonNull<u8>,
     bytes: u64,
     lock: Option<Arc<File>>,
+    /// It was asked for in huge pages.
+    wants_huge_pages: bool,
     _keep_alive: Arc<dyn Any + Send + Sync>,
 }
 
@@ -52,8 +54,16 @@ impl PoolMemory {
             base,
             bytes,
             lock: None,
+            wants_huge_pages: false,
             _keep_alive: keep_alive,
         }
+    }
+
+    /// Says that the memory was asked for in huge pages, or not.
+    #[must_use]
+    pub fn in_huge_pages(mut self, wanted: bool) -> PoolMemory {
+        self.wants_huge_pages = wanted;
+        self
     }
 
     /// Names the file whose lock says that the memory is in use, for those who may still use it
@@ -80,6 +90,7 @@ impl PoolMemory {
         // SAFETY: `new` demands of this handle what is demanded here, and the handle itself is
         // what is kept alive.
         let memory = unsafe { pegaflow_ssd::PoolMemory::new(self.base, self.bytes, keep_alive) };
+        let memory = memory.mostly_in_huge_pages(self.wants_huge_pages);
         match &self.lock {
             Some(lock) => memory.locked_by(lock.clone()),
             None => memory,

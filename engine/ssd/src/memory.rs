@@ -25,6 +25,8 @@ pub(crate) struct Area {
     pub base: NonNull<u8>,
     /// Its length.
     pub bytes: u64,
+    /// Most of it lies in pages much larger than 4 KiB.
+    pub is_in_huge_pages: bool,
     _keep_alive: Arc<dyn Any + Send + Sync>,
 }
 
@@ -51,6 +53,7 @@ impl PoolMemory {
             area: Area {
                 base,
                 bytes,
+                is_in_huge_pages: false,
                 _keep_alive: keep_alive,
             },
             lock: None,
@@ -63,6 +66,13 @@ impl PoolMemory {
     #[must_use]
     pub fn locked_by(mut self, file: Arc<File>) -> Self {
         self.lock = Some(file);
+        self
+    }
+
+    /// Says whether most of it lies in huge pages, which decides how it is best read.
+    #[must_use]
+    pub fn mostly_in_huge_pages(mut self, is_so: bool) -> Self {
+        self.area.is_in_huge_pages = is_so;
         self
     }
 
@@ -116,7 +126,7 @@ impl PoolMemory {
         };
         let area = mapping.area(content.len(), HUGE);
         area.fill(0, content);
-        Ok(Self { area, lock: None })
+        Ok(Self { area, lock: None }.mostly_in_huge_pages(true))
     }
 
     /// The size in bytes.
@@ -214,6 +224,7 @@ pub(crate) fn aligned(bytes: usize) -> Area {
     Area {
         base,
         bytes: bytes as u64,
+        is_in_huge_pages: false,
         _keep_alive: Arc::new(Aligned { base, layout }),
     }
 }
@@ -252,6 +263,7 @@ impl Mapping {
             // SAFETY: in the mapping (checked above).
             base: unsafe { self.start.add(skip) },
             bytes: bytes as u64,
+            is_in_huge_pages: false,
             _keep_alive: Arc::new(self),
         }
     }

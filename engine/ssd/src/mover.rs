@@ -7,6 +7,7 @@
 mod check;
 mod command;
 mod part;
+mod sums;
 #[cfg(test)]
 mod tests;
 

@@ -2,9 +2,8 @@
 
 use std::time::Instant;
 
-use super::{Done, Moved, Mover, Op};
-use crate::block::{NO_CHECKSUM, page_checksum};
-use crate::format::Record;
+use super::{Done, Moved, Mover, Op, sums};
+use crate::block::NO_CHECKSUM;
 use crate::io::Engine;
 
 impl<E: Engine> Mover<E> {
@@ -29,14 +28,17 @@ impl<E: Engine> Mover<E> {
             ) => {
                 // SAFETY: until the command has ended the page is nobody else's.
                 let content = unsafe { self.pool.bytes_at(page, bytes) };
-                // The plain one first: what changes before it is found by the one below, and what
+                // What changes before the plain one is taken is found by the other one, and what
                 // changes after it is found by whoever compares it.
-                let plain = match plain {
-                    NO_CHECKSUM => NO_CHECKSUM,
-                    _ => page_checksum(content),
+                let wanted = plain != NO_CHECKSUM;
+                let sums = match self.pool.is_in_huge_pages {
+                    true => sums::of_page(content, seed, wanted),
+                    false => sums::of_read_page(content, seed, wanted),
                 };
-                if Record::checksum_of(seed, content) == checksum {
-                    Ok(Moved::Fine { checksum: plain })
+                if sums.seeded == checksum {
+                    Ok(Moved::Fine {
+                        checksum: sums.plain,
+                    })
                 } else {
                     Ok(Moved::Different)
                 }
@@ -53,10 +55,12 @@ impl<E: Engine> Mover<E> {
                 // SAFETY: until the command has ended nobody writes to the page
                 // (`PoolMemory::new`), so these are the bytes that were written.
                 let content = unsafe { self.pool.bytes_at(page, bytes) };
-                // In this order: what changes in between is wrong for the drive's checksum.
-                if plain == NO_CHECKSUM || page_checksum(content) == plain {
-                    let checksum = Record::checksum_of(seed, content);
-                    Ok(Moved::Fine { checksum })
+                // What changes between the two is wrong for the drive's checksum.
+                let sums = sums::of_page(content, seed, plain != NO_CHECKSUM);
+                if sums.plain == plain {
+                    Ok(Moved::Fine {
+                        checksum: sums.seeded,
+                    })
                 } else {
                     Ok(Moved::Different)
                 }
