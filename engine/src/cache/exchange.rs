@@ -9,7 +9,6 @@
 use pegaflow_shm::BlockHash;
 use pegaflow_shm::desc::MissReason;
 use pegaflow_shm::index::{BlockKey, EntryId};
-use pegaflow_shm::namespace::tier_scope;
 
 use crate::cache::Cache;
 use crate::cache::block::{Block, Shard};
@@ -34,8 +33,7 @@ pub enum Presence {
 impl Cache {
     /// What the tier calls the namespace's blocks.
     pub fn tier_scope(&self, namespace: u32) -> Option<[u8; 32]> {
-        let stored = self.catalog.namespace_in(namespace)?;
-        Some(tier_scope(stored.domain_key, &stored.digest))
+        self.catalog.tier_scope(namespace)
     }
 
     /// Looks one block up without holding it.

@@ -202,14 +202,16 @@ impl Catalog {
         if record.state != RECORD_SEALED {
             return Some(&mut discarded.bad_checksum);
         }
-        let Ok((namespace, seed)) = self.namespace(record.namespace) else {
+        let Ok(namespace) = self.namespace(record.namespace) else {
             return Some(&mut discarded.unknown_namespace);
         };
-        if record.crc != record.computed_crc(*seed, addr) {
+        if record.crc != record.computed_crc(namespace.seed, addr) {
             Some(&mut discarded.bad_checksum)
         } else if record.page_bytes != page_bytes {
             Some(&mut discarded.wrong_page_size)
-        } else if record.rank >= record.shards || u32::from(record.shards) > namespace.world_size {
+        } else if record.rank >= record.shards
+            || u32::from(record.shards) > namespace.row.world_size
+        {
             Some(&mut discarded.bad_rank)
         } else {
             None

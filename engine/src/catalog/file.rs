@@ -145,7 +145,7 @@ impl Catalog {
             self.mapping
                 .copy_out(Layout::namespace(slot) as usize, &mut bytes)?;
             let row: NamespaceRow = bytemuck::cast(bytes);
-            self.namespaces[slot as usize] = row.is_valid().then(|| (row, row.seed()));
+            self.namespaces[slot as usize] = row.is_valid().then(|| row.into());
         }
         for extent in 0..self.layout.extents {
             let page_bytes = self.extent_row(extent)?.unwrap_or(0);

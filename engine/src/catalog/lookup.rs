@@ -37,7 +37,13 @@ impl Catalog {
 
     /// The namespace in a row of the table.
     pub fn namespace_in(&self, slot: u32) -> Option<Namespace> {
-        let (row, _) = self.namespaces.get(slot as usize)?.as_ref()?;
-        Some(row.namespace(slot))
+        let found = self.namespaces.get(slot as usize)?.as_ref()?;
+        Some(found.row.namespace(slot))
+    }
+
+    /// What the tier below the pool calls the namespace with this row.
+    pub fn tier_scope(&self, slot: u32) -> Option<[u8; 32]> {
+        let found = self.namespaces.get(slot as usize)?.as_ref()?;
+        Some(found.tier_scope)
     }
 }

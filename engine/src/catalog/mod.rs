@@ -40,6 +40,7 @@ pub use record::{CATALOG_MAGIC, CATALOG_VERSION, NodeName, PageRecord};
 use std::sync::atomic::{Ordering, fence};
 
 use pegaflow_shm::mapping::{Mapping, NamedFile};
+use pegaflow_shm::namespace::tier_scope;
 
 use crate::fault::{self, CrashPoint};
 use crate::pool::{ExtentId, PageAddr, PoolIdentity};
@@ -72,6 +73,26 @@ pub struct Namespace {
     pub digest: [u8; 32],
 }
 
+/// A row of the namespace table, with what follows from it: both are asked for at each block.
+#[derive(Clone)]
+struct NamespaceInUse {
+    row: NamespaceRow,
+    /// Where the checksums of its records begin.
+    seed: u32,
+    /// What the tier below the pool calls it.
+    tier_scope: [u8; 32],
+}
+
+impl From<NamespaceRow> for NamespaceInUse {
+    fn from(row: NamespaceRow) -> NamespaceInUse {
+        NamespaceInUse {
+            row,
+            seed: row.seed(),
+            tier_scope: tier_scope(row.domain_key, &row.digest),
+        }
+    }
+}
+
 /// The catalog file, mapped. One thread of one daemon writes it.
 pub struct Catalog {
     file: NamedFile,
@@ -79,8 +100,8 @@ pub struct Catalog {
     layout: Layout,
     /// Page size of each extent in bytes, 0 for none: the extent table as far as it is valid.
     extents: Vec<u32>,
-    /// The namespace table as far as it is valid, each row with the seed of its checksums.
-    namespaces: Vec<Option<(NamespaceRow, u32)>>,
+    /// The namespace table as far as it is valid.
+    namespaces: Vec<Option<NamespaceInUse>>,
     /// What changed the file, in order.
     #[cfg(test)]
     steps: std::sync::Arc<steps::Steps>,
@@ -123,7 +144,7 @@ impl Catalog {
             half_written,
         )?;
         fault::point(CrashPoint::NamespaceAdded);
-        self.namespaces[slot] = Some((row, row.seed()));
+        self.namespaces[slot] = Some(row.into());
         Ok(slot as u32)
     }
 
@@ -140,8 +161,8 @@ impl Catalog {
     /// All namespaces, by row.
     pub fn namespaces(&self) -> impl Iterator<Item = Namespace> + '_ {
         self.namespaces.iter().zip(0..).filter_map(|(row, slot)| {
-            let (row, _) = row.as_ref()?;
-            Some(row.namespace(slot))
+            let found = row.as_ref()?;
+            Some(found.row.namespace(slot))
         })
     }
 
@@ -192,7 +213,7 @@ impl Catalog {
 
     /// Records a page whose bytes are complete, as part of a block whose every shard is complete.
     pub fn write_sealed(&self, addr: PageAddr, page: &PageRecord) -> Result<(), CatalogError> {
-        let (_, seed) = self.namespace(page.namespace)?;
+        let seed = self.namespace(page.namespace)?.seed;
         let extent = self.layout.extent_of(addr)?;
         let found_bytes = self.extents[extent as usize];
         if found_bytes == 0 || found_bytes != page.page_bytes {
@@ -204,7 +225,7 @@ impl Catalog {
             });
         }
         let at = self.layout.record(addr, found_bytes)?;
-        let record = Record::new(*seed, addr, page);
+        let record = Record::new(seed, addr, page);
         self.publish(at, bytemuck::cast(record), CrashPoint::RecordHalfWritten)
     }
 
@@ -222,7 +243,7 @@ impl Catalog {
         self.extents.get(extent as usize).copied()
     }
 
-    fn namespace(&self, slot: u32) -> Result<&(NamespaceRow, u32), CatalogError> {
+    fn namespace(&self, slot: u32) -> Result<&NamespaceInUse, CatalogError> {
         let row = self.namespaces.get(slot as usize).and_then(Option::as_ref);
         row.ok_or(CatalogError::UnknownNamespace { namespace: slot })
     }

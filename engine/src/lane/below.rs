@@ -521,6 +521,8 @@ impl<M: Machine> Lane<M> {
             };
             tier.lose_patience(&mut self.cache, &mut moment);
             tier.call_late_waiters(now);
+            // Before the prefetch may end: they are given what it holds.
+            self.resume_waiters();
             let limit = self.options.lease_ttl;
             self.end_prefetches(|prefetch| {
                 prefetch.waiters.is_empty() && now.duration_since(prefetch.asked) > limit

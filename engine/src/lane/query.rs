@@ -296,8 +296,8 @@ impl<M: Machine> Lane<M> {
             ttl_ms => Duration::from_millis(ttl_ms).min(self.options.lease_ttl_max),
         };
         let ttl = (now + ttl, ttl.as_millis() as u64);
-        // What it has waited for may be more than who was in a greater hurry has a lease on.
-        if !(query.resumed && self.has_prefetch(&request, scope, query))
+        // What it waits for may be more than who was in a greater hurry has a lease on.
+        if !(query.reach == Reach::Wait && self.has_prefetch(&request, scope, query))
             && let Some(answer) = self.repeat(request, scope, query, ttl)
         {
             return Ok(answer);

@@ -43,7 +43,7 @@ pub(super) fn of_page(bytes: &[u8], seed: u64, is_plain_wanted: bool) -> Sums {
 /// there next has to take away first. A host that copies pages of 64 KiB by itself does 1.1 times
 /// as many a second. In huge pages, where the CPU asks by itself, that showed nothing but a price.
 pub(super) fn of_read_page(bytes: &[u8], seed: u64, is_plain_wanted: bool) -> Sums {
-    if bytes.len() <= PIECE || bytes.len() >= LARGE {
+    if bytes.len() <= PIECE || bytes.len() >= LARGE || !cfg!(target_arch = "x86_64") {
         return of_page(bytes, seed, is_plain_wanted);
     }
     let mut plain = is_plain_wanted.then(XxHash3_64::new);

@@ -5,7 +5,15 @@ use super::*;
 
 /// Two blocks of the pool, then two below that do not come up.
 fn held() -> (Below, Memory, Client, u32, [u64; 4]) {
-    let mut below = Below::with(tier(|tier| tier.patience = Duration::from_secs(600)));
+    held_with(Duration::from_secs(30))
+}
+
+fn held_with(lease_ttl: Duration) -> (Below, Memory, Client, u32, [u64; 4]) {
+    let patient = tier(|tier| tier.patience = Duration::from_secs(600));
+    let mut below = Below::with(|options| {
+        patient(options);
+        options.lease_ttl = lease_ttl;
+    });
     let memory = Memory::new();
     let (mut client, worker) = below.rig.worker("a", "", &memory);
     let last = 2 * POOL_BLOCKS;
@@ -78,6 +86,33 @@ fn a_deadline_ends_nobody_elses_wait() {
     assert_eq!(early.reason, MissReason::InFlight as u16);
     let all = (below, memory, client, worker, names);
     expect_rest(all, &early, &[1000, 1002]);
+}
+
+#[test]
+fn who_comes_after_a_deadline_waits_as_it_said() {
+    let (below, memory, mut client, worker, names) = held();
+    ask(&mut client, worker, 1000, flags::WAIT, &names, 0);
+    ask(&mut client, worker, 1001, flags::WAIT, &names, 50);
+    let early = client.completion();
+    assert_eq!(early.request_id, 1001);
+    ask(&mut client, worker, 1002, flags::WAIT, &names, 0);
+    // A lane that has answered this has taken in what came before.
+    let seen = client.simple(Op::Renew, worker, early.lease);
+    assert_eq!(seen, Status::Ok);
+    let all = (below, memory, client, worker, names);
+    expect_rest(all, &early, &[1000, 1002]);
+}
+
+#[test]
+fn a_deadline_beyond_the_time_of_a_lease_still_gives_what_is_there() {
+    let (below, _memory, mut client, worker, names) = held_with(Duration::from_millis(30));
+    ask(&mut client, worker, 1000, flags::WAIT, &names, 200);
+    let answer = client.completion();
+    assert_eq!((answer.status(), answer.count), (Status::Ok, 2));
+    assert_eq!(answer.reason, MissReason::InFlight as u16);
+    below.rig.expect_gauge(Gauge::Prefetches, 0);
+    below.store.release();
+    below.rig.expect_gauge(Gauge::SsdReading, 0);
 }
 
 #[test]
