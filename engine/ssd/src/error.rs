@@ -89,6 +89,11 @@ pub enum OpenError {
     )]
     InUse { path: PathBuf },
     #[error(
+        "{}: not made: {} cannot be used, so of which set of shards it would be is not known",
+        path.display(), other.display()
+    )]
+    SetUnknown { path: PathBuf, other: PathBuf },
+    #[error(
         "{}: io_uring cannot be used ({source}); allow it (kernel.io_uring_disabled, the \
          container's seccomp profile) or choose threads", path.display()
     )]

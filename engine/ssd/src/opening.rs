@@ -39,6 +39,8 @@ pub(crate) enum Step {
     Prepare,
     /// It is told of its set, and its tables are read.
     Tables,
+    /// It was late, and takes in what its file has.
+    Join,
 }
 
 /// How long an opening that has failed waits for its threads to let go of their files.
@@ -118,6 +120,8 @@ struct State {
     files: Vec<Option<FileId>>,
     /// What the files say that were looked at and not refused.
     members: Vec<Option<Member>>,
+    /// What cannot be opened.
+    unusable: Vec<bool>,
     /// The name of the set, once it is known, and the file that says so; none if it is a new one.
     set: Option<(Id, Option<PathBuf>)>,
     /// Shards that have gone as far as being part of the set.
@@ -166,6 +170,7 @@ pub(crate) fn open(
             late: vec![false; count],
             files: vec![None; count],
             members: (0..count).map(|_| None).collect(),
+            unusable: vec![false; count],
             set: None,
             here: BTreeSet::new(),
             known: BTreeSet::new(),
@@ -410,13 +415,7 @@ impl Shared {
 
     /// A shard's thread.
     fn run(&self, place: usize) {
-        let result = catch_unwind(AssertUnwindSafe(|| self.open_one(place)));
-        let result = result.unwrap_or_else(|_| {
-            Err(OpenError::Panicked {
-                path: self.options.shards[place].path.clone(),
-            })
-        });
-        let mut ended = match result {
+        let mut ended = match self.caught(place, || self.open_one(place)) {
             Ok(Some(opened)) => Progress::Ready(opened),
             Ok(None) => return,
             Err(error) => Progress::Failed(error),
@@ -425,11 +424,12 @@ impl Shared {
         if state.phase == Phase::Open {
             drop(state);
             ended = match ended {
-                Progress::Ready(opened) => Progress::Joining(Box::new(Joining::new(*opened))),
+                Progress::Ready(opened) => self.join(place, *opened),
                 other => other,
             };
             state = self.lock();
         }
+        state.unusable[place] = matches!(ended, Progress::Failed(_));
         // If nobody wants it any more it has no place.
         let Some(shard) = state.shards.get_mut(place) else {
             return;
@@ -443,6 +443,31 @@ impl Shared {
             self.news.store(true, Ordering::Release);
             (self.wake)();
         }
+    }
+
+    /// Gives a shard that was late what its file has.
+    fn join(&self, place: usize, opened: Opened) -> Progress {
+        let joining = self.caught(place, || {
+            (self.before)(Step::Join, &self.options.shards[place].path);
+            Ok(Joining::new(opened))
+        });
+        match joining {
+            Ok(joining) => Progress::Joining(Box::new(joining)),
+            Err(error) => Progress::Failed(error),
+        }
+    }
+
+    /// Does that for a shard, which is lost if it panics.
+    fn caught<T>(
+        &self,
+        place: usize,
+        work: impl FnOnce() -> Result<T, OpenError>,
+    ) -> Result<T, OpenError> {
+        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+            Err(OpenError::Panicked {
+                path: self.options.shards[place].path.clone(),
+            })
+        })
     }
 
     /// Opens a shard; none if nobody wants it any more.
@@ -505,7 +530,7 @@ impl Shared {
         }
         // Of which set a new shard is, one that is not looked at yet may have to say.
         state = self.wait_while(state, |state| {
-            state.phase != Phase::GivenUp && state.set.is_none()
+            state.phase != Phase::GivenUp && state.set.is_none() && state.may_name_set()
         });
         if state.phase == Phase::GivenUp {
             return Ok(None);
@@ -513,7 +538,12 @@ impl Shared {
         let member = state.members[place].as_ref();
         let shard = member.map_or_else(open::random_id, |member| member.shard);
         let Some((set, _)) = state.set else {
-            return Ok(None);
+            let unusable = state.unusable.iter().position(|unusable| *unusable);
+            let path = |place: usize| self.options.shards[place].path.clone();
+            return Err(OpenError::SetUnknown {
+                path: path(place),
+                other: unusable.map(path).unwrap_or_default(),
+            });
         };
         Ok(Some(Identity { set, shard }))
     }
@@ -569,6 +599,12 @@ impl State {
         if self.set.is_none() && self.members.iter().all(Option::is_some) {
             self.set = Some((open::random_id(), None));
         }
+    }
+
+    /// Whether a file that is not known yet may say which set it is.
+    fn may_name_set(&self) -> bool {
+        let mut both = self.members.iter().zip(&self.unusable);
+        both.any(|(member, unusable)| member.is_none() && !unusable)
     }
 
     /// How many shards of the set are not there.

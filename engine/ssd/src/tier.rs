@@ -312,6 +312,9 @@ impl Tier {
             }
             let last = last_write_id.min(Record::WRITE_ID_MAX);
             self.next_write_id = self.next_write_id.max(last + 1);
+            // Or all that is written would go to it for long.
+            let turns = self.shards.iter().map(Shard::turns);
+            shard.take_turns_from(turns.min_by(f64::total_cmp).unwrap_or(0.0));
             self.brought.push((self.shards.len() as u16, index));
             self.shards.push(shard);
             self.joined.push(report);

@@ -18,11 +18,18 @@ const LIMIT: Duration = Duration::from_secs(60);
 struct Gate {
     held: Mutex<BTreeSet<(PathBuf, u8)>>,
     changed: Condvar,
+    /// Where a thread panics.
+    fatal: Mutex<Option<(PathBuf, Step)>>,
 }
 
 impl Gate {
     fn hold(self: &Arc<Self>, path: &Path, step: Step) {
         self.lock().insert((path.to_owned(), step as u8));
+    }
+
+    fn release_one(&self, path: &Path, step: Step) {
+        self.lock().remove(&(path.to_owned(), step as u8));
+        self.changed.notify_all();
     }
 
     fn release(&self) {
@@ -44,6 +51,8 @@ impl Gate {
                 .wait_while(held, |held| held.contains(&place))
                 .expect("no test panics with it");
             drop(waited);
+            let fatal = gate.fatal.lock().expect("no thread panics with it").clone();
+            assert!(fatal != Some((path.to_owned(), step)), "as the test wants");
         })
     }
 }
@@ -300,6 +309,72 @@ fn a_new_shard_waits_for_a_late_one_that_says_of_which_set_it_is() {
     assert!(rig.tier.close(LIMIT));
     let rig = place.open(&["a", "new"]).expect("they are one set");
     assert_eq!((rig.report.late.len(), rig.report.missing_shards), (0, 0));
+    assert!(rig.tier.close(LIMIT));
+}
+
+#[test]
+fn a_new_shard_does_not_wait_for_a_late_one_that_cannot_say_of_which_set_it_is() {
+    let place = Place::new();
+    fs::write(place.path("b"), b"something else").expect("written");
+    place.gate.hold(&place.path("b"), Step::Look);
+    place.gate.hold(&place.path("c"), Step::Look);
+    let mut rig = place.open(&["new", "b", "c"]).expect("opens without any");
+    assert!((0..3).all(|shard| is_opening(&rig.health(shard))));
+    place.gate.release_one(&place.path("b"), Step::Look);
+    let unusable = |health: &ShardHealth, wanted: &[String]| match health {
+        ShardHealth::Degraded(ShardFault::Unusable(why)) => {
+            wanted.iter().all(|part| why.contains(part))
+        }
+        _ => false,
+    };
+    let name = |name: &str| place.path(name).display().to_string();
+    rig.becomes(1, |health| unusable(health, &[name("b")]));
+    // The third one may say it still.
+    assert!(is_opening(&rig.health(0)));
+    place.gate.release();
+    rig.becomes(0, |health| {
+        unusable(health, &[name("new"), name("b"), "not made".to_owned()])
+    });
+    rig.becomes(2, |health| unusable(health, &[name("c"), name("b")]));
+    assert!(!place.path("new").exists() && !place.path("c").exists());
+    assert!(rig.tier.close(LIMIT));
+}
+
+#[test]
+fn a_late_shard_takes_its_part_of_what_is_written_and_no_more() {
+    let place = Place::new();
+    place.fill(&["a", "b"], 0..4);
+    place.gate.hold(&place.path("b"), Step::Look);
+    let mut rig = place.open(&["a", "b"]).expect("a is there");
+    for block in 100..130 {
+        rig.write(block, 0);
+    }
+    place.gate.release();
+    rig.becomes(1, is_healthy);
+    let on = |rig: &Rig, shard: u16| {
+        let places = (200..220).filter_map(|block| rig.tier.lookup(&key(block)));
+        places.filter(|info| info.shard == shard).count()
+    };
+    for block in 200..220 {
+        rig.write(block, 0);
+    }
+    assert_eq!([0, 1].map(|shard| on(&rig, shard)), [10, 10]);
+    assert!(rig.tier.close(LIMIT));
+}
+
+#[test]
+fn a_panic_while_a_late_shard_joins_is_told_as_its_state() {
+    let place = Place::new();
+    place.fill(&["a", "b"], 0..4);
+    let fatal = (place.path("b"), Step::Join);
+    *place.gate.fatal.lock().expect("no thread panics with it") = Some(fatal);
+    place.gate.hold(&place.path("b"), Step::Look);
+    let mut rig = place.open(&["a", "b"]).expect("a is there");
+    place.gate.release();
+    rig.becomes(1, |health| match health {
+        ShardHealth::Degraded(ShardFault::Unusable(why)) => why.contains("panicked"),
+        _ => false,
+    });
     assert!(rig.tier.close(LIMIT));
 }
 

@@ -179,6 +179,11 @@ impl Shard {
         self.health.degradations += 1;
     }
 
+    /// Takes its place among the others, whose turn it is as often as theirs from now on.
+    pub fn take_turns_from(&mut self, turns: f64) {
+        self.taken_bytes = (turns * self.stats.capacity_bytes as f64) as u64;
+    }
+
     /// Takes in what has ended and does what follows from it.
     pub fn poll(&mut self, now: Instant) {
         // Asked first: what ended before is still received.
