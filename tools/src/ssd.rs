@@ -44,8 +44,10 @@ const PATIENT: Duration = Duration::from_secs(60);
 /// What is known of one shard.
 struct Seen {
     path: PathBuf,
-    /// None if its drive does not answer.
+    /// None if it shows nothing.
     file: Option<SeenFile>,
+    /// Why it does not, unless its drive does not answer.
+    error: Option<String>,
     /// What the daemon that uses it says of it.
     health: Option<Health>,
 }
@@ -74,7 +76,10 @@ impl Seen {
                 size(layout.expected_bytes)
             )),
             Some(_) => {}
-            None => problems.push("its drive does not answer: nothing of the file is shown".into()),
+            None => {
+                let why = self.error.as_deref().unwrap_or("its drive does not answer");
+                problems.push(format!("{why}: nothing of the file is shown"));
+            }
         }
         if let Some(health) = self
             .health
@@ -95,7 +100,7 @@ impl Seen {
 /// `pegactl ssd`. True if nothing is wrong with any shard.
 ///
 /// # Errors
-/// A file is not a shard, or cannot be read.
+/// A file is not a shard, or cannot be read, and no daemon serves without it.
 pub fn ssd(args: &SsdArgs, place: &NodePlace, as_json: bool) -> Result<bool, ToolError> {
     // Named shards can be looked at without any daemon.
     let (rows, runs) = match NodeView::open(place) {
@@ -154,7 +159,12 @@ fn look(path: &Path, row: Option<&SsdRow>, verify: bool) -> Result<Seen, ToolErr
     // One that is not open yet is not locked.
     let opening = |row: &&SsdRow| row.state == DEGRADED;
     let patience = row.filter(opening).map_or(PATIENT, |_| BRIEF);
-    let file = look_at_file(path, verify, patience)?;
+    let (file, error) = match look_at_file(path, verify, patience) {
+        Ok(file) => (file, None),
+        // The daemon serves without it, and the others are shown.
+        Err(error) if row.is_some_and(|row| opening(&row)) => (None, Some(error.to_string())),
+        Err(error) => return Err(error),
+    };
     let used = file
         .as_ref()
         .is_none_or(|file| file.layout.used_by.is_some());
@@ -166,6 +176,7 @@ fn look(path: &Path, row: Option<&SsdRow>, verify: bool) -> Result<Seen, ToolErr
     Ok(Seen {
         path: path.to_owned(),
         file,
+        error,
         health,
     })
 }
@@ -244,7 +255,8 @@ fn to_json(shard: &Seen) -> Value {
     }) = &shard.file
     else {
         return json!({
-            "path": shard.path, "answers": false, "health": health, "problems": shard.problems(),
+            "path": shard.path, "answers": shard.error.is_some(), "error": shard.error,
+            "health": health, "problems": shard.problems(),
         });
     };
     let page = |page: &BadPage| {
@@ -393,6 +405,8 @@ fn hex(bytes: &[u8]) -> String {
 mod tests {
     use std::time::Instant;
 
+    use bytemuck::Zeroable;
+    use pegaflow_shm::node::text_field;
     use pegaflow_ssd::{BlockKey, Options, PageRef, PoolMemory, ShardSpec, Tier};
 
     use super::*;
@@ -470,6 +484,39 @@ mod tests {
             to_json(&seen)["verified"]["bad_pages"][0]["hash"],
             hex(&[1; 32])
         );
+    }
+
+    #[test]
+    fn what_is_no_shard_is_shown_with_the_others_if_the_daemon_serves_without_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (foreign, new) = (folder.path().join("notes"), folder.path().join("new"));
+        std::fs::write(&foreign, b"something else").expect("written");
+        for (path, why) in [
+            (&foreign, "not an SSD shard"),
+            (&new, "no shard has this name"),
+        ] {
+            let row = SsdRow {
+                used: 1,
+                state: DEGRADED,
+                path: text_field(&path.display().to_string()),
+                reason: text_field("not open"),
+                ..SsdRow::zeroed()
+            };
+            let seen = look(path, Some(&row), false).expect("shown");
+            let problems = seen.problems();
+            assert_eq!(problems.len(), 2, "{problems:?}");
+            assert!(problems[0].contains(why), "{problems:?}");
+            assert_eq!(problems[1], "degraded: not open");
+            let json = to_json(&seen);
+            assert_eq!(json["answers"], true);
+            assert!(
+                json["error"]
+                    .as_str()
+                    .is_some_and(|text| text.contains(why))
+            );
+            let healthy = SsdRow { state: 0, ..row };
+            assert!(look(path, Some(&healthy), false).is_err());
+        }
     }
 
     #[test]
