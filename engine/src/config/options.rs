@@ -201,7 +201,7 @@ options! {
         "Which segment of an SSD shard is used anew first when it is full: lru or s3-fifo";
     ssd_open_wait: Duration, Span, Single, Duration::from_secs(10), "",
         "ssd-open-wait", "PEGAFLOW_SSD_OPEN_WAIT", "TIME",
-        "How long the start waits for a drive that does not answer before the daemon serves without its SSD shards, which join once it answers, such as 10s";
+        "How long the start waits at each of three steps (found, made or resized, read) for SSD shards that have not finished it, before the daemon serves without them, which join once they are open, such as 10s";
     ssd_stall_limit: Duration, Span, Single, Duration::from_secs(2), "",
         "ssd-stall-limit", "PEGAFLOW_SSD_STALL_LIMIT", "TIME",
         "A drive that takes longer for one request counts as out of order until it answers, such as 2s";

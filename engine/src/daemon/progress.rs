@@ -62,7 +62,7 @@ impl Progress {
             match &self.bar {
                 None if self.drives.load(Ordering::Relaxed) => tracing::warn!(
                     "the shards of the SSD tier are not open yet: a drive is slow or does not \
-                     answer; its shards are waited for no longer than --ssd-open-wait"
+                     answer; its shards are waited for --ssd-open-wait for each of three steps"
                 ),
                 Some(bar) => bar.set_position(done),
                 None => {

@@ -61,6 +61,7 @@ mod tests {
             ShardFault::Truncated,
             ShardFault::Stopped,
             ShardFault::Opening,
+            ShardFault::InUse,
             ShardFault::Unusable("a".repeat(100)),
         ] {
             let stats = ShardStats {

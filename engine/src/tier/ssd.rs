@@ -81,8 +81,8 @@ fn tell(report: &ssd::OpenReport) {
     for path in &report.late {
         tracing::warn!(
             path = %path.display(),
-            "SSD shard: not open yet, since its drive, or another one of the set, does not answer: \
-             the daemon serves without it, and it joins when its drive answers"
+            "SSD shard: not open yet, since it, or another one of the set, has not finished opening \
+             within --ssd-open-wait: the daemon serves without it, and it joins when it is open"
         );
     }
     if report.missing_shards > 0 {

@@ -26,7 +26,7 @@ const DIO_ALIGN: StatxFlags = StatxFlags::from_bits_retain(0x2000);
 
 /// How long a lock is waited for: the kernel takes a dead process's io_uring apart, and with it
 /// what holds the lock, only after the process is gone.
-const LOCK_WAIT: Duration = Duration::from_secs(5);
+pub(crate) const LOCK_WAIT: Duration = Duration::from_secs(5);
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// Links that lead from one to another, as many as the kernel follows.
 const LINKS_MAX: usize = 40;
@@ -61,28 +61,29 @@ pub(crate) type FileId = (u64, u64);
 
 /// Looks at what has the name; changes nothing and locks nothing.
 pub(crate) fn look(path: &Path) -> Result<Named, OpenError> {
-    look_and(path, false, |_| Ok(()))
+    look_and(path, None, |_| Ok(()))
 }
 
 /// Looks at what has the name and locks it if it is a file, but only if `mine` says that it is for
-/// this one to lock; changes nothing.
+/// this one to lock; changes nothing. Tries to as long as `waits` says so of the time until then.
 pub(crate) fn look_to_own(
     path: &Path,
     mine: impl FnOnce(FileId) -> Result<(), OpenError>,
+    waits: &dyn Fn(Duration) -> bool,
 ) -> Result<Named, OpenError> {
-    look_and(path, true, mine)
+    look_and(path, Some(waits), mine)
 }
 
 fn look_and(
     path: &Path,
-    write: bool,
+    to_own: Option<&dyn Fn(Duration) -> bool>,
     mine: impl FnOnce(FileId) -> Result<(), OpenError>,
 ) -> Result<Named, OpenError> {
     // Not to wait for whoever may open a FIFO's other end.
     let mut options = OpenOptions::new();
     options
         .read(true)
-        .write(write)
+        .write(to_own.is_some())
         .custom_flags(libc::O_NONBLOCK);
     let file = match options.open(path) {
         Ok(file) => file,
@@ -97,8 +98,8 @@ fn look_and(
         return Err(OpenError::NotAFile { path: path.into() });
     }
     mine((metadata.dev(), metadata.ino()))?;
-    if write {
-        lock(path, &file)?;
+    if let Some(waits) = to_own {
+        lock(path, &file, waits)?;
     }
     let bytes = metadata.len();
     if bytes == 0 {
@@ -126,12 +127,12 @@ fn look_and(
     }))
 }
 
-fn lock(path: &Path, file: &File) -> Result<(), OpenError> {
+fn lock(path: &Path, file: &File, waits: &dyn Fn(Duration) -> bool) -> Result<(), OpenError> {
     let started = Instant::now();
     loop {
         match flock(file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(()),
-            Err(Errno::WOULDBLOCK) if started.elapsed() < LOCK_WAIT => {
+            Err(Errno::WOULDBLOCK) if waits(started.elapsed()) => {
                 std::thread::sleep(LOCK_PAUSE);
             }
             Err(Errno::WOULDBLOCK) => {
@@ -181,7 +182,7 @@ pub(crate) fn make(
         .truncate(false)
         .mode(0o600);
     let file = options.open(&draft).map_err(failed(&draft, "open"))?;
-    lock(&draft, &file)?;
+    lock(&draft, &file, &|so_far| so_far < LOCK_WAIT)?;
     let made = fill(path, file, superblock, preallocate).and_then(|made| {
         give_name(&draft, &target).map_err(failed(&target, "rename"))?;
         Ok(made)

@@ -134,9 +134,13 @@ impl Outsiders {
     /// What there is to say of each, with its place in the options.
     pub fn stats(&self) -> impl Iterator<Item = (usize, ShardStats)> + '_ {
         self.shards.iter().map(|shard| {
+            let fault = match &shard.fault {
+                ShardFault::Opening if self.shared.is_in_use(shard.place) => ShardFault::InUse,
+                fault => fault.clone(),
+            };
             let stats = ShardStats {
                 path: shard.path.clone(),
-                health: ShardHealth::Degraded(shard.fault.clone()),
+                health: ShardHealth::Degraded(fault),
                 degradations: 1,
                 ..ShardStats::default()
             };

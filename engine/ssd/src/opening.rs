@@ -21,7 +21,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::error::OpenError;
-use crate::file::{FileId, look_to_own};
+use crate::file::{FileId, LOCK_WAIT, look_to_own};
 use crate::format::{Id, Record, Superblock};
 use crate::late::{LateIndex, Outsiders};
 use crate::memory::PoolMemory;
@@ -120,6 +120,8 @@ struct State {
     files: Vec<Option<FileId>>,
     /// What the files say that were looked at and not refused.
     members: Vec<Option<Member>>,
+    /// Late ones whose files are others' still.
+    in_use: Vec<bool>,
     /// What cannot be opened.
     unusable: Vec<bool>,
     /// The name of the set, once it is known, and the file that says so; none if it is a new one.
@@ -170,6 +172,7 @@ pub(crate) fn open(
             late: vec![false; count],
             files: vec![None; count],
             members: (0..count).map(|_| None).collect(),
+            in_use: vec![false; count],
             unusable: vec![false; count],
             set: None,
             here: BTreeSet::new(),
@@ -474,7 +477,9 @@ impl Shared {
     fn open_one(&self, place: usize) -> Result<Option<Box<Opened>>, OpenError> {
         let spec = &self.options.shards[place];
         (self.before)(Step::Look, &spec.path);
-        let named = look_to_own(&spec.path, |file| self.claim(place, file))?;
+        let mine = |file| self.claim(place, file);
+        let named = look_to_own(&spec.path, mine, &|so_far| self.waits_for(place, so_far))?;
+        self.lock().in_use[place] = false;
         let geometry = open::plan_size(&self.options, spec, &named)?;
         let superblock = named.shard().map(|file| file.superblock.clone());
         let Some(identity) = self.meet_looked(place, superblock)? else {
@@ -510,6 +515,19 @@ impl Shared {
         }
         state.files[place] = Some(file);
         Ok(())
+    }
+
+    /// Whether the lock of a shard's file is tried once more after so long. A late one holds nobody
+    /// up, and may be at a drive that has not ended yet what a killed daemon asked of it.
+    fn waits_for(&self, place: usize, so_far: Duration) -> bool {
+        let mut state = self.lock();
+        state.in_use[place] = state.late[place];
+        state.phase != Phase::GivenUp && (state.late[place] || so_far < LOCK_WAIT)
+    }
+
+    /// Whether a late shard's file is another process's still.
+    pub(crate) fn is_in_use(&self, place: usize) -> bool {
+        self.lock().in_use[place]
     }
 
     /// Waits until all have looked or nobody waits for them. None if nobody wants it any more.

@@ -23,6 +23,8 @@ pub enum ShardFault {
     Stopped,
     /// It is not open yet.
     Opening,
+    /// It is not open yet, since another process has its file.
+    InUse,
     /// It was late, and cannot be used, for this reason.
     Unusable(String),
 }
@@ -36,7 +38,12 @@ impl fmt::Display for ShardFault {
             Self::Stalled => f.write_str("the drive does not answer"),
             Self::Truncated => f.write_str("the file is shorter than it was"),
             Self::Stopped => f.write_str("the shard's thread has ended"),
-            Self::Opening => f.write_str("not open yet: a drive has not answered since the start"),
+            Self::Opening => {
+                f.write_str("not open yet: it has not finished opening since the start")
+            }
+            Self::InUse => {
+                f.write_str("not open yet: another process, or a killed one, has it still")
+            }
             Self::Unusable(why) => f.write_str(why),
         }
     }
@@ -62,6 +69,7 @@ impl ShardFault {
             Self::Truncated => "truncated",
             Self::Stopped => "stopped",
             Self::Opening => "opening",
+            Self::InUse => "in_use",
             Self::Unusable(_) => "unusable",
         }
     }

@@ -264,9 +264,12 @@ fn a_drive_that_stands_still_at_the_start_costs_the_tier_and_joins_when_it_answe
     let stopped = drive.stop();
     daemon.set_argument("--ssd", &larger(&drive));
     daemon.launch();
-    expect_trouble(&daemon, "has not answered since the start");
+    expect_trouble(&daemon, "has not finished opening since the start");
     let (text, fine) = pegactl_ssd(&daemon);
-    assert!(!fine && text.contains("has not answered since"), "{text}");
+    assert!(
+        !fine && text.contains("has not finished opening since"),
+        "{text}"
+    );
     // The pool was adopted, and serves saves, queries and loads.
     assert!(eventually(|| worker.client.state() == State::Connected));
     worker.wait_ready();

@@ -1,6 +1,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 
+use rustix::fs::{FlockOperation, flock};
+
 use super::*;
 use crate::block::{BlockKey, NO_CHECKSUM, PageRef};
 use crate::options::ShardSpec;
@@ -290,6 +292,26 @@ fn a_late_file_that_cannot_be_used_is_left_alone_and_its_state_says_why() {
         assert_eq!(rig.there(0..4).len(), 4);
         assert!(rig.tier.close(LIMIT));
     }
+}
+
+#[test]
+fn a_late_shard_that_another_process_uses_joins_when_that_lets_go_of_it() {
+    let place = Place::new();
+    place.fill(&["a", "b"], 0..4);
+    let other = fs::File::open(place.path("b")).expect("opens");
+    flock(&other, FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
+    let mut rig = place.open(&["a", "b"]).expect("a is there");
+    rig.becomes(1, |health| {
+        *health == ShardHealth::Degraded(ShardFault::InUse)
+    });
+    // Longer than one waits for that is in time.
+    std::thread::sleep(LOCK_WAIT);
+    rig.tier.poll(Instant::now(), &mut Vec::new());
+    assert_eq!(rig.health(1), ShardHealth::Degraded(ShardFault::InUse));
+    drop(other);
+    rig.becomes(1, is_healthy);
+    assert_eq!(rig.there(0..4).len(), 4);
+    assert!(rig.tier.close(LIMIT));
 }
 
 #[test]
