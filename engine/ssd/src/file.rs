@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -57,7 +58,39 @@ fn failed(path: &Path, call: &'static str) -> impl FnOnce(io::Error) -> OpenErro
 }
 
 /// Which file it is, whatever its names.
-pub(crate) type FileId = (u64, u64);
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum FileId {
+    /// By device and inode.
+    There(u64, u64),
+    /// Still to be made, under that name in the folder of that device and inode.
+    ToMake(u64, u64, OsString),
+}
+
+impl FileId {
+    fn of(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        Ok(Self::There(metadata.dev(), metadata.ino()))
+    }
+
+    /// Of a file that is not there. None if it cannot be made, which is found when it is tried.
+    fn to_make(path: &Path) -> io::Result<Option<Self>> {
+        let target = target_of(path)?;
+        let Some(name) = target.file_name() else {
+            return Ok(None);
+        };
+        match folder_of(&target).metadata() {
+            Ok(folder) => Ok(Some(Self::ToMake(folder.dev(), folder.ino(), name.into()))),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    let folder = path.parent();
+    let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
+}
 
 /// Looks at what has the name; changes nothing and locks nothing.
 pub(crate) fn look(path: &Path) -> Result<Named, OpenError> {
@@ -87,7 +120,12 @@ fn look_and(
         .custom_flags(libc::O_NONBLOCK);
     let file = match options.open(path) {
         Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Named::Nothing),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            if let Some(id) = FileId::to_make(path).map_err(failed(path, "stat"))? {
+                mine(id)?;
+            }
+            return Ok(Named::Nothing);
+        }
         Err(error) if error.kind() == ErrorKind::IsADirectory => {
             return Err(OpenError::NotAFile { path: path.into() });
         }
@@ -97,7 +135,7 @@ fn look_and(
     if !metadata.is_file() {
         return Err(OpenError::NotAFile { path: path.into() });
     }
-    mine((metadata.dev(), metadata.ino()))?;
+    mine(FileId::There(metadata.dev(), metadata.ino()))?;
     if let Some(waits) = to_own {
         lock(path, &file, waits)?;
     }
@@ -191,10 +229,7 @@ pub(crate) fn make(
         // The space is given back; the error is what matters.
         let _ = std::fs::remove_file(&draft);
     })?;
-    let folder = target
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new("."));
+    let folder = folder_of(&target);
     File::open(folder)
         .and_then(|folder| folder.sync_all())
         .map_err(failed(folder, "fsync"))?;
@@ -277,6 +312,11 @@ impl Named {
 }
 
 impl ShardFile {
+    /// Which file it is.
+    pub fn id(&self) -> Result<FileId, OpenError> {
+        FileId::of(&self.plain).map_err(failed(&self.path, "fstat"))
+    }
+
     /// Replaces the superblock by a later one and makes it durable.
     pub fn rewrite_superblock(&self, superblock: &Superblock) -> Result<(), OpenError> {
         let bytes = superblock.encode();

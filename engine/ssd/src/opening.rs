@@ -117,7 +117,7 @@ struct State {
     /// Who was not in time for some step: nobody waits for them any more.
     late: Vec<bool>,
     /// Which files were found, so that none is opened twice by two names.
-    files: Vec<Option<FileId>>,
+    files: Vec<(usize, FileId)>,
     /// What the files say that were looked at and not refused.
     members: Vec<Option<Member>>,
     /// Late ones whose files are others' still.
@@ -170,7 +170,7 @@ pub(crate) fn open(
             phase: Phase::Looking,
             shards: (0..count).map(|_| Progress::Under).collect(),
             late: vec![false; count],
-            files: vec![None; count],
+            files: Vec::new(),
             members: (0..count).map(|_| None).collect(),
             in_use: vec![false; count],
             unusable: vec![false; count],
@@ -487,6 +487,8 @@ impl Shared {
         };
         (self.before)(Step::Prepare, &spec.path);
         let (mut file, mut report) = open::prepare(&self.options, spec, named, geometry, identity)?;
+        // It may have been made just now.
+        self.claim(place, file.id()?)?;
         let Some((here, known)) = self.meet_prepared(place, &file.superblock) else {
             return Ok(None);
         };
@@ -505,7 +507,8 @@ impl Shared {
     /// A file is this shard's, unless it is another one's by another name.
     fn claim(&self, place: usize, file: FileId) -> Result<(), OpenError> {
         let mut state = self.lock();
-        if let Some(other) = state.files.iter().position(|other| *other == Some(file)) {
+        let mut others = state.files.iter();
+        if let Some(&(other, _)) = others.find(|(other, at)| *other != place && *at == file) {
             let path = |place: usize| self.options.shards[place].path.clone();
             let (first, second) = (place.min(other), place.max(other));
             return Err(OpenError::SameFile {
@@ -513,7 +516,7 @@ impl Shared {
                 other: path(first),
             });
         }
-        state.files[place] = Some(file);
+        state.files.push((place, file));
         Ok(())
     }
 
