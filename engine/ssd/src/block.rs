@@ -10,7 +10,12 @@ pub const NO_CHECKSUM: u64 = 0;
 /// The checksum that a page has in the pool: xxh3-64 of its bytes, and 1 where that is 0, which
 /// stands for none. (On the drive it has another one, which also says which page it is.)
 pub fn page_checksum(bytes: &[u8]) -> u64 {
-    match XxHash3_64::oneshot(bytes) {
+    known(XxHash3_64::oneshot(bytes))
+}
+
+/// The checksum for an xxh3-64.
+pub(crate) fn known(xxh3: u64) -> u64 {
+    match xxh3 {
         NO_CHECKSUM => 1,
         checksum => checksum,
     }

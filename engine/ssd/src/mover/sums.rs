@@ -4,7 +4,7 @@ use std::hash::Hasher;
 
 use twox_hash::XxHash3_64;
 
-use crate::block::{NO_CHECKSUM, page_checksum};
+use crate::block::{NO_CHECKSUM, known, page_checksum};
 use crate::format::Record;
 
 /// Bytes that are asked for at a time: they fit the smallest cache, and none of the CPU's own
@@ -56,10 +56,7 @@ pub(super) fn of_read_page(bytes: &[u8], seed: u64, is_plain_wanted: bool) -> Su
         seeded.write(piece);
     }
     Sums {
-        plain: plain.map_or(NO_CHECKSUM, |plain| match plain.finish() {
-            NO_CHECKSUM => 1,
-            checksum => checksum,
-        }),
+        plain: plain.map_or(NO_CHECKSUM, |plain| known(plain.finish())),
         seeded: seeded.finish(),
     }
 }
