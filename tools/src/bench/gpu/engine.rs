@@ -536,15 +536,18 @@ impl Prepared {
 
     /// Saves all blocks under new hashes, or loads what was saved last; gives nanoseconds.
     fn copy(&mut self, way: Way) -> Result<f64, ToolError> {
-        let both = || ToolError::Plan("a computation runs beside one way".into());
-        let hashes = match way {
-            Way::Out => self.new_hashes(),
-            Way::In => std::mem::take(&mut self.held),
-            Way::Both => return Err(both()),
-        };
-        let time = match way {
-            Way::In => self.load(&hashes, false)?,
-            _ => self.save(&hashes)?,
+        let (hashes, time) = match way {
+            Way::Out => {
+                let hashes = self.new_hashes();
+                let time = self.save(&hashes)?;
+                (hashes, time)
+            }
+            Way::In => {
+                let hashes = std::mem::take(&mut self.held);
+                let time = self.load(&hashes, false)?;
+                (hashes, time)
+            }
+            Way::Both => return Err(ToolError::Plan("copies go one way at a time".into())),
         };
         self.held = hashes;
         Ok(time)
